@@ -1,0 +1,1 @@
+"""How GPUs are cut: geometry, latency tables, and the door to NVML. Imports no other room."""

@@ -1,0 +1,58 @@
+"""What runs a model inside a worker. One door a runtime; the worker knows only `Backend`."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from scheduler.channel import Load
+from scheduler.tensors import Signature
+
+# Taken where neither the model nor its configuration bounds the batch.
+DEFAULT_MAX_BATCH = 64
+
+Array = np.ndarray[Any, Any]
+
+
+class ModelLoadError(RuntimeError):
+    """The model cannot be served. The message says what is wrong with it, for the operator."""
+
+
+class Backend(Protocol):
+    """One loaded model.
+
+    A batch is begun with `start` and ended with `finish`, in the same order. On a GPU `start` only enqueues,
+    so that copying one batch in overlaps computing the one before.
+    """
+
+    signature: Signature
+
+    def host_array(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Uninitialised memory for one input, from which the device can copy."""
+
+    def start(self, inputs: list[Array]) -> Any:
+        """Takes one array an input, whole batch, in the signature's order."""
+
+    def finish(self, started: Any) -> list[Array]:
+        """Waits; one array an output, in the signature's order. Raises what the model raised."""
+
+
+def load(message: Load, device: str) -> Backend:
+    """Loads a model. `device`: "cpu" or "cuda". Raises ModelLoadError."""
+    source = message.source
+    if source.backend == "emulated":
+        from scheduler.backends.emulated import EmulatedBackend
+
+        return EmulatedBackend(source, message.latency_ms or ())
+    try:
+        import torch  # noqa: F401  # only to tell a missing torch from a broken model
+    except ImportError as error:
+        raise ModelLoadError("torch is not installed; install it with: pip install 'migserve[torch]'") from error
+    if device == "cuda":
+        from scheduler.backends.cuda import CudaBackend
+
+        return CudaBackend(source)
+    from scheduler.backends.torch import TorchBackend
+
+    return TorchBackend(source)

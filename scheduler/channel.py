@@ -1,0 +1,160 @@
+"""The talk between the daemon and a worker process: one SEQPACKET message a thing said, MessagePack inside.
+
+Tensor bytes never travel here, only where they lie in shared memory. A dead peer is an EOF.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+import msgspec
+
+from scheduler.tensors import Signature, TensorSpec
+
+# Bounds one message; a batch of 4096 requests needs about 60 KiB.
+MESSAGE_BYTES = 256 * 1024
+DETAIL_CHARS = 4000
+
+
+class ModelSource(msgspec.Struct, frozen=True):
+    """A model version as found on disk: what a worker needs to load it.
+
+    `key` names this load of it, so that a reload is another model. `inputs`, `outputs`, `max_batch`: as
+    declared beside the model, None where the model file is to say. `latency_ms`: (batch, ms) points by
+    compute slices, None where they are to be measured. `mig_profiles`: where it is served; empty: everywhere.
+    """
+
+    key: str
+    name: str
+    version: int
+    backend: str
+    path: str
+    inputs: tuple[TensorSpec, ...] | None = None
+    outputs: tuple[TensorSpec, ...] | None = None
+    max_batch: int | None = None
+    latency_ms: dict[int, tuple[tuple[int, float], ...]] | None = None
+    mig_profiles: tuple[str, ...] = ()
+
+
+class ToWorker(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Said by the daemon."""
+
+
+class Load(ToWorker):
+    """Load a model; `latency_ms`: (batch, ms) points if known, else measure them."""
+
+    source: ModelSource
+    latency_ms: tuple[tuple[int, float], ...] | None
+
+
+class Unload(ToWorker):
+    key: str
+
+
+class RunBatch(ToWorker):
+    """Run one batch. Request i has its slot at `offsets[i]` and holds `items[i]` items of equal `dims`."""
+
+    batch_id: int
+    key: str
+    dims: tuple[int, ...]
+    offsets: Sequence[int]
+    items: Sequence[int]
+
+
+class FromWorker(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Said by a worker."""
+
+
+class Ready(FromWorker):
+    """The process is up. `depth`: how many batches it takes at once."""
+
+    depth: int
+
+
+class Loaded(FromWorker):
+    """`latency_ms`: (batch, ms) points, as told or as measured."""
+
+    key: str
+    signature: Signature
+    latency_ms: tuple[tuple[int, float], ...]
+
+
+class LoadFailed(FromWorker):
+    key: str
+    detail: str
+
+
+class Done(FromWorker):
+    """A batch is done. Output i, for the whole batch, lies at `offsets[i]` of the outbox, `sizes[i]` bytes long.
+
+    Times in ns: reading the inputs together, computing, writing the outputs.
+    """
+
+    batch_id: int
+    offsets: Sequence[int]
+    sizes: Sequence[int]
+    shapes: Sequence[tuple[int, ...]]
+    input_ns: int
+    infer_ns: int
+    output_ns: int
+
+
+class Failed(FromWorker):
+    """The model raised on this batch."""
+
+    batch_id: int
+    detail: str
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_to_worker = msgspec.msgpack.Decoder(Load | Unload | RunBatch)
+_decode_from_worker = msgspec.msgpack.Decoder(Ready | Loaded | LoadFailed | Done | Failed)
+
+
+class WorkerEnd:
+    """The worker's end: blocking."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = memoryview(bytearray(MESSAGE_BYTES))
+
+    def send(self, message: FromWorker) -> None:
+        self._sock.sendall(_encode(message))
+
+    def receive(self) -> Load | Unload | RunBatch | None:
+        """The next message; None when the daemon has closed its end or is gone."""
+        size = self._sock.recv_into(self._buffer)
+        return _decode_to_worker.decode(self._buffer[:size]) if size else None
+
+
+class DaemonEnd:
+    """The daemon's end: never blocks."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._buffer = memoryview(bytearray(MESSAGE_BYTES))
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def send(self, message: ToWorker) -> None:
+        """Raises OSError when the worker is gone or takes nothing more."""
+        self._sock.send(_encode(message))
+
+    def receive(self) -> Ready | Loaded | LoadFailed | Done | Failed | None:
+        """The next message; None at the end. Raises BlockingIOError when there is none yet."""
+        size = self._sock.recv_into(self._buffer)
+        return _decode_from_worker.decode(self._buffer[:size]) if size else None
+
+
+def pair() -> tuple[DaemonEnd, socket.socket]:
+    """The daemon's end, and the socket for the worker's."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for sock in (ours, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MESSAGE_BYTES)
+    return DaemonEnd(ours), theirs

@@ -1,0 +1,272 @@
+"""The scheduler's core: `handle(now, event) -> commands`. Pure: no clock, no I/O, waiting is a command.
+
+Rules:
+1. Every Arrived ends in exactly one Answer or Refuse, or in the client's own Cancelled.
+2. A worker gets a batch when it has room, at once: a lone request on an idle slice waits for nobody.
+3. When a worker dies, what waited for it is placed anew; what ran on it runs again, alone. A request whose
+   worker dies a second time is refused by itself.
+4. When the model raises on a batch of several, each of them runs again alone, so that only the culprit fails.
+5. While every worker that has a model is being restarted, its requests are parked, not refused.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+
+from scheduler.domain import Batch, BatchTable, Pool, Query, Worker
+from scheduler.messages import (
+    Answer,
+    AnyCommand,
+    AnyEvent,
+    Arrived,
+    BatchDone,
+    BatchFailed,
+    Cancelled,
+    Reason,
+    Refuse,
+    Run,
+    Serves,
+    StopsServing,
+    Tick,
+    Wake,
+    WorkerLost,
+    WorkerUp,
+)
+from scheduler.policies import Policy
+from scheduler.policies.elsa import Elsa
+
+CRASHES_PER_REQUEST = 2
+
+
+class SchedulerCore:
+    """One instance a daemon, and one a simulation. `max_queued`: waiting requests a model."""
+
+    def __init__(self, max_queued: int = 4096, policy: type[Policy] = Elsa) -> None:
+        self._pool = Pool()
+        self._policy = policy(self._pool)
+        self._max_queued = max_queued
+        self._queries: dict[int, Query] = {}
+        self._waiting: Counter[str] = Counter()  # queued or parked, by model
+        self._parked: dict[str, dict[int, Query]] = {}
+        self._coming_back: dict[int, set[str]] = {}  # models of workers that are being restarted
+        self._expiries: list[tuple[int, int]] = []
+        self._wake_ns: int | None = None
+        self._roomy: dict[int, Worker] = {}
+        self._next_batch_id = 1
+        self._commands: list[AnyCommand] = []
+
+    def handle(self, now_ns: int, event: AnyEvent) -> list[AnyCommand]:
+        """What to do about `event`, which happens at `now_ns`. Times must not run backwards."""
+        self._commands = commands = []
+        if self._expiries and self._expiries[0][0] <= now_ns:
+            self._expire(now_ns)
+        match event:
+            case Arrived():
+                self._arrived(now_ns, event)
+            case BatchDone():
+                self._batch_done(now_ns, event)
+            case Cancelled():
+                self._cancelled(event)
+            case BatchFailed():
+                self._batch_failed(now_ns, event)
+            case WorkerUp():
+                worker = Worker(event.worker_id, event.gpcs, event.depth)
+                self._pool.add(worker)
+                self._roomy[worker.id] = worker
+            case Serves():
+                self._serves(now_ns, event)
+            case StopsServing():
+                self._stops_serving(now_ns, event)
+            case WorkerLost():
+                self._worker_lost(now_ns, event)
+            case Tick():
+                self._wake_ns = None
+        if self._roomy:
+            self._dispatch(now_ns)
+        if self._expiries:
+            self._arm()
+        return commands
+
+    # ---- events ----
+
+    def _arrived(self, now_ns: int, event: Arrived) -> None:
+        request = event.request
+        model = request.model
+        if self._waiting[model] >= self._max_queued:
+            retry_ns = self._policy.backlog_ns(now_ns, model)
+            self._commands.append(Refuse(request.id, Reason.QUEUE_FULL, retry_ns))
+            return
+        if request.expires_ns is not None:
+            if request.expires_ns <= now_ns:
+                self._commands.append(Refuse(request.id, Reason.EXPIRED))
+                return
+            heapq.heappush(self._expiries, (request.expires_ns, request.id))
+        query = self._queries[request.id] = Query(request)
+        self._place(now_ns, query)
+
+    def _cancelled(self, event: Cancelled) -> None:
+        query = self._queries.pop(event.request_id, None)
+        if query is not None:
+            self._withdraw(query)
+
+    def _batch_done(self, now_ns: int, event: BatchDone) -> None:
+        batch = self._finish(now_ns, event.worker_id, event.batch_id)
+        answered = tuple(query.request.id for query in batch.queries if not query.gone)
+        for request_id in answered:
+            del self._queries[request_id]
+        self._commands.append(Answer(event.batch_id, answered))
+
+    def _batch_failed(self, now_ns: int, event: BatchFailed) -> None:
+        batch = self._finish(now_ns, event.worker_id, event.batch_id)
+        alone = len(batch.queries) == 1
+        for query in batch.queries:
+            query.batch_id = None
+            if query.gone:
+                continue
+            if alone:
+                self._refuse(query, Reason.MODEL_FAILED, detail=event.detail)
+            else:
+                query.isolate()
+                self._place(now_ns, query, again=True)
+
+    def _serves(self, now_ns: int, event: Serves) -> None:
+        worker = self._pool.workers[event.worker_id]
+        self._pool.serve(worker, event.model, BatchTable(event.latency_ns))
+        self._forget_return(event.worker_id, event.model)
+        for query in list(self._parked.pop(event.model, {}).values()):
+            self._waiting[event.model] -= 1
+            self._place(now_ns, query, again=True)
+
+    def _stops_serving(self, now_ns: int, event: StopsServing) -> None:
+        self._forget_return(event.worker_id, event.model)
+        worker = self._pool.workers.get(event.worker_id)
+        if worker is not None and event.model in worker.tables:
+            evicted = self._policy.evict(worker, event.model)
+            self._pool.withdraw(worker, event.model)
+            self._place_again(now_ns, evicted)
+        self._give_up_parked(now_ns, event.model)
+
+    def _worker_lost(self, now_ns: int, event: WorkerLost) -> None:
+        models = self._coming_back.pop(event.worker_id, set())
+        worker = self._pool.workers.get(event.worker_id)
+        ran: list[Query] = []
+        evicted: list[Query] = []
+        if worker is not None:
+            models |= set(worker.tables)
+            ran = [query for batch in worker.in_flight.values() for query in batch.queries if not query.gone]
+            evicted = self._policy.evict(worker)
+            self._pool.remove(worker)
+            self._roomy.pop(worker.id, None)
+        if event.comes_back:
+            self._coming_back[event.worker_id] = models
+        for query in ran:
+            query.batch_id = None
+            query.crashes += 1
+            if query.crashes >= CRASHES_PER_REQUEST:
+                self._refuse(query, Reason.CRASHED, detail=event.detail)
+            else:
+                query.isolate()
+                self._place(now_ns, query, again=True)
+        self._place_again(now_ns, evicted)
+        for model in models:
+            self._give_up_parked(now_ns, model)
+
+    # ---- placing and starting ----
+
+    def _place(self, now_ns: int, query: Query, *, again: bool = False) -> None:
+        """Into the policy's queues, or parked, or refused. `again`: it was accepted before."""
+        model = query.request.model
+        query.worker_id = None
+        if model in self._pool.serving:
+            late_ns = self._policy.add(now_ns, query, must=again)
+            if late_ns is not None:
+                self._refuse(query, Reason.SLO_UNREACHABLE, retry_after_ns=late_ns)
+                return
+        elif any(model in models for models in self._coming_back.values()):
+            self._parked.setdefault(model, {})[query.request.id] = query
+        else:
+            self._refuse(query, Reason.UNAVAILABLE)
+            return
+        self._waiting[model] += 1
+
+    def _place_again(self, now_ns: int, evicted: list[Query]) -> None:
+        for query in evicted:
+            self._waiting[query.request.model] -= 1
+            self._place(now_ns, query, again=True)
+
+    def _dispatch(self, now_ns: int) -> None:
+        """Gives every worker that has room its next batch."""
+        for worker in list(self._roomy.values()):
+            while len(worker.in_flight) < worker.depth:
+                queries = self._policy.take(now_ns, worker)
+                if not queries:
+                    break
+                self._start(now_ns, worker, queries)
+            else:
+                del self._roomy[worker.id]
+
+    def _start(self, now_ns: int, worker: Worker, queries: list[Query]) -> None:
+        batch_id = self._next_batch_id
+        self._next_batch_id += 1
+        model = queries[0].request.model
+        table = worker.tables[model]
+        items = 0
+        for query in queries:
+            query.batch_id = batch_id
+            query.worker_id = worker.id
+            items += query.request.items
+        self._waiting[model] -= len(queries)
+        worker.start(now_ns, batch_id, Batch(queries, table.ns[min(items, table.max_batch)]))
+        ids = tuple([query.request.id for query in queries])
+        self._commands.append(Run(worker.id, batch_id, model, ids))
+
+    def _finish(self, now_ns: int, worker_id: int, batch_id: int) -> Batch:
+        worker = self._pool.workers[worker_id]
+        self._roomy[worker_id] = worker
+        return worker.finish(now_ns, batch_id)
+
+    # ---- ending ----
+
+    def _arm(self) -> None:
+        """Asks to be woken for the earliest expiry of what is still unfinished."""
+        while self._expiries and self._expiries[0][1] not in self._queries:
+            heapq.heappop(self._expiries)
+        if self._expiries and (self._wake_ns is None or self._expiries[0][0] < self._wake_ns):
+            self._wake_ns = self._expiries[0][0]
+            self._commands.append(Wake(self._wake_ns))
+
+    def _expire(self, now_ns: int) -> None:
+        """Drops what has passed its time in a queue; what runs is let finish."""
+        while self._expiries and self._expiries[0][0] <= now_ns:
+            _, request_id = heapq.heappop(self._expiries)
+            query = self._queries.get(request_id)
+            if query is not None and query.batch_id is None:
+                self._withdraw(query)
+                self._refuse(query, Reason.EXPIRED)
+
+    def _withdraw(self, query: Query) -> None:
+        """Out of the queues, or, where it runs already, marked so that nobody answers it."""
+        if query.batch_id is not None:
+            query.gone = True
+            return
+        model = query.request.model
+        self._waiting[model] -= 1
+        if query.queued:
+            self._policy.discard(query)
+        else:
+            del self._parked[model][query.request.id]
+
+    def _refuse(self, query: Query, reason: Reason, retry_after_ns: int = 0, detail: str = "") -> None:
+        self._queries.pop(query.request.id, None)
+        self._commands.append(Refuse(query.request.id, reason, retry_after_ns, detail))
+
+    def _forget_return(self, worker_id: int, model: str) -> None:
+        if worker_id in self._coming_back:
+            self._coming_back[worker_id].discard(model)
+
+    def _give_up_parked(self, now_ns: int, model: str) -> None:
+        """Refuses parked queries that nobody will come back for."""
+        for query in list(self._parked.pop(model, {}).values()):
+            self._waiting[model] -= 1
+            self._place(now_ns, query, again=True)

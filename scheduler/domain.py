@@ -1,0 +1,107 @@
+"""The state that the core keeps and the policies read: queries, workers, the pool. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from partitioner import latency
+from scheduler.messages import Request
+
+
+class BatchTable:
+    """Estimated time of a batch of one model on one worker: `ns[b]` for b items, `ns[0]` = 0."""
+
+    __slots__ = ("knee", "max_batch", "ns")
+
+    def __init__(self, latency_ns: Sequence[int]) -> None:
+        self.ns = (0, *latency_ns)
+        self.max_batch = len(latency_ns)
+        self.knee = latency.knee(latency_ns)
+
+    def backlog_ns(self, items: int) -> int:
+        """Time to work off `items` items in batches of the knee."""
+        full, rest = divmod(items, self.knee)
+        return full * self.ns[self.knee] + self.ns[rest]
+
+
+class Query:
+    """One unfinished request. `bucket`: only queries of one bucket may share a batch."""
+
+    __slots__ = ("batch_id", "bucket", "crashes", "gone", "queued", "request", "worker_id")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.crashes = 0
+        self.gone = False  # ended (client gone) while its batch still runs
+        self.queued = False  # waiting in the policy's queues
+        self.batch_id: int | None = None
+        self.worker_id: int | None = None
+        self.bucket: tuple[str, tuple[int, ...], int] = (request.model, request.dims, 0)
+        if request.alone:
+            self.isolate()
+
+    def isolate(self) -> None:
+        """From now on it runs in a batch of its own."""
+        self.bucket = (self.request.model, self.request.dims, self.request.id)
+
+
+class Batch:
+    """Queries that run together, and the estimated time of it."""
+
+    __slots__ = ("estimate_ns", "queries")
+
+    def __init__(self, queries: Sequence[Query], estimate_ns: int) -> None:
+        self.queries = tuple(queries)
+        self.estimate_ns = estimate_ns
+
+
+class Worker:
+    """One worker that is up. `free_at_ns`: the estimated end of everything it has been sent."""
+
+    __slots__ = ("depth", "free_at_ns", "gpcs", "id", "in_flight", "tables")
+
+    def __init__(self, worker_id: int, gpcs: int, depth: int) -> None:
+        self.id = worker_id
+        self.gpcs = gpcs
+        self.depth = depth
+        self.tables: dict[str, BatchTable] = {}
+        self.in_flight: dict[int, Batch] = {}
+        self.free_at_ns = 0
+
+    def start(self, now_ns: int, batch_id: int, batch: Batch) -> None:
+        self.in_flight[batch_id] = batch
+        self.free_at_ns = max(self.free_at_ns, now_ns) + batch.estimate_ns
+
+    def finish(self, now_ns: int, batch_id: int) -> Batch:
+        batch = self.in_flight.pop(batch_id)
+        self.free_at_ns = now_ns + sum(other.estimate_ns for other in self.in_flight.values())
+        return batch
+
+
+class Pool:
+    """Who is up and who serves what; `serving[model]` runs from small slices to large ones."""
+
+    def __init__(self) -> None:
+        self.workers: dict[int, Worker] = {}
+        self.serving: dict[str, list[Worker]] = {}
+
+    def add(self, worker: Worker) -> None:
+        self.workers[worker.id] = worker
+
+    def remove(self, worker: Worker) -> None:
+        for model in list(worker.tables):
+            self.withdraw(worker, model)
+        del self.workers[worker.id]
+
+    def serve(self, worker: Worker, model: str, table: BatchTable) -> None:
+        self.withdraw(worker, model)
+        worker.tables[model] = table
+        servers = [*self.serving.get(model, ()), worker]
+        self.serving[model] = sorted(servers, key=lambda w: (w.gpcs, w.id))
+
+    def withdraw(self, worker: Worker, model: str) -> None:
+        if worker.tables.pop(model, None) is None:
+            return
+        self.serving[model].remove(worker)
+        if not self.serving[model]:
+            del self.serving[model]

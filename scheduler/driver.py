@@ -1,0 +1,291 @@
+"""The asyncio driver: stamps the time, hands events to the core, and carries its commands out.
+
+Everything here runs on the event loop's thread. What is done per request is kept to a few microseconds: one
+future a request, one message and one callback a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from partitioner.geometry import Slice
+from scheduler.arena import Arena
+from scheduler.channel import Done, Failed, RunBatch
+from scheduler.core import SchedulerCore
+from scheduler.fleet import Fleet
+from scheduler.journal import JournalWriter
+from scheduler.messages import (
+    Answer,
+    AnyCommand,
+    AnyEvent,
+    Arrived,
+    BatchDone,
+    BatchFailed,
+    Cancelled,
+    Reason,
+    Refuse,
+    Request,
+    Run,
+    Serves,
+    StopsServing,
+    Tick,
+    Wake,
+    WorkerLost,
+    WorkerUp,
+)
+
+
+class RefusedError(Exception):
+    """The scheduler ended a request without an answer."""
+
+    def __init__(self, reason: Reason, retry_after_s: float, detail: str) -> None:
+        super().__init__(detail or reason)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+        self.detail = detail
+
+
+class BatchOutputs:
+    """The outputs of one batch, copied out of the worker's outbox once, shared by its requests."""
+
+    __slots__ = ("_values", "data", "shapes")
+
+    def __init__(self, done: Done, outbox: memoryview) -> None:
+        self.shapes = done.shapes
+        self.data = [
+            bytes(outbox[offset : offset + size]) for offset, size in zip(done.offsets, done.sizes, strict=True)
+        ]
+        self._values: dict[int, list[Any]] = {}
+
+    def values(self, index: int, dtype: str) -> list[Any]:
+        """Output `index` of the whole batch as a flat list of Python numbers; made once a batch."""
+        values = self._values.get(index)
+        if values is None:
+            values = self._values[index] = np.frombuffer(self.data[index], dtype).tolist()
+        return values
+
+
+class Answered(NamedTuple):
+    """A request's share of its batch: `items` rows from `row` on."""
+
+    outputs: BatchOutputs
+    row: int
+    items: int
+
+
+class Pending:
+    """One request between its arrival and its end. Await `future`: an Answered, or RefusedError."""
+
+    __slots__ = ("arrival_ns", "ended", "future", "offset", "request", "row", "running")
+
+    def __init__(self, request: Request, offset: int, arrival_ns: int) -> None:
+        self.request = request
+        self.offset = offset  # of its slot in the arena
+        self.arrival_ns = arrival_ns
+        self.future: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
+        self.running = False
+        self.ended = False
+        self.row = 0  # of its first item in the batch
+
+
+class BatchRecord(NamedTuple):
+    """What is measured of one batch, in ns of the monotonic clock."""
+
+    model: str
+    worker_id: int
+    items: int
+    arrivals_ns: list[int]  # of its requests, but for those whose client has gone
+    started_ns: int
+    ended_ns: int
+    input_ns: int
+    infer_ns: int
+    output_ns: int
+
+
+class Observer(Protocol):
+    """Told what happened, a batch at a time; the metrics."""
+
+    def batch_done(self, record: BatchRecord) -> None: ...
+    def refused(self, model: str, reason: Reason) -> None: ...
+    def cancelled(self, model: str, *, before_compute: bool) -> None: ...
+
+
+class _Running(NamedTuple):
+    requests: list[Pending]
+    items: int
+    started_ns: int
+
+
+class Driver:
+    """Connects arrivals, the core, and the fleet."""
+
+    def __init__(
+        self, core: SchedulerCore, fleet: Fleet, arena: Arena, observer: Observer, journal: JournalWriter | None = None
+    ) -> None:
+        self._core = core
+        self._fleet = fleet
+        self._arena = arena
+        self._observer = observer
+        self._journal = journal
+        self._pending: dict[int, Pending] = {}
+        self._unfinished: Counter[str] = Counter()  # by model
+        self._idle: dict[str, asyncio.Future[None]] = {}  # by model; "" for all
+        self._running: dict[int, _Running] = {}
+        self._outputs: dict[int, BatchOutputs] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    # ---- requests ----
+
+    def submit(self, request: Request, offset: int, arrival_ns: int) -> Pending:
+        """Queues a request whose inputs are in the arena at `offset`; the slot is the driver's from now on.
+
+        If you stop waiting for its future, call `cancel`.
+        """
+        pending = self._pending[request.id] = Pending(request, offset, arrival_ns)
+        self._unfinished[request.model] += 1
+        self._feed(Arrived(request))
+        return pending
+
+    def cancel(self, pending: Pending) -> None:
+        """The client has gone. Does nothing for a request that has ended."""
+        if pending.ended:
+            return
+        self._observer.cancelled(pending.request.model, before_compute=not pending.running)
+        self._end(pending)
+        self._feed(Cancelled(pending.request.id))
+
+    def unfinished(self, model: str = "") -> int:
+        """Requests that have not ended, of one model or in all."""
+        return self._unfinished[model] if model else len(self._pending)
+
+    async def idle(self, model: str = "") -> None:
+        """Returns when no request is unfinished, of one model or at all."""
+        while self.unfinished(model):
+            if model not in self._idle:
+                self._idle[model] = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle[model])
+
+    # ---- what the fleet tells ----
+
+    def worker_up(self, worker_id: int, where: Slice, depth: int) -> None:
+        self._feed(WorkerUp(worker_id, where.gpcs, depth))
+
+    def worker_lost(self, worker_id: int, detail: str, *, comes_back: bool, batch_ids: list[int]) -> None:
+        for batch_id in batch_ids:
+            self._put_back(self._running.pop(batch_id))
+        self._feed(WorkerLost(worker_id, comes_back, detail))
+
+    def serves(self, worker_id: int, key: str, latency_ns: tuple[int, ...]) -> None:
+        self._feed(Serves(worker_id, key, latency_ns))
+
+    def stops_serving(self, worker_id: int, key: str) -> None:
+        self._feed(StopsServing(worker_id, key))
+
+    def batch_done(self, worker_id: int, done: Done, outbox: memoryview) -> None:
+        # Copied out before the core can send the worker its next batch, which may reuse the memory.
+        self._outputs[done.batch_id] = BatchOutputs(done, outbox)
+        running = self._running.pop(done.batch_id)
+        self._put_back(running)
+        self._observer.batch_done(
+            BatchRecord(
+                running.requests[0].request.model,
+                worker_id,
+                running.items,
+                [pending.arrival_ns for pending in running.requests if not pending.ended],
+                running.started_ns,
+                time.monotonic_ns(),
+                done.input_ns,
+                done.infer_ns,
+                done.output_ns,
+            )
+        )
+        self._feed(BatchDone(worker_id, done.batch_id))
+
+    def batch_failed(self, worker_id: int, failed: Failed) -> None:
+        self._put_back(self._running.pop(failed.batch_id))
+        self._feed(BatchFailed(worker_id, failed.batch_id, failed.detail))
+
+    # ---- events in, commands out ----
+
+    def _feed(self, event: AnyEvent) -> None:
+        now_ns = time.monotonic_ns()
+        commands = self._core.handle(now_ns, event)
+        if self._journal is not None:
+            self._journal.write(now_ns, event, commands)
+        # Workers first: they compute while the answers are being written.
+        for command in commands:
+            if type(command) is Run:
+                self._run(command, now_ns)
+        for command in commands:
+            if type(command) is not Run:
+                self._carry_out(command, now_ns)
+
+    def _run(self, command: Run, now_ns: int) -> None:
+        requests = [self._pending[request_id] for request_id in command.request_ids]
+        row = 0
+        for pending in requests:
+            pending.running = True
+            pending.row = row
+            row += pending.request.items
+        self._running[command.batch_id] = _Running(requests, row, now_ns)
+        self._fleet.send(
+            command.worker_id,
+            RunBatch(
+                command.batch_id,
+                command.model,
+                requests[0].request.dims,
+                [pending.offset for pending in requests],
+                [pending.request.items for pending in requests],
+            ),
+        )
+
+    def _carry_out(self, command: AnyCommand, now_ns: int) -> None:
+        match command:
+            case Answer():
+                outputs = self._outputs.pop(command.batch_id)
+                for request_id in command.request_ids:
+                    pending = self._pending[request_id]
+                    self._end(pending)
+                    if not pending.future.done():
+                        pending.future.set_result(Answered(outputs, pending.row, pending.request.items))
+            case Refuse():
+                pending = self._pending[command.request_id]
+                self._observer.refused(pending.request.model, command.reason)
+                self._end(pending)
+                if not pending.future.done():
+                    retry_after_s = command.retry_after_ns / 1e9
+                    pending.future.set_exception(RefusedError(command.reason, retry_after_s, command.detail))
+            case Wake():
+                if self._timer is not None:
+                    self._timer.cancel()
+                delay_s = max(0, command.at_ns - now_ns) / 1e9
+                self._timer = asyncio.get_running_loop().call_later(delay_s, self._feed, Tick())
+
+    def _put_back(self, running: _Running) -> None:
+        """After a batch: its requests hold their slots no more for a worker's sake."""
+        for pending in running.requests:
+            pending.running = False
+            if pending.ended:
+                self._arena.free(pending.offset)
+
+    def _end(self, pending: Pending) -> None:
+        """The request has ended. A slot that a worker may be reading is freed when its batch ends."""
+        pending.ended = True
+        del self._pending[pending.request.id]
+        if not pending.running:
+            self._arena.free(pending.offset)
+        model = pending.request.model
+        self._unfinished[model] -= 1
+        if self._idle:
+            self._tell_idle(model)
+
+    def _tell_idle(self, model: str) -> None:
+        if not self._unfinished[model] and model in self._idle:
+            self._idle.pop(model).set_result(None)
+        if not self._pending and "" in self._idle:
+            self._idle.pop("").set_result(None)

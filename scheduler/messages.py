@@ -1,0 +1,145 @@
+"""What the scheduler's core is told (events) and what it asks for (commands). Pure values.
+
+Times are integer nanoseconds of one monotonic clock. All of it can be journalled as JSON and replayed.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+# Requests without a priority of their own. 1 is the highest; larger numbers wait longer.
+DEFAULT_PRIORITY = 100
+
+
+class Reason(StrEnum):
+    """Why a request was refused or given up."""
+
+    QUEUE_FULL = "queue_full"
+    SLO_UNREACHABLE = "slo_unreachable"
+    EXPIRED = "expired"
+    UNAVAILABLE = "unavailable"
+    MODEL_FAILED = "model_failed"
+    CRASHED = "crashed"
+
+
+class Request(msgspec.Struct, frozen=True, gc=False):
+    """A query of `items` >= 1 items for one model.
+
+    `dims` are the values of the model's varying axes: only equal ones share a batch. `due_ns`: the target,
+    which makes admission refuse what cannot meet it. `expires_ns`: dropped if not started by then.
+    `alone`: never batched with others.
+    """
+
+    id: int
+    model: str
+    items: int
+    dims: tuple[int, ...] = ()
+    due_ns: int | None = None
+    expires_ns: int | None = None
+    priority: int = DEFAULT_PRIORITY
+    alone: bool = False
+
+
+class Event(msgspec.Struct, frozen=True, gc=False, tag=True):
+    """Something that happened."""
+
+
+class Arrived(Event):
+    request: Request
+
+
+class Cancelled(Event):
+    """The client has gone."""
+
+    request_id: int
+
+
+class WorkerUp(Event):
+    """A worker of a slice with `gpcs` compute slices takes up to `depth` batches at once."""
+
+    worker_id: int
+    gpcs: int
+    depth: int
+
+
+class Serves(Event):
+    """A worker has loaded a model; `latency_ns[b - 1]` is the estimated time of a batch of b items."""
+
+    worker_id: int
+    model: str
+    latency_ns: tuple[int, ...]
+
+
+class StopsServing(Event):
+    """A worker has, or will have, the model no more."""
+
+    worker_id: int
+    model: str
+
+
+class WorkerLost(Event):
+    """A worker process is dead. `comes_back`: it is being started again and will serve what it served."""
+
+    worker_id: int
+    comes_back: bool
+    detail: str
+
+
+class BatchDone(Event):
+    worker_id: int
+    batch_id: int
+
+
+class BatchFailed(Event):
+    """The model raised an exception on this batch; the worker lives."""
+
+    worker_id: int
+    batch_id: int
+    detail: str
+
+
+class Tick(Event):
+    """The time of an earlier Wake has come."""
+
+
+class Command(msgspec.Struct, frozen=True, gc=False, tag=True):
+    """Something to be done."""
+
+
+class Run(Command):
+    """Send these requests, as one batch, to this worker."""
+
+    worker_id: int
+    batch_id: int
+    model: str
+    request_ids: tuple[int, ...]
+
+
+class Answer(Command):
+    """These requests are complete with this batch's outputs."""
+
+    batch_id: int
+    request_ids: tuple[int, ...]
+
+
+class Refuse(Command):
+    """End this request with an error. `retry_after_ns`: when a new try has a chance, 0 if unknown."""
+
+    request_id: int
+    reason: Reason
+    retry_after_ns: int = 0
+    detail: str = ""
+
+
+class Wake(Command):
+    """Hand in a Tick at this time; replaces the one asked for before."""
+
+    at_ns: int
+
+
+AnyEvent = (
+    Arrived | Cancelled | WorkerUp | Serves | StopsServing | WorkerLost | BatchDone | BatchFailed | Tick
+)
+AnyCommand = Run | Answer | Refuse | Wake

@@ -1,0 +1,132 @@
+"""ELSA: a query goes to the smallest slice that still meets its SLO (Kim, Choi, Rhu, DAC'22). Pure.
+
+From the paper (arXiv 2202.13481): slack(p) = SLO_remaining - alpha * (T_wait(p) + beta * T_est(query, p)),
+with alpha = beta = 1. A: scan slices from small to large, take the first with slack > 0, inside a size the
+shortest wait. B: where none has slack, take the least T_wait + T_est.
+
+Ours: queues are worked off in batches up to the knee, so T_wait counts batches, and T_est is what the query
+adds to them. A query without an SLO goes by B alone. A new query that no slice can serve in time is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from scheduler.batching import BucketQueue
+from scheduler.domain import Pool, Query, Worker
+
+BucketKey = tuple[str, tuple[int, ...], int]
+
+
+class _Lane:
+    """What waits for one worker; `backlog_ns` estimates the time of all of it."""
+
+    __slots__ = ("backlog_ns", "buckets")
+
+    def __init__(self) -> None:
+        self.buckets: dict[BucketKey, BucketQueue] = {}
+        self.backlog_ns = 0
+
+
+class Elsa:
+    """One queue a worker, bound on arrival."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._lanes: dict[int, _Lane] = {}
+
+    def add(self, now_ns: int, query: Query, *, must: bool = False) -> int | None:
+        request = query.request
+        due_ns = request.due_ns
+        best: Worker | None = None
+        best_ns = 0
+        for worker in self._pool.serving[request.model]:
+            if best is not None and due_ns is not None and best_ns < due_ns and worker.gpcs > best.gpcs:
+                break  # step A: a smaller slice has slack
+            finish_ns = self._finish_ns(now_ns, worker, query)
+            if best is None or finish_ns < best_ns:
+                best, best_ns = worker, finish_ns
+        assert best is not None  # the core asks only for models that somebody serves
+        if due_ns is not None and best_ns > due_ns and not must:
+            return best_ns - due_ns
+        self._push(best, query)
+        return None
+
+    def discard(self, query: Query) -> None:
+        assert query.worker_id is not None
+        worker = self._pool.workers[query.worker_id]
+        lane = self._lanes[worker.id]
+        bucket = lane.buckets[query.bucket]
+        before = bucket.items
+        bucket.discard(query)
+        self._recount(lane, worker, query.bucket, before)
+
+    def take(self, now_ns: int, worker: Worker) -> list[Query]:
+        lane = self._lanes.get(worker.id)
+        if lane is None or not lane.buckets:
+            return []
+        key = next(iter(lane.buckets)) if len(lane.buckets) == 1 else min(lane.buckets, key=_by_head(lane))
+        bucket = lane.buckets[key]
+        before = bucket.items
+        batch = bucket.take(now_ns, worker.tables[key[0]])
+        self._recount(lane, worker, key, before)
+        return batch
+
+    def evict(self, worker: Worker, model: str | None = None) -> list[Query]:
+        lane = self._lanes.get(worker.id)
+        if lane is None:
+            return []
+        queries: list[Query] = []
+        for key in [key for key in lane.buckets if model is None or key[0] == model]:
+            bucket = lane.buckets[key]
+            before = bucket.items
+            queries += bucket.drain()
+            self._recount(lane, worker, key, before)
+        if model is None:
+            del self._lanes[worker.id]
+        return sorted(queries, key=lambda query: query.request.id)
+
+    def backlog_ns(self, now_ns: int, model: str) -> int:
+        waits = [
+            max(worker.free_at_ns - now_ns, 0) + self._lane(worker).backlog_ns
+            for worker in self._pool.serving.get(model, ())
+        ]
+        return min(waits, default=0)
+
+    def _finish_ns(self, now_ns: int, worker: Worker, query: Query) -> int:
+        """T_wait + T_est from now on, as a point in time."""
+        table = worker.tables[query.request.model]
+        lane = self._lane(worker)
+        bucket = lane.buckets.get(query.bucket)
+        queued = bucket.items if bucket is not None else 0
+        added_ns = table.backlog_ns(queued + query.request.items) - table.backlog_ns(queued)
+        return max(worker.free_at_ns, now_ns) + lane.backlog_ns + added_ns
+
+    def _push(self, worker: Worker, query: Query) -> None:
+        lane = self._lane(worker)
+        bucket = lane.buckets.get(query.bucket)
+        if bucket is None:
+            bucket = lane.buckets[query.bucket] = BucketQueue()
+        before = bucket.items
+        bucket.push(query)
+        query.worker_id = worker.id
+        self._recount(lane, worker, query.bucket, before)
+
+    def _recount(self, lane: _Lane, worker: Worker, key: BucketKey, before: int) -> None:
+        """After a bucket went from `before` items to what it has now."""
+        table = worker.tables[key[0]]
+        items = lane.buckets[key].items
+        lane.backlog_ns += table.backlog_ns(items) - table.backlog_ns(before)
+        if items == 0:
+            del lane.buckets[key]
+
+    def _lane(self, worker: Worker) -> _Lane:
+        lane = self._lanes.get(worker.id)
+        if lane is None:
+            lane = self._lanes[worker.id] = _Lane()
+        return lane
+
+
+def _by_head(lane: _Lane) -> Callable[[BucketKey], tuple[int, int]]:
+    """Sorts buckets by their first query; an empty bucket is never in a lane."""
+    return lambda key: lane.buckets[key].head() or (0, 0)

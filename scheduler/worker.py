@@ -1,0 +1,256 @@
+"""The worker process: one slice, its models, one batch after the other.
+
+It reads inputs where the daemon wrote them, in the arena, and leaves outputs in its outbox. It ends when its
+channel does; signals that a terminal or an init system sends to the whole group it ignores, since the
+daemon has requests to finish.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scheduler import backends
+from scheduler.arena import Descriptor
+from scheduler.backends import Array, Backend, ModelLoadError
+from scheduler.channel import DETAIL_CHARS, Done, Failed, Load, Loaded, LoadFailed, Ready, RunBatch, Unload, WorkerEnd
+from scheduler.tensors import ALIGN, DATATYPES, InputLayout
+
+# Measuring a model at load takes at most about this long.
+MEASURE_SECONDS = 0.4
+
+
+class WorkerStart(NamedTuple):
+    """`device_uuid`: what CUDA is to see, None for the CPU. `threads`: of one operation on the CPU."""
+
+    name: str
+    device_uuid: str | None
+    threads: int
+
+
+def main(start: WorkerStart, sock: socket.socket, arena: Descriptor, outbox: Descriptor) -> None:
+    """Runs until the daemon closes the channel."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(f"mig {start.name}"[:15])
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    if start.device_uuid is not None:
+        # CUDA reads it once, at its first call; the fork server has made none.
+        os.environ["CUDA_VISIBLE_DEVICES"] = start.device_uuid
+    with suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(start.threads)
+    worker = _Worker(
+        WorkerEnd(sock),
+        "cpu" if start.device_uuid is None else "cuda",
+        arena.attach(writable=False),
+        outbox.attach(writable=True),
+    )
+    with suppress(BrokenPipeError, ConnectionResetError):  # the daemon is gone, and nobody is left to answer
+        worker.run()
+
+
+class _Model(NamedTuple):
+    backend: Backend
+    layout: InputLayout
+
+
+class _Batch(NamedTuple):
+    """A batch under way. `error`: what `start` raised."""
+
+    message: RunBatch
+    model: _Model
+    started: Any
+    error: Exception | None
+    input_ns: int
+    started_ns: int
+
+
+class _Written(NamedTuple):
+    """Where each output lies in the outbox."""
+
+    offsets: list[int]
+    sizes: list[int]
+    shapes: list[tuple[int, ...]]
+
+
+class _Worker:
+    def __init__(self, channel: WorkerEnd, device: str, inputs: memoryview, outbox: memoryview) -> None:
+        self._channel = channel
+        self._device = device
+        self._inputs = inputs
+        self._outbox = outbox
+        # On a GPU one batch runs and one is staged, so that copying overlaps computing; a CPU has no such gain.
+        self._depth = 1 if device == "cpu" else 2
+        self._finished = 0
+        self._models: dict[str, _Model] = {}
+
+    def run(self) -> None:
+        self._channel.send(Ready(self._depth))
+        if self._depth == 1:
+            self._loop(lambda batch: self._finish(batch))
+            return
+        staged: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        finisher = threading.Thread(target=self._finish_all, args=(staged,))
+        finisher.start()
+        self._loop(staged.put)
+        staged.put(None)
+        finisher.join()
+
+    def _loop(self, then: Any) -> None:
+        while (message := self._channel.receive()) is not None:
+            match message:
+                case RunBatch():
+                    then(self._start(message))
+                case Load():
+                    self._load(message)
+                case Unload():
+                    self._models.pop(message.key, None)
+
+    def _finish_all(self, staged: queue.SimpleQueue[_Batch | None]) -> None:
+        while (batch := staged.get()) is not None:
+            self._finish(batch)
+
+    # ---- models ----
+
+    def _load(self, message: Load) -> None:
+        try:
+            backend = backends.load(message, self._device)
+            points = message.latency_ms or measure(backend)
+        except ModelLoadError as error:
+            self._channel.send(LoadFailed(message.source.key, str(error)[:DETAIL_CHARS]))
+            return
+        self._models[message.source.key] = _Model(backend, InputLayout(backend.signature))
+        self._channel.send(Loaded(message.source.key, backend.signature, points))
+
+    # ---- batches ----
+
+    def _start(self, message: RunBatch) -> _Batch:
+        model = self._models[message.key]
+        begin_ns = time.monotonic_ns()
+        started, error = None, None
+        try:
+            inputs = self._gather(message, model)
+            gathered_ns = time.monotonic_ns()
+            started = model.backend.start(inputs)
+        except Exception as raised:  # whatever a model raises fails its batch, not the worker
+            gathered_ns = time.monotonic_ns()
+            error = raised
+        return _Batch(message, model, started, error, gathered_ns - begin_ns, gathered_ns)
+
+    def _gather(self, message: RunBatch, model: _Model) -> list[Array]:
+        """The inputs of all requests, one array an input, copied once out of the arena."""
+        signature = model.backend.signature
+        total = sum(message.items)
+        whole = model.layout.places(max(total, signature.min_batch), message.dims)
+        arrays = []
+        for index, (spec, place) in enumerate(zip(signature.inputs, whole, strict=True)):
+            array = model.backend.host_array(place.shape, DATATYPES[spec.datatype].numpy)
+            target = _bytes_of(array)
+            end = 0
+            for offset, items in zip(message.offsets, message.items, strict=True):
+                part = model.layout.places(items, message.dims)[index]
+                begin = offset + part.offset
+                target[end : end + part.nbytes] = self._inputs[begin : begin + part.nbytes]
+                end += part.nbytes
+            if end < place.nbytes:
+                target[end:] = bytes(place.nbytes - end)
+            arrays.append(array)
+        return arrays
+
+    def _finish(self, batch: _Batch) -> None:
+        try:
+            if batch.error is not None:
+                raise batch.error
+            outputs = batch.model.backend.finish(batch.started)
+            finished_ns = time.monotonic_ns()
+            written = self._write(batch, outputs)
+        except Exception as raised:
+            detail = f"{type(raised).__name__}: {raised}"[:DETAIL_CHARS]
+            self._channel.send(Failed(batch.message.batch_id, detail))
+        else:
+            self._channel.send(
+                Done(
+                    batch.message.batch_id,
+                    *written,
+                    batch.input_ns,
+                    finished_ns - batch.started_ns,
+                    time.monotonic_ns() - finished_ns,
+                )
+            )
+        self._finished += 1
+
+    def _write(self, batch: _Batch, outputs: list[Array]) -> _Written:
+        """Outputs into the outbox. It has a region for each batch that can be under way."""
+        signature = batch.model.backend.signature
+        items = sum(batch.message.items)
+        region = len(self._outbox) // self._depth
+        offset = region * (self._finished % self._depth)
+        end = offset + region
+        written = _Written([], [], [])
+        if len(outputs) != len(signature.outputs):
+            raise ValueError(f"the model gave {len(outputs)} outputs, its signature has {len(signature.outputs)}")
+        for array, spec in zip(outputs, signature.outputs, strict=True):
+            if signature.max_batch > 0:
+                if array.ndim == 0 or array.shape[0] < items:
+                    raise ValueError(f"output {spec.name} has shape {array.shape} for a batch of {items}")
+                array = array[:items]
+            dtype = DATATYPES[spec.datatype].numpy
+            if array.dtype != dtype:
+                raise ValueError(f"output {spec.name} has type {array.dtype}, its signature says {spec.datatype}")
+            if offset + array.nbytes > end:
+                raise ValueError(f"outputs of more than {region} bytes a batch do not fit; ask for fewer items")
+            self._outbox[offset : offset + array.nbytes] = _bytes_of(np.ascontiguousarray(array))
+            written.offsets.append(offset)
+            written.sizes.append(array.nbytes)
+            written.shapes.append(array.shape)
+            offset += -(-array.nbytes // ALIGN) * ALIGN
+        return written
+
+
+def _bytes_of(array: Array) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def measure(backend: Backend) -> tuple[tuple[int, float], ...]:
+    """(batch, ms) points on this device: medians of a few runs each, on zeros. Raises ModelLoadError."""
+    signature = backend.signature
+    layout = InputLayout(signature)
+    largest = max(signature.max_batch, 1)
+    batches = sorted({largest, *(1 << n for n in range(largest.bit_length()))})
+    deadline = time.monotonic() + MEASURE_SECONDS
+    points: list[tuple[int, float]] = []
+    for batch in batches:
+        places = layout.places(max(batch, signature.min_batch), signature.sample_dims)
+        inputs = [
+            np.zeros(place.shape, DATATYPES[spec.datatype].numpy)
+            for spec, place in zip(signature.inputs, places, strict=True)
+        ]
+        try:
+            points.append((batch, _median_ms(backend, inputs, MEASURE_SECONDS / len(batches))))
+        except Exception as error:  # a model that cannot run on zeros of its own shape is broken
+            raise ModelLoadError(f"a first run at batch {batch} failed: {type(error).__name__}: {error}") from error
+        if time.monotonic() > deadline:
+            break  # the rest is extrapolated along the last two points
+    return tuple(points)
+
+
+def _median_ms(backend: Backend, inputs: list[Array], seconds: float) -> float:
+    backend.finish(backend.start(inputs))  # the first run of a shape pays for caches and buffers
+    times: list[float] = []
+    while not times or (sum(times) < seconds and len(times) < 9):
+        begin = time.perf_counter()
+        backend.finish(backend.start(inputs))
+        times.append(time.perf_counter() - begin)
+    return 1e3 * sorted(times)[len(times) // 2]

@@ -1,0 +1,1 @@
+"""The daemon's outside: protocol, configuration, metrics, and the composition of all rooms."""

@@ -1,0 +1,393 @@
+"""Bytes to tensors and back: the HTTP forms of an infer request and its reply. Pure.
+
+Tensor bytes are not copied here: a Tensor holds views of the body, and `write_tensor` copies them, once, to
+where the worker will read them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import Any, NamedTuple
+
+import msgspec
+
+from scheduler.tensors import Signature, TensorSpec
+from server import wire
+from server.errors import Fault, ServeError, invalid
+
+Pieces = list[memoryview]
+
+# How struct writes each datatype, and what JSON value it takes.
+_STRUCT_CODES = {
+    "BOOL": ("?", bool),
+    "UINT8": ("B", int),
+    "UINT16": ("H", int),
+    "UINT32": ("I", int),
+    "UINT64": ("Q", int),
+    "INT8": ("b", int),
+    "INT16": ("h", int),
+    "INT32": ("i", int),
+    "INT64": ("q", int),
+    "FP32": ("f", float),
+    "FP64": ("d", float),
+}
+
+
+class Tensor(NamedTuple):
+    """One input of a request as it came: `data` is JSON text, or views of its bytes, or BYTES elements."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: msgspec.Raw | Pieces | list[bytes]
+
+
+class OutputChoice(NamedTuple):
+    """One output to send back. `binary`: as bytes behind the JSON."""
+
+    name: str
+    binary: bool
+
+
+class DecodedRequest(NamedTuple):
+    """`outputs` None: all of them, in the form that `binary_default` says."""
+
+    tensors: list[Tensor]
+    outputs: list[OutputChoice] | None
+    binary_default: bool
+    parameters: wire.Parameters | None
+    id: str | None
+
+
+# ---- requests ----
+
+
+def decode_request(chunks: Sequence[bytes], header_length: int | None) -> DecodedRequest:
+    """A whole infer body, in the chunks it came in. Raises ServeError.
+
+    `header_length`: the value of Inference-Header-Content-Length, None if the header is absent (all is JSON).
+    """
+    size = sum(map(len, chunks))
+    if header_length is None:
+        header_length = size
+    elif not 0 < header_length <= size:
+        raise invalid(
+            f"Inference-Header-Content-Length is {header_length}, but the body has {size} bytes; expected a "
+            f"value between 1 and the body's size, or 0 for a raw body"
+        )
+    head = chunks[0] if len(chunks) == 1 and header_length == size else b"".join(_pieces(chunks, 0, header_length))
+    try:
+        request = wire.decode_infer_request(head)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise invalid(f"the request's JSON cannot be read: {error}") from None
+    if not request.inputs:
+        raise invalid("the request has no inputs; expected at least one")
+    tensors, end = [], header_length
+    for entry in request.inputs:
+        tensor, end = _tensor(entry, chunks, end, size)
+        tensors.append(tensor)
+    if end != size:
+        raise invalid(f"unexpected additional input data: the inputs end at byte {end}, the body has {size}")
+    parameters = request.parameters
+    binary_default = bool(parameters and _flag(parameters, "binary_data_output", "the request's"))
+    outputs = None
+    if request.outputs:
+        outputs = [_output_choice(output, binary_default) for output in request.outputs]
+    return DecodedRequest(tensors, outputs, binary_default, parameters, request.id)
+
+
+def _tensor(entry: wire.InferInput, chunks: Sequence[bytes], begin: int, size: int) -> tuple[Tensor, int]:
+    """One input, and where the next one's bytes begin."""
+    shape = tuple(entry.shape)
+    parameters = entry.parameters
+    if not parameters or "binary_data_size" not in parameters:
+        if parameters and "shared_memory_region" in parameters:
+            raise ServeError(Fault.UNSUPPORTED, f"input {entry.name}: shared memory is not supported; send the data")
+        if not entry.data:
+            raise invalid(f"input {entry.name} has neither data nor a binary_data_size")
+        return Tensor(entry.name, entry.datatype, shape, entry.data), begin
+    nbytes = parameters["binary_data_size"]
+    if type(nbytes) is not int or nbytes < 0:
+        raise invalid(f"input {entry.name}: binary_data_size must be a number of bytes, not {nbytes!r}")
+    if entry.data:
+        raise invalid(f"input {entry.name} has both data and a binary_data_size; send one of them")
+    end = begin + nbytes
+    if end > size:
+        raise invalid(
+            f"unexpected size for input {entry.name}: {nbytes} bytes are announced, {size - begin} are in the body"
+        )
+    return Tensor(entry.name, entry.datatype, shape, _pieces(chunks, begin, end)), end
+
+
+def _pieces(chunks: Sequence[bytes], begin: int, end: int) -> Pieces:
+    """Views of bytes begin..end of the chunks taken together."""
+    pieces = []
+    at = 0
+    for chunk in chunks:
+        if at < end and at + len(chunk) > begin:
+            pieces.append(memoryview(chunk)[max(begin - at, 0) : end - at])
+        at += len(chunk)
+    return pieces
+
+
+def _output_choice(output: wire.RequestedOutput, binary_default: bool) -> OutputChoice:
+    parameters = output.parameters
+    if not parameters:
+        return OutputChoice(output.name, binary_default)
+    for name, what in (("classification", "classification"), ("shared_memory_region", "shared memory")):
+        if parameters.get(name):
+            raise ServeError(Fault.UNSUPPORTED, f"output {output.name}: {what} is not supported")
+    owner = f"output {output.name}'s"
+    binary = _flag(parameters, "binary_data", owner) if "binary_data" in parameters else binary_default
+    return OutputChoice(output.name, binary)
+
+
+def _flag(parameters: wire.Parameters, name: str, owner: str) -> bool:
+    value = parameters.get(name, False)
+    if type(value) is not bool:
+        raise invalid(f"{owner} parameter {name} must be true or false, not {value!r}")
+    return value
+
+
+# ---- checks ----
+
+
+class Checked(NamedTuple):
+    """Inputs that fit a signature: in its order, with the items they hold and the values of its -1s."""
+
+    tensors: list[Tensor]
+    items: int
+    dims: tuple[int, ...]
+
+
+def check_inputs(signature: Signature, tensors: Sequence[Tensor]) -> Checked:
+    """Names, datatypes and shapes of a request against what the model takes. Raises ServeError."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    if len(tensors) != len(signature.inputs) or len(by_name) != len(tensors):
+        raise invalid(f"expected inputs {_names(signature.inputs)}, got {_names(tensors)}")
+    ordered: list[Tensor] = []
+    dims: list[int] = []
+    items = 1
+    for spec in signature.inputs:
+        tensor = by_name.get(spec.name)
+        if tensor is None:
+            raise invalid(f"expected inputs {_names(signature.inputs)}, got {_names(tensors)}")
+        if tensor.datatype != spec.datatype:
+            raise invalid(f"input {spec.name} has datatype {tensor.datatype}, expected {spec.datatype}")
+        shape = tensor.shape
+        if signature.max_batch > 0:
+            if len(shape) != len(spec.dims) + 1:
+                raise _wrong_shape(spec, shape, signature)
+            if ordered and shape[0] != items:
+                raise invalid(f"input {spec.name} has {shape[0]} items, input {ordered[0].name} has {items}")
+            items, shape = shape[0], shape[1:]
+        if shape != spec.dims:
+            if len(shape) != len(spec.dims):
+                raise _wrong_shape(spec, tensor.shape, signature)
+            for dim, expected in zip(shape, spec.dims, strict=True):
+                if expected == -1 and dim > 0:
+                    dims.append(dim)
+                elif dim != expected:
+                    raise _wrong_shape(spec, tensor.shape, signature)
+        ordered.append(tensor)
+    if not 1 <= items <= max(signature.max_batch, 1):
+        raise invalid(f"the batch has {items} items, expected 1 to {signature.max_batch}")
+    return Checked(ordered, items, tuple(dims))
+
+
+def _names(named: Iterable[Tensor | TensorSpec]) -> str:
+    return ", ".join(each.name for each in named) or "none"
+
+
+def _wrong_shape(spec: TensorSpec, shape: tuple[int, ...], signature: Signature) -> ServeError:
+    expected = list(spec.dims) if signature.max_batch == 0 else ["batch", *spec.dims]
+    text = ", ".join(map(str, expected))
+    return invalid(f"input {spec.name} has shape {list(shape)}, expected [{text}] (-1 may vary)")
+
+
+# ---- tensors into memory ----
+
+
+def write_tensor(tensor: Tensor, spec: TensorSpec, shape: tuple[int, ...], target: memoryview) -> None:
+    """Writes a tensor, whose shape was checked, to `target`, which is as long as it is. Raises ServeError."""
+    data = tensor.data
+    if isinstance(data, msgspec.Raw):
+        _write_json(data, spec, shape, target)
+        return
+    nbytes = sum(map(len, data))
+    if nbytes != len(target):
+        raise invalid(
+            f"unexpected size for input {spec.name}: {nbytes} bytes were sent, {spec.datatype} of shape "
+            f"{list(shape)} takes {len(target)}"
+        )
+    at = 0
+    for piece in data:
+        target[at : at + len(piece)] = piece
+        at += len(piece)
+
+
+def _write_json(raw: msgspec.Raw, spec: TensorSpec, shape: tuple[int, ...], target: memoryview) -> None:
+    if spec.datatype not in _STRUCT_CODES:
+        raise invalid(f"input {spec.name}: {spec.datatype} cannot be sent as JSON; use the binary tensor extension")
+    count = math.prod(shape)
+    values = _json_values(raw, spec.name, _STRUCT_CODES[spec.datatype][1], shape)
+    if len(values) != count:
+        raise invalid(
+            f"input {spec.name} has {len(values)} values in data, shape {list(shape)} takes {count}"
+        )
+    try:
+        _packer(spec.datatype, count).pack_into(target, 0, *values)
+    except (struct.error, OverflowError) as error:
+        raise invalid(f"input {spec.name}: a value does not fit {spec.datatype}: {error}") from None
+
+
+def _json_values(raw: msgspec.Raw, name: str, kind: type, shape: tuple[int, ...]) -> list[Any]:
+    """The values of `data`, flat or nested as the shape is, row-major."""
+    nested = _is_nested(raw)
+    try:
+        values = _decoder(kind, len(shape) if nested else 1)(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise invalid(f"input {name}: data does not hold what datatype and shape announce: {error}") from None
+    return _flatten(values, name, shape) if nested else values
+
+
+def _is_nested(raw: msgspec.Raw) -> bool:
+    text = bytes(memoryview(raw)[:64]).lstrip()
+    return text[:1] == b"[" and text[1:].lstrip()[:1] == b"["
+
+
+@lru_cache(maxsize=256)
+def _decoder(kind: Any, depth: int) -> Any:
+    for _ in range(depth):
+        kind = list[kind]
+    return msgspec.json.Decoder(kind).decode
+
+
+@lru_cache(maxsize=1024)
+def _packer(datatype: str, count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}{_STRUCT_CODES[datatype][0]}")
+
+
+def _flatten(values: list[Any], name: str, shape: tuple[int, ...]) -> list[Any]:
+    if len(values) != shape[0]:
+        raise invalid(f"input {name}: data is nested in another shape than {list(shape)}")
+    level: Iterable[list[Any]] = values
+    for size in shape[1:]:
+        level = list(level)
+        if any(len(part) != size for part in level):
+            raise invalid(f"input {name}: data is nested in another shape than {list(shape)}")
+        values = list(chain.from_iterable(level))
+        level = values
+    return values
+
+
+# ---- BYTES ----
+
+
+def byte_elements(tensor: Tensor) -> list[bytes]:
+    """The elements of a BYTES tensor: binary as <uint32 length><bytes>, in JSON as base64. Raises ServeError."""
+    data = tensor.data
+    if isinstance(data, msgspec.Raw):
+        texts = _json_values(data, tensor.name, str, tensor.shape)
+        try:
+            elements = [base64.b64decode(text, validate=True) for text in texts]
+        except binascii.Error as error:
+            raise invalid(f"input {tensor.name}: BYTES in JSON must be base64: {error}") from None
+    elif data and isinstance(data[0], bytes):
+        elements = [bytes(element) for element in data]
+    else:
+        elements = _length_prefixed(b"".join(data), tensor.name)
+    count = math.prod(tensor.shape)
+    if len(elements) != count:
+        raise invalid(f"input {tensor.name} has {len(elements)} elements, shape {list(tensor.shape)} takes {count}")
+    return elements
+
+
+def _length_prefixed(data: bytes, name: str) -> list[bytes]:
+    elements = []
+    at = 0
+    while at < len(data):
+        if at + 4 > len(data):
+            raise invalid(f"input {name}: {len(data) - at} bytes are left over after its last BYTES element")
+        (size,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if at + size > len(data):
+            raise invalid(f"input {name}: a BYTES element announces {size} bytes, {len(data) - at} are left")
+        elements.append(data[at : at + size])
+        at += size
+    return elements
+
+
+# ---- replies ----
+
+
+class OutputData(NamedTuple):
+    """One output of one request. Views and lists may be shared with other requests of the batch."""
+
+    spec: TensorSpec
+    shape: tuple[int, ...]
+    data: memoryview
+    values: list[Any] | None  # for JSON
+
+
+def encode_reply(
+    model: str, version: str, request_id: str | None, outputs: Sequence[OutputData]
+) -> tuple[list[bytes | memoryview], int | None]:
+    """The parts of a reply's body, and the length of its JSON part if binary data follow it."""
+    entries = []
+    parts: list[bytes | memoryview] = [b""]
+    for output in outputs:
+        entry = wire.InferOutput(output.spec.name, output.spec.datatype, list(output.shape))
+        if output.values is None:
+            entry.parameters = {"binary_data_size": len(output.data)}
+            if len(output.data):
+                parts.append(output.data)
+        else:
+            entry.data = output.values
+        entries.append(entry)
+    parts[0] = wire.encode_json(wire.InferReply(model, version, entries, request_id or None))
+    return parts, len(parts[0]) if len(parts) > 1 else None
+
+
+# ---- compression ----
+
+
+def decompress(body: bytes, encoding: str, limit: int) -> bytes:
+    """Undoes Content-Encoding gzip or deflate, to at most `limit` bytes. Raises ServeError."""
+    try:
+        wbits = {"gzip": 31, "deflate": 15}[encoding]
+    except KeyError:
+        message = f"Content-Encoding {encoding!r} is not supported; use gzip, deflate or none"
+        raise ServeError(Fault.UNSUPPORTED, message, reason="encoding") from None
+    inflater = zlib.decompressobj(wbits)
+    try:
+        data = inflater.decompress(body, limit)
+    except zlib.error as error:
+        raise invalid(f"the body is not valid {encoding}: {error}") from None
+    if inflater.unconsumed_tail:
+        raise ServeError(Fault.TOO_LARGE, f"the body inflates to more than {limit} bytes")
+    if not inflater.eof or inflater.unused_data:
+        raise invalid(f"the body is not one whole {encoding} stream")
+    return data
+
+
+def compress(body: bytes, encoding: str) -> bytes:
+    """`encoding`: gzip or deflate, the latter as zlib's stream."""
+    deflater = zlib.compressobj(1, wbits=31 if encoding == "gzip" else 15)
+    return deflater.compress(body) + deflater.flush()
+
+
+def accepted_encoding(header: str) -> str | None:
+    """Which of ours an Accept-Encoding header asks for first; None for no compression."""
+    for part in header.split(","):
+        name, _, quality = part.strip().partition(";")
+        if name.strip() in ("gzip", "deflate") and quality.replace(" ", "") not in ("q=0", "q=0.0"):
+            return name.strip()
+    return None

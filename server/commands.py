@@ -1,0 +1,141 @@
+"""What the verbs of the command line do. Each returns an exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvloop
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from scheduler.journal import JournalError
+from scheduler.journal import replay as replay_journal
+from server import picture, settings
+from server.daemon import Daemon, Progress, StartError, open_gpus
+from server.settings import Settings
+
+UNAVAILABLE, USAGE = 1, 2
+
+
+def serve(config: Path | None, flags: dict[str, Any]) -> int:
+    """Runs the daemon until it is told to stop."""
+    try:
+        chosen = settings.load(config, flags)
+    except (ValidationError, OSError) as error:
+        return _complain(_explain(error), USAGE)
+    _configure_logging(chosen)
+    show = _Show(chosen) if chosen.log_format == "console" else Progress()
+
+    async def run() -> int:
+        return await Daemon(chosen, show).run()
+
+    try:
+        return uvloop.run(run())
+    except StartError as error:
+        return _complain(f"migserve cannot start: {error}", UNAVAILABLE)
+
+
+def show_gpus(gpu: str, layout: str | None) -> int:
+    """Draws the GPUs."""
+    try:
+        door = open_gpus(gpu, layout)
+    except StartError as error:
+        return _complain(str(error), UNAVAILABLE)
+    Console().print(picture.layout(door.gpus(), lambda where: [f"{where.gpcs} GPCs, {where.device_uuid}"]))
+    door.close()
+    return 0
+
+
+def replay(journal: Path) -> int:
+    """Replays a journal."""
+    try:
+        count = replay_journal(journal)
+    except (JournalError, OSError) as error:
+        return _complain(str(error), UNAVAILABLE)
+    Console().print(f"{count} events, the same commands")
+    return 0
+
+
+class _Show(Progress):
+    """Progress in the terminal, then the layout and a line to try."""
+
+    def __init__(self, chosen: Settings) -> None:
+        self._console = Console(highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Bar(*columns, console=self._console, transient=True)
+        roots = chosen.model_repository
+        models = {path.name for root in roots if root.is_dir() for path in root.iterdir() if path.is_dir()}
+        self._task = self._bar.add_task("starting", total=len(models), start=False)
+
+    def workers(self, count: int) -> None:
+        self._bar.update(self._task, description=f"starting {count} workers, loading models")
+        self._bar.start_task(self._task)
+        self._bar.start()
+
+    def model(self, name: str, trouble: str) -> None:
+        self._bar.advance(self._task)
+
+    def ready(self, daemon: Daemon) -> None:
+        self._bar.stop()
+        show_ready(daemon, self._console)
+
+
+def show_ready(daemon: Daemon, console: Console) -> None:
+    """The layout, where it listens, and a curl line that works."""
+    console.print(picture.layout(daemon.gpus, daemon.serves))
+    if any(gpu.simulated for gpu in daemon.gpus):
+        console.print("The GPUs are simulated: each slice is a worker process on the CPU.", style="yellow")
+    host = daemon.settings.http_address
+    host = "localhost" if host in ("0.0.0.0", "127.0.0.1") else host
+    listening = "   ".join(f"{name} {host}:{port}" for name, port in sorted(daemon.ports.items()))
+    console.print(f"\nReady: {listening}", style="bold green")
+    for root in daemon.settings.model_repository:
+        sample = root / "digits" / "three.png"
+        if sample.is_file() and "http" in daemon.ports:
+            url = f"http://{host}:{daemon.ports['http']}/v2/models/digits/infer"
+            console.print("Try it:  ", end="")
+            console.print(f"curl --data-binary @{sample} {url}\n", style="bold", markup=False, soft_wrap=True)
+
+
+def _complain(message: str, code: int) -> int:
+    Console(stderr=True, highlight=False).print(message, style="red", markup=False, soft_wrap=True)
+    return code
+
+
+def _explain(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return f"the configuration cannot be read: {error}"
+    lines = []
+    for each in error.errors():
+        name = "--" + ".".join(map(str, each["loc"])).replace("_", "-")
+        lines.append(f"{name} {each.get('input')!r}: {each['msg']}; see migserve serve --help")
+    return "\n".join(lines)
+
+
+def _configure_logging(chosen: Settings) -> None:
+    """structlog to stderr: lines for people, or JSON for machines. Libraries' own logs from warnings up."""
+    json = chosen.log_format == "json"
+    renderer: Any = (
+        structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    shared: list[Any] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso")]
+    if json:
+        shared.append(structlog.processors.format_exc_info)
+    # At a terminal the picture tells what the lines would.
+    quiet = sys.stderr.isatty() and not json and chosen.log_verbose == 0
+    level = logging.WARNING if quiet else logging.DEBUG if chosen.log_verbose > 1 else logging.INFO
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    handler = logging.StreamHandler()
+    meta = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=[meta, renderer], foreign_pre_chain=shared))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)

@@ -1,0 +1,353 @@
+"""The daemon: the one file that knows all rooms. Puts them together, starts them, drains and stops them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import grpc
+import structlog
+import uvicorn
+
+from partitioner.geometry import IllegalLayoutError, Slice
+from partitioner.nvml import Gpu, NvmlDoor, NvmlUnavailableError
+from partitioner.simulated_nvml import SimulatedNvml, parse_gpus
+from preprocess.pool import PreprocessPool
+from scheduler.arena import Arena
+from scheduler.core import SchedulerCore
+from scheduler.driver import Driver
+from scheduler.fleet import Fleet, State
+from scheduler.journal import Header, JournalWriter
+from server import grpc_api, rest
+from server.app import create_app
+from server.http_protocol import HttpProtocol
+from server.infer import InferRoute
+from server.metrics import Metrics
+from server.repository import ModelState, Repository
+from server.service import InferenceService
+from server.settings import MIB, Settings
+
+log = structlog.get_logger(__name__)
+
+NAME = "migserve"
+DEFAULT_SIMULATION = "A100-80GB"
+GPU_READ_INTERVAL_S = 5.0
+
+
+class StartError(RuntimeError):
+    """The daemon cannot start. The message says why and what to do."""
+
+
+class Progress:
+    """What the command line shows while the daemon starts; does nothing by default."""
+
+    def workers(self, count: int) -> None:
+        """`count` worker processes are being started."""
+
+    def model(self, name: str, trouble: str) -> None:
+        """A model was loaded, or, with `trouble`, was not."""
+
+    def ready(self, daemon: Daemon) -> None:
+        """Requests are served."""
+
+
+def open_gpus(gpu: str, layout: str | None) -> NvmlDoor:
+    """`nvml`, `sim:A100-80GB`, `sim:A100-80GBx4`, or `auto`: NVML where there is a driver. Raises StartError."""
+    try:
+        if gpu in ("nvml", "auto"):
+            import pynvml
+
+            try:
+                door = NvmlDoor(pynvml)
+            except NvmlUnavailableError:
+                if gpu == "nvml":
+                    raise
+                return _simulated(DEFAULT_SIMULATION, layout)
+            if layout is not None:
+                door.close()
+                raise StartError("--layout cuts simulated GPUs only; on a real one cut it with nvidia-smi mig first")
+            return door
+        kind, _, spec = gpu.partition(":")
+        if kind != "sim" or not spec:
+            raise StartError(f"--gpu {gpu!r} is not known; use nvml, sim:A100-80GB, sim:A100-80GBx4 or auto")
+        return _simulated(spec, layout)
+    except (NvmlUnavailableError, IllegalLayoutError) as error:
+        raise StartError(str(error)) from error
+
+
+def _simulated(spec: str, layout: str | None) -> NvmlDoor:
+    return NvmlDoor(SimulatedNvml(parse_gpus(spec, layout)), simulated=True)
+
+
+class Daemon:
+    """One life: `run` returns the exit code."""
+
+    def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
+        self.settings = settings
+        self._progress = progress or Progress()
+        self._draining = False
+        self._started = False
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self.version = _version()
+        for path in settings.model_repository:
+            if not path.is_dir():
+                raise StartError(f"--model-repository {path} is not a folder; `make models` makes demo models in models/")
+        self._door = open_gpus(settings.gpu, settings.layout)
+        self.gpus: list[Gpu] = self._door.gpus()
+        slices = [each for gpu in self.gpus for each in gpu.slices]
+        if not slices:
+            raise StartError("no slice to serve on: MIG is on, but there are no instances; see nvidia-smi mig -cgi")
+        self.arena = Arena(settings.arena_mib * MIB)
+        self.fleet = Fleet(
+            slices,
+            self.arena,
+            workers_per_slice=settings.workers_per_slice,
+            threads_per_worker=settings.threads_per_worker or _threads(len(slices) * settings.workers_per_slice),
+            batch_timeout_s=settings.batch_timeout_secs,
+        )
+        self.metrics = Metrics()
+        self._journal = None
+        if settings.journal is not None:
+            try:
+                self._journal = JournalWriter(settings.journal, Header(settings.max_queue_size))
+            except OSError as error:
+                raise StartError(f"--journal {settings.journal} cannot be written: {error.strerror}") from error
+        core = SchedulerCore(settings.max_queue_size)
+        self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
+        self.repository = Repository(settings.model_repository, self.fleet, self.driver)
+        self._pool = PreprocessPool(settings.preprocess_threads or os.cpu_count() or 1)
+        self.service = InferenceService(self.driver, self.arena, self._pool, self.metrics)
+        self.metrics.watch(
+            self.fleet.workers, self.gpus, self._models_now, lambda: (self.arena.used, self.arena.size)
+        )
+        self.ports: dict[str, int] = {}  # by protocol, once it listens
+        self._http: list[_HttpServer] = []
+        self._serving: list[asyncio.Task[None]] = []
+        self._grpc: grpc.aio.Server | None = None
+        self._background: list[asyncio.Task[None]] = []
+
+    # ---- what others ask ----
+
+    def not_ready(self) -> list[str]:
+        """Why no requests should come now."""
+        if self._draining:
+            return ["the server is shutting down"]
+        if not self._started:
+            return ["the server is starting"]
+        if all(worker.state == State.OUT for worker in self.fleet.workers):
+            return ["every slice is out", *self.slices_out()]
+        if self.settings.strict_readiness:
+            return self.repository.not_ready()
+        return []
+
+    def slices_out(self) -> list[str]:
+        """Slices that stay out, with their reasons."""
+        return [f"{each.name}: {each.reason}" for each in self.fleet.workers if each.state == State.OUT]
+
+    def serves(self, where: Slice) -> list[str]:
+        """What a slice serves, for the picture."""
+        serving = {
+            model.name + (" (emulated)" if model.emulated else "")
+            for model in self.repository.models()
+            for worker in self.repository.servers(model)
+            if model.state == ModelState.READY and worker.where == where
+        }
+        return sorted(serving)
+
+    # ---- life ----
+
+    async def run(self) -> int:
+        """Serves until told to stop. 0: every request was ended properly. Raises StartError."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            # Clients and probes are answered from the beginning on: alive, but not ready yet.
+            await self._open_servers()
+            await self._start()
+            await self._stop.wait()
+            return await self._drain()
+        finally:
+            await self._shut_down()
+
+    def _on_signal(self) -> None:
+        """The first one drains, the second one hurries."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    async def _start(self) -> None:
+        """Workers and models, unless told to stop first."""
+        for gpu in self.gpus:
+            layout = [each.name for each in gpu.slices]
+            log.info("gpu", index=gpu.index, name=gpu.name, uuid=gpu.uuid, simulated=gpu.simulated, slices=layout)
+        self._progress.workers(len(self.fleet.workers))
+        loading = asyncio.create_task(self._load())
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not loading.done():
+            loading.cancel()
+            return
+        await loading
+        self._started = True
+        self._background.append(asyncio.create_task(self._read_gpus()))
+        log.info("serving", **{f"{name}_port": port for name, port in self.ports.items()})
+        self._progress.ready(self)
+
+    async def _load(self) -> None:
+        await self.fleet.start(self.driver)
+        await self.repository.load_all(self._progress.model)
+
+    async def _read_gpus(self) -> None:
+        while True:
+            for gpu in self.gpus:
+                try:
+                    self.metrics.gpu_read(gpu.uuid, await asyncio.to_thread(self._door.readings, gpu.uuid))
+                except Exception as error:  # a lost GPU must not end the daemon
+                    log.warning("gpu cannot be read", uuid=gpu.uuid, reason=str(error))
+            await asyncio.sleep(GPU_READ_INTERVAL_S)
+
+    async def _drain(self) -> int:
+        """Unready; serves on briefly, so that load balancers notice; then finishes what is under way."""
+        self._draining = True
+        log.info("draining", unfinished=self.driver.unfinished())
+        deadline = asyncio.get_running_loop().time() + self.settings.exit_timeout_secs
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), self.settings.drain_delay_secs)
+        closing = asyncio.create_task(self._close_servers())
+        hurried = asyncio.create_task(self._hurry.wait())
+        left_s = max(0.0, deadline - asyncio.get_running_loop().time())
+        await asyncio.wait({closing, hurried}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        cut_off = self.driver.unfinished()
+        if not closing.done():
+            log.warning("stopping now", unfinished=cut_off)
+            await self._cut_off(closing)
+        return 0 if cut_off == 0 else 1
+
+    async def _shut_down(self) -> None:
+        for task in self._background:
+            task.cancel()
+        await self._close_servers()
+        await self.fleet.stop()
+        self._pool.close()
+        if self._journal is not None:
+            self._journal.close()
+        self._door.close()
+        log.info("stopped")
+
+    # ---- servers ----
+
+    async def _open_servers(self) -> None:
+        """Listens on every port. Raises StartError, naming the one that cannot be had."""
+        settings = self.settings
+        health = (self.repository, self.metrics, self, NAME, self.version)
+        app = create_app(rest.router(*health))
+        if settings.allow_http:
+            infer = InferRoute(
+                app,
+                self.repository,
+                self.service,
+                max_body_bytes=settings.http_max_input_size,
+                read_timeout_s=settings.http_read_timeout_secs,
+                log_requests=settings.log_verbose > 0,
+            )
+            await self._open_http("http", settings.http_address, settings.http_port, infer)
+        if settings.allow_metrics:
+            await self._open_http("metrics", settings.metrics_address, settings.metrics_port, app)
+        if settings.allow_grpc:
+            servicer = grpc_api.InferenceServicer(
+                self.repository, self.service, self.metrics, self, NAME, self.version
+            )
+            self._grpc = grpc_api.create_server(servicer, self)
+            try:
+                address = f"{settings.grpc_address}:{settings.grpc_port}"
+                self.ports["grpc"] = self._grpc.add_insecure_port(address)
+            except RuntimeError as error:
+                raise _port_error("grpc", settings.grpc_address, settings.grpc_port, "in use or not permitted") from error
+            await self._grpc.start()
+
+    async def _open_http(self, name: str, address: str, port: int, app: Any) -> None:
+        try:
+            sock = socket.create_server((address, port), backlog=2048)
+        except OSError as error:
+            raise _port_error(name, address, port, error.strerror or str(error)) from error
+        self.ports[name] = sock.getsockname()[1]
+        config = uvicorn.Config(
+            app,
+            http=HttpProtocol,
+            ws="none",
+            lifespan="off",
+            proxy_headers=False,
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=int(self.settings.exit_timeout_secs) + 1,
+        )
+        server = _HttpServer(config)
+        self._http.append(server)
+        self._serving.append(asyncio.create_task(server.serve(sockets=[sock])))
+        while not server.started:
+            await asyncio.sleep(0.001)
+
+    async def _close_servers(self) -> None:
+        """Takes no more connections; returns when every request under way has its answer."""
+        for server in self._http:
+            server.should_exit = True
+        if self._grpc is not None:
+            await self._grpc.stop(self.settings.exit_timeout_secs)
+        await asyncio.gather(*self._serving)
+        await self.driver.idle()
+
+    async def _cut_off(self, closing: asyncio.Task[None]) -> None:
+        """Ends what is under way with an error, so that its client knows."""
+        if self._grpc is not None:
+            await self._grpc.stop(None)
+        for server in self._http:
+            for task in list(server.server_state.tasks):
+                task.cancel()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(closing), 1.0)
+        for server in self._http:
+            server.force_exit = True
+        await closing
+
+    def _models_now(self) -> Iterator[tuple[tuple[str, str], bool, bool, int]]:
+        for model in self.repository.models():
+            ready = model.state == ModelState.READY and bool(self.repository.servers(model))
+            unfinished = self.driver.unfinished(model.key) if model.key else 0
+            yield (model.name, str(model.version)), ready, model.emulated, unfinished
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn, without its own signal handlers: the daemon drains all its servers together."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _port_error(name: str, address: str, port: int, why: str) -> StartError:
+    return StartError(
+        f"--{name}-port {port} on {address} cannot be used: {why}; stop what uses it, or choose another one (0: any "
+        f"that is free)"
+    )
+
+
+def _threads(workers: int) -> int:
+    """Of one operation in a CPU worker: the cores, shared out."""
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+def _version() -> str:
+    try:
+        return version(NAME)
+    except PackageNotFoundError:
+        return "unknown"  # run from a checkout that is not installed

@@ -1,0 +1,75 @@
+"""Every way a request can end badly, and the one table from it to HTTP and gRPC status codes. Pure."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+
+import grpc
+
+from scheduler.messages import Reason
+
+
+class Fault(Enum):
+    """(HTTP status, gRPC status). As Triton's, but for 429 and 504, which say what to do next."""
+
+    INVALID = (400, grpc.StatusCode.INVALID_ARGUMENT)
+    NOT_FOUND = (404, grpc.StatusCode.NOT_FOUND)
+    TOO_LARGE = (413, grpc.StatusCode.INVALID_ARGUMENT)
+    REFUSED = (429, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    INTERNAL = (500, grpc.StatusCode.INTERNAL)
+    UNSUPPORTED = (501, grpc.StatusCode.UNIMPLEMENTED)
+    UNAVAILABLE = (503, grpc.StatusCode.UNAVAILABLE)
+    DEADLINE = (504, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    def __init__(self, http: int, grpc_status: grpc.StatusCode) -> None:
+        self.http = http
+        self.grpc = grpc_status
+
+
+class ServeError(Exception):
+    """Ends a request with a status and one sentence for the client.
+
+    `reason` labels it in the metrics; `retry_after_s` is set where a later try has a chance.
+    """
+
+    def __init__(self, fault: Fault, message: str, *, reason: str = "", retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.fault = fault
+        self.message = message
+        self.reason = reason or fault.name.lower()
+        self.retry_after_s = retry_after_s
+
+    @property
+    def retry_after_header(self) -> bytes | None:
+        """HTTP's Retry-After: whole seconds, at least one."""
+        return None if self.retry_after_s is None else b"%d" % max(1, math.ceil(self.retry_after_s))
+
+
+def invalid(message: str) -> ServeError:
+    return ServeError(Fault.INVALID, message)
+
+
+def from_refusal(reason: Reason, retry_after_s: float, detail: str, model: str) -> ServeError:
+    """What the scheduler's reasons mean to a client."""
+    match reason:
+        case Reason.QUEUE_FULL:
+            message = f"the queue of model {model} is full"
+            return ServeError(Fault.REFUSED, message, reason=reason, retry_after_s=retry_after_s)
+        case Reason.SLO_UNREACHABLE:
+            message = (
+                f"model {model} cannot answer in time: the estimate is {retry_after_s * 1e3:.1f} ms later than "
+                f"what slo_ms or deadline_ms allow"
+            )
+            return ServeError(Fault.REFUSED, message, reason=reason, retry_after_s=retry_after_s)
+        case Reason.EXPIRED:
+            message = "the request's time ran out before it was started (timeout or deadline_ms)"
+            return ServeError(Fault.DEADLINE, message, reason=reason)
+        case Reason.UNAVAILABLE:
+            message = f"no slice serves model {model} now"
+            return ServeError(Fault.UNAVAILABLE, message, reason=reason)
+        case Reason.CRASHED:
+            message = f"the worker died twice while running this request ({detail}); it was not tried again"
+            return ServeError(Fault.INTERNAL, message, reason=reason)
+        case Reason.MODEL_FAILED:
+            return ServeError(Fault.INTERNAL, f"model {model} failed on this input: {detail}", reason=reason)

@@ -1,0 +1,288 @@
+"""The Open Inference Protocol over gRPC, with tritonclient's generated modules and grpc.health.v1.
+
+Spec: Triton's grpc_service.proto. Messages are turned into the same values that the HTTP side uses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf import json_format
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+from scheduler.driver import Answered
+from server import wire
+from server.codec import OutputChoice, Tensor
+from server.errors import Fault, ServeError, invalid
+from server.metrics import Metrics, statistics
+from server.model_config import model_config, model_metadata
+from server.repository import Model, Repository
+from server.rest import Health, repository_index
+from server.service import InferenceService, now_ns, outputs_of
+
+log = structlog.get_logger(__name__)
+
+# Clients allow themselves messages of up to 2 GiB - 1.
+MAX_MESSAGE_BYTES = 2**31 - 1
+# Requests of one stream that are under way at once; reading stops beyond that.
+STREAM_WINDOW = 128
+
+Context = grpc.aio.ServicerContext
+
+# Field of InferTensorContents, and struct's code, of each datatype that may come in `contents`.
+_CONTENTS = {
+    "BOOL": ("bool_contents", "?"),
+    "INT8": ("int_contents", "b"),
+    "INT16": ("int_contents", "h"),
+    "INT32": ("int_contents", "i"),
+    "INT64": ("int64_contents", "q"),
+    "UINT8": ("uint_contents", "B"),
+    "UINT16": ("uint_contents", "H"),
+    "UINT32": ("uint_contents", "I"),
+    "UINT64": ("uint64_contents", "Q"),
+    "FP32": ("fp32_contents", "f"),
+    "FP64": ("fp64_contents", "d"),
+}
+
+
+class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # untyped
+    """The methods that HTTP has too; those of extensions that are not implemented answer UNIMPLEMENTED."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        service: InferenceService,
+        metrics: Metrics,
+        health: Health,
+        name: str,
+        version: str,
+    ) -> None:
+        self._repository = repository
+        self._service = service
+        self._metrics = metrics
+        self._health = health
+        self._name = name
+        self._version = version
+
+    # ---- health and metadata ----
+
+    async def ServerLive(self, request: Any, context: Context) -> Any:  # noqa: N802 - gRPC's names, like all below
+        return service_pb2.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: Any, context: Context) -> Any:  # noqa: N802
+        return service_pb2.ServerReadyResponse(ready=not self._health.not_ready())
+
+    async def ModelReady(self, request: Any, context: Context) -> Any:  # noqa: N802
+        try:
+            model = self._repository.get(request.name, request.version)
+            ready = bool(self._repository.servers(model))
+        except ServeError as error:
+            if error.fault is not Fault.UNAVAILABLE:
+                await _abort(context, error)
+            ready = False
+        return service_pb2.ModelReadyResponse(ready=ready)
+
+    async def ServerMetadata(self, request: Any, context: Context) -> Any:  # noqa: N802
+        return service_pb2.ServerMetadataResponse(
+            name=self._name, version=self._version, extensions=wire.EXTENSIONS
+        )
+
+    async def ModelMetadata(self, request: Any, context: Context) -> Any:  # noqa: N802
+        model = await self._model(request.name, request.version, context)
+        versions = [str(each.version) for each in self._repository.versions(model.name)]
+        return json_format.ParseDict(model_metadata(model, versions), service_pb2.ModelMetadataResponse())
+
+    async def ModelConfig(self, request: Any, context: Context) -> Any:  # noqa: N802
+        model = await self._model(request.name, request.version, context)
+        config = json_format.ParseDict(model_config(model), model_config_pb2.ModelConfig())
+        return service_pb2.ModelConfigResponse(config=config)
+
+    async def ModelStatistics(self, request: Any, context: Context) -> Any:  # noqa: N802
+        if request.name:
+            await self._model(request.name, request.version, context)
+        names = [request.name] if request.name else self._repository.names()
+        entries = []
+        for name in names:
+            for model in self._repository.versions(name):
+                if request.version in ("", str(model.version)):
+                    version = str(model.version)
+                    entries.append(statistics(name, version, self._metrics.models[name, version]))
+        return json_format.ParseDict({"model_stats": entries}, service_pb2.ModelStatisticsResponse())
+
+    # ---- repository ----
+
+    async def RepositoryIndex(self, request: Any, context: Context) -> Any:  # noqa: N802
+        entries = repository_index(self._repository, ready_only=request.ready)
+        return json_format.ParseDict({"models": entries}, service_pb2.RepositoryIndexResponse())
+
+    async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:  # noqa: N802
+        try:
+            if request.parameters:
+                raise ServeError(Fault.UNSUPPORTED, "load takes no parameters here: the model's files say it all")
+            await self._repository.load(request.model_name)
+        except ServeError as error:
+            await _abort(context, error)
+        return service_pb2.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:  # noqa: N802
+        try:
+            await self._repository.unload(request.model_name)
+        except ServeError as error:
+            await _abort(context, error)
+        return service_pb2.RepositoryModelUnloadResponse()
+
+    # ---- inference ----
+
+    async def ModelInfer(self, request: Any, context: Context) -> Any:  # noqa: N802
+        try:
+            return await self._infer(request, context.time_remaining())
+        except ServeError as error:
+            return await _abort(context, error)
+
+    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:  # noqa: N802
+        """Answers in the order of the requests, which run side by side."""
+        running: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(STREAM_WINDOW)
+        reader = asyncio.create_task(self._read_stream(requests, running))
+        try:
+            while (task := await running.get()) is not None:
+                yield await task
+            await reader
+        finally:
+            reader.cancel()
+            while not running.empty():
+                if (left := running.get_nowait()) is not None:
+                    left.cancel()
+
+    async def _read_stream(self, requests: AsyncIterator[Any], running: asyncio.Queue[asyncio.Task[Any] | None]) -> None:
+        try:
+            async for request in requests:
+                await running.put(asyncio.create_task(self._stream_reply(request)))
+        finally:
+            await running.put(None)
+
+    async def _stream_reply(self, request: Any) -> Any:
+        """One reply of a stream; an error goes in the message and leaves the stream open."""
+        try:
+            reply = await self._infer(request, None)
+        except ServeError as error:
+            failed = service_pb2.ModelInferResponse(model_name=request.model_name, id=request.id)
+            return service_pb2.ModelStreamInferResponse(error_message=error.message, infer_response=failed)
+        wants_final = "triton_enable_empty_final_response"
+        if wants_final in request.parameters and request.parameters[wants_final].bool_param:
+            reply.parameters["triton_final_response"].bool_param = True
+        return service_pb2.ModelStreamInferResponse(infer_response=reply)
+
+    async def _infer(self, request: Any, client_seconds: float | None) -> Any:
+        arrival_ns = now_ns()
+        model = self._repository.get(request.model_name, request.model_version)
+        parameters = {name: _parameter(value) for name, value in request.parameters.items()}
+        if client_seconds is not None and client_seconds > 0:
+            client_ms = client_seconds * 1e3
+            parameters["deadline_ms"] = min(client_ms, parameters.get("deadline_ms", client_ms))
+        try:
+            answered = await self._service.infer(model, _tensors(request), parameters, arrival_ns)
+            return _response(model, request, answered)
+        except ServeError:
+            raise
+        except Exception:
+            log.exception("infer failed", model=request.model_name)
+            raise ServeError(Fault.INTERNAL, "internal error; the server's log has the details") from None
+
+    async def _model(self, name: str, version: str, context: Context) -> Model:
+        try:
+            return self._repository.get(name, version)
+        except ServeError as error:
+            return await _abort(context, error)  # type: ignore[no-any-return]  # it raises
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
+    """grpc.health.v1.Health/Check, for Kubernetes' gRPC probes."""
+
+    def __init__(self, health: Health) -> None:
+        self._health = health
+
+    async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        return health_pb2.HealthCheckResponse(
+            status=status.NOT_SERVING if self._health.not_ready() else status.SERVING
+        )
+
+
+def create_server(servicer: InferenceServicer, health: Health) -> grpc.aio.Server:
+    """A server without a port yet."""
+    options = [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.so_reuseport", 0),  # a port that is taken must be an error
+    ]
+    server = grpc.aio.server(options=options)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(health), server)
+    return server
+
+
+async def _abort(context: Context, error: ServeError) -> Any:
+    """Ends the call with the error's status. Never returns."""
+    trailers = []
+    if error.retry_after_s is not None:
+        trailers.append(("retry-after", error.retry_after_header.decode()))  # type: ignore[union-attr]  # as set
+    await context.abort(error.fault.grpc, error.message, tuple(trailers))
+
+
+# ---- messages to values and back ----
+
+
+def _parameter(value: Any) -> Any:
+    choice = value.WhichOneof("parameter_choice")
+    return None if choice is None else getattr(value, choice)
+
+
+def _tensors(request: Any) -> list[Tensor]:
+    """The inputs, from raw_input_contents or from typed contents. Raises ServeError."""
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise invalid(f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs")
+    tensors = []
+    for index, tensor in enumerate(request.inputs):
+        if "shared_memory_region" in tensor.parameters:
+            raise ServeError(Fault.UNSUPPORTED, f"input {tensor.name}: shared memory is not supported; send the data")
+        if not raw:
+            data = _contents(tensor)
+        elif tensor.HasField("contents"):
+            raise invalid(f"input {tensor.name} has contents beside raw_input_contents; send one of them")
+        else:
+            data = [memoryview(raw[index])]
+        tensors.append(Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
+    return tensors
+
+
+def _contents(tensor: Any) -> list[memoryview] | list[bytes]:
+    if tensor.datatype == "BYTES":
+        return list(tensor.contents.bytes_contents)
+    if tensor.datatype not in _CONTENTS:
+        raise invalid(f"input {tensor.name}: {tensor.datatype} must be sent in raw_input_contents")
+    field, code = _CONTENTS[tensor.datatype]
+    values = getattr(tensor.contents, field)
+    try:
+        return [memoryview(struct.pack(f"<{len(values)}{code}", *values))]
+    except (struct.error, OverflowError) as error:
+        raise invalid(f"input {tensor.name}: a value does not fit {tensor.datatype}: {error}") from None
+
+
+def _response(model: Model, request: Any, answered: Answered) -> Any:
+    choice = [OutputChoice(output.name, True) for output in request.outputs] or None
+    for output in request.outputs:
+        for name in ("classification", "shared_memory_region"):
+            if name in output.parameters:
+                raise ServeError(Fault.UNSUPPORTED, f"output {output.name}: {name} is not supported")
+    reply = service_pb2.ModelInferResponse(model_name=model.name, model_version=str(model.version), id=request.id)
+    for output in outputs_of(model, answered, choice, binary=True):
+        reply.outputs.add(name=output.spec.name, datatype=output.spec.datatype, shape=output.shape)
+        reply.raw_output_contents.append(bytes(output.data))
+    return reply

@@ -1,0 +1,348 @@
+"""Metrics: plain integers counted as batches end, turned into Prometheus series only when scraped.
+
+Triton's `nv_inference_*` and `nv_gpu_*` series, which its dashboards read, and our own under `migserve_`: latency
+as histograms per model and slice, slice states with their reasons, refusals by reason.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from partitioner.geometry import Slice
+from partitioner.nvml import Gpu, GpuReadings
+from scheduler.driver import BatchRecord
+from scheduler.fleet import State, Worker
+from scheduler.messages import Reason
+
+_MS = 1_000_000
+LATENCY_BOUNDS_NS = [int(ms * _MS) for ms in (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1e3, 2.5e3, 5e3, 1e4)]
+BATCH_BOUNDS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+# Triton's reasons of nv_inference_request_failure.
+_TRITON_REASON = {
+    "cancelled": "CANCELED",
+    Reason.MODEL_FAILED: "BACKEND",
+    Reason.CRASHED: "BACKEND",
+    "invalid": "OTHER",
+    "unsupported": "OTHER",
+}
+
+ModelId = tuple[str, str]  # name, version
+
+
+class Histogram:
+    """Counts by upper bound, and the sum, of integers."""
+
+    __slots__ = ("_bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[int]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0
+
+    def observe(self, value: int) -> None:
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+    def cumulative(self, per_unit: float) -> list[tuple[str, float]]:
+        """Prometheus' buckets; `per_unit` of the integers make one of the exposed unit."""
+        buckets, below = [], 0
+        for bound, count in zip([*self._bounds, None], self.counts, strict=True):
+            below += count
+            buckets.append(("+Inf" if bound is None else str(bound / per_unit), float(below)))
+        return buckets
+
+
+class ModelStats:
+    """Cumulative counts of one model version, as the statistics extension wants them."""
+
+    def __init__(self) -> None:
+        self.success = 0
+        self.items = 0
+        self.batches = 0
+        self.failures: Counter[str] = Counter()
+        self.cancelled_before_compute = 0
+        self.request_ns = 0
+        self.queue_ns = 0
+        self.input_ns = 0
+        self.infer_ns = 0
+        self.output_ns = 0
+        self.last_ms = 0
+        self.by_batch: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0, 0])  # items -> count, in, infer, out
+
+
+class SliceStats:
+    """Histograms of one model version on one worker."""
+
+    def __init__(self) -> None:
+        self.queue = Histogram(LATENCY_BOUNDS_NS)
+        self.compute = Histogram(LATENCY_BOUNDS_NS)
+        self.request = Histogram(LATENCY_BOUNDS_NS)
+        self.batch = Histogram(BATCH_BOUNDS)
+
+
+class Metrics(Collector):
+    """Observes the driver, and is scraped. `watch` tells it of what it cannot count itself."""
+
+    def __init__(self) -> None:
+        self.models: dict[ModelId, ModelStats] = defaultdict(ModelStats)
+        self._slices: dict[tuple[ModelId, int], SliceStats] = defaultdict(SliceStats)
+        self._ids: dict[str, ModelId] = {}
+        self._workers: Sequence[Worker] = ()
+        self._gpus: Sequence[Gpu] = ()
+        self._readings: dict[str, GpuReadings] = {}
+        self._models_now: Callable[[], Iterable[tuple[ModelId, bool, bool, int]]] = lambda: ()
+        self._arena: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def watch(
+        self,
+        workers: Sequence[Worker],
+        gpus: Sequence[Gpu],
+        models_now: Callable[[], Iterable[tuple[ModelId, bool, bool, int]]],
+        arena: Callable[[], tuple[int, int]],
+    ) -> None:
+        """`models_now`: (model, ready, emulated, unfinished requests) of each; `arena`: bytes used and in all."""
+        self._workers, self._gpus, self._models_now, self._arena = workers, gpus, models_now, arena
+
+    def gpu_read(self, uuid: str, readings: GpuReadings) -> None:
+        self._readings[uuid] = readings
+
+    # ---- observing ----
+
+    def batch_done(self, record: BatchRecord) -> None:
+        model = self._id(record.model)
+        stats = self.models[model]
+        slice_stats = self._slices[model, record.worker_id]
+        started_ns, ended_ns = record.started_ns, record.ended_ns
+        for arrival_ns in record.arrivals_ns:
+            slice_stats.queue.observe(started_ns - arrival_ns)
+            slice_stats.request.observe(ended_ns - arrival_ns)
+        count, arrived_ns = len(record.arrivals_ns), sum(record.arrivals_ns)
+        slice_stats.compute.observe(record.infer_ns)
+        slice_stats.batch.observe(record.items)
+        stats.success += count
+        stats.items += record.items
+        stats.batches += 1
+        stats.request_ns += count * ended_ns - arrived_ns
+        stats.queue_ns += count * started_ns - arrived_ns
+        stats.input_ns += count * record.input_ns
+        stats.infer_ns += count * record.infer_ns
+        stats.output_ns += count * record.output_ns
+        stats.last_ms = time.time_ns() // _MS
+        by_batch = stats.by_batch[record.items]
+        by_batch[0] += 1
+        by_batch[1] += record.input_ns
+        by_batch[2] += record.infer_ns
+        by_batch[3] += record.output_ns
+
+    def refused(self, model: str, reason: Reason) -> None:
+        self.models[self._id(model)].failures[reason] += 1
+
+    def rejected(self, model: str, reason: str) -> None:
+        """Ended before the scheduler saw it."""
+        self.models[self._id(model)].failures[reason] += 1
+
+    def cancelled(self, model: str, *, before_compute: bool) -> None:
+        stats = self.models[self._id(model)]
+        stats.failures["cancelled"] += 1
+        stats.cancelled_before_compute += before_compute
+
+    def _id(self, key: str) -> ModelId:
+        """Reloads of a model count on: `name/version#generation` loses its generation."""
+        found = self._ids.get(key)
+        if found is None:
+            name, _, version = key.rpartition("#")[0].rpartition("/")
+            found = self._ids[key] = (name, version)
+        return found
+
+    # ---- scraping ----
+
+    def exposition(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._collect_triton()
+        yield from self._collect_models()
+        yield from self._collect_histograms()
+        yield from self._collect_workers()
+        yield from self._collect_gpus()
+        used, size = self._arena()
+        yield GaugeMetricFamily("migserve_arena_used_bytes", "Arena memory in slots", value=used)
+        yield GaugeMetricFamily("migserve_arena_size_bytes", "Arena memory in all", value=size)
+
+    def _collect_triton(self) -> Iterator[Metric]:
+        labels = ["model", "version"]
+        fields: list[tuple[str, str, Callable[[ModelStats], float]]] = [
+            ("nv_inference_request_success", "Requests answered", lambda s: s.success),
+            ("nv_inference_count", "Items inferred", lambda s: s.items),
+            ("nv_inference_exec_count", "Batches run", lambda s: s.batches),
+            ("nv_inference_request_duration_us", "Sum of whole request times", lambda s: s.request_ns // 1000),
+            ("nv_inference_queue_duration_us", "Sum of queue times", lambda s: s.queue_ns // 1000),
+            ("nv_inference_compute_input_duration_us", "Sum of input times", lambda s: s.input_ns // 1000),
+            ("nv_inference_compute_infer_duration_us", "Sum of compute times", lambda s: s.infer_ns // 1000),
+            ("nv_inference_compute_output_duration_us", "Sum of output times", lambda s: s.output_ns // 1000),
+        ]
+        for name, help_text, value in fields:
+            family = Metric(name, help_text, "unknown")  # a "counter" would be renamed to end in _total
+            for model, stats in self.models.items():
+                family.add_sample(name, dict(zip(labels, model, strict=True)), value(stats))
+            yield family
+        name = "nv_inference_request_failure"
+        family = Metric(name, "Requests not answered, by Triton's reasons", "unknown")
+        for (model, version), stats in self.models.items():
+            reasons: Counter[str] = Counter()
+            for reason, count in stats.failures.items():
+                reasons[_TRITON_REASON.get(reason, "REJECTED")] += count
+            for reason, count in reasons.items():
+                family.add_sample(name, {"model": model, "version": version, "reason": reason}, count)
+        yield family
+
+    def _collect_models(self) -> Iterator[Metric]:
+        labels = ["model", "version"]
+        pending = GaugeMetricFamily("nv_inference_pending_request_count", "Requests not ended", labels=labels)
+        ready = GaugeMetricFamily("migserve_model_ready", "1: a slice serves it", labels=[*labels, "emulated"])
+        for model, is_ready, emulated, unfinished in self._models_now():
+            pending.add_metric(model, unfinished)
+            ready.add_metric([*model, str(emulated).lower()], float(is_ready))
+        refused = CounterMetricFamily(
+            "migserve_requests_not_answered", "Requests that ended without an answer", labels=[*labels, "reason"]
+        )
+        dropped = CounterMetricFamily(
+            "migserve_requests_cancelled_before_compute", "Clients that left in time", labels=labels
+        )
+        for model, stats in self.models.items():
+            for reason, count in stats.failures.items():
+                refused.add_metric([*model, reason], count)
+            dropped.add_metric(model, stats.cancelled_before_compute)
+        yield from (pending, ready, refused, dropped)
+
+    def _collect_histograms(self) -> Iterator[Metric]:
+        labels = ["model", "version", *_SLICE_LABELS]
+        families: list[tuple[HistogramMetricFamily, Callable[[SliceStats], Histogram], float]] = [
+            (
+                HistogramMetricFamily("migserve_queue_seconds", "Arrival to start of its batch", labels=labels),
+                lambda s: s.queue,
+                1e9,
+            ),
+            (
+                HistogramMetricFamily("migserve_compute_seconds", "Time of a batch in the model", labels=labels),
+                lambda s: s.compute,
+                1e9,
+            ),
+            (
+                HistogramMetricFamily("migserve_request_seconds", "Arrival to answer", labels=labels),
+                lambda s: s.request,
+                1e9,
+            ),
+            (HistogramMetricFamily("migserve_batch_items", "Items of a batch", labels=labels), lambda s: s.batch, 1),
+        ]
+        for family, histogram, per_unit in families:
+            for (model, worker_id), stats in self._slices.items():
+                found = histogram(stats)
+                values = [*model, *_slice_values(self._workers[worker_id])]
+                family.add_metric(values, found.cumulative(per_unit), found.total / per_unit)
+            yield family
+
+    def _collect_workers(self) -> Iterator[Metric]:
+        state = GaugeMetricFamily("migserve_slice_state", "1 for the state it is in", labels=[*_SLICE_LABELS, "state"])
+        restarts = CounterMetricFamily("migserve_worker_restarts", "Restarts of a worker", labels=_SLICE_LABELS)
+        info = GaugeMetricFamily(
+            "migserve_slice_info", "What a slice is", labels=[*_SLICE_LABELS, "UUID", "gpu_name", "simulated"]
+        )
+        out = GaugeMetricFamily("migserve_slice_out", "Why a slice is out", labels=[*_SLICE_LABELS, "reason"])
+        for worker in self._workers:
+            values = _slice_values(worker)
+            for each in State:
+                state.add_metric([*values, each], float(worker.state == each))
+            restarts.add_metric(values, max(worker.starts - 1, 0))
+            where = worker.where
+            info.add_metric([*values, where.gpu_uuid, where.gpu_name, str(where.simulated).lower()], 1)
+            if worker.state == State.OUT:
+                out.add_metric([*values, worker.reason], 1)
+        yield from (state, restarts, info, out)
+
+    def _collect_gpus(self) -> Iterator[Metric]:
+        fields: list[tuple[str, str, Callable[[GpuReadings], float | None]]] = [
+            ("nv_gpu_utilization", "Share of time in use, 0 to 1", lambda r: r.utilization),
+            ("nv_gpu_power_usage", "Watts", lambda r: r.power_w),
+            ("nv_gpu_power_limit", "Watts", lambda r: r.power_limit_w),
+            ("nv_gpu_memory_total_bytes", "Bytes", lambda r: r.memory_total_bytes),
+            ("nv_gpu_memory_used_bytes", "Bytes", lambda r: r.memory_used_bytes),
+            ("nv_energy_consumption", "Joules since the driver was loaded", lambda r: r.energy_j),
+        ]
+        for name, help_text, field in fields:
+            family = GaugeMetricFamily(name, help_text, labels=["gpu_uuid"])
+            for uuid, readings in self._readings.items():
+                value = field(readings)
+                if value is not None:  # not supported is unknown, never zero
+                    family.add_metric([uuid], value)
+            yield family
+        info = GaugeMetricFamily("migserve_gpu_info", "What a GPU is", labels=["gpu", "UUID", "name", "simulated"])
+        for gpu in self._gpus:
+            info.add_metric([str(gpu.index), gpu.uuid, gpu.name, str(gpu.simulated).lower()], 1)
+        yield info
+
+
+# As DCGM's exporter labels them; `worker` tells apart several on one slice.
+_SLICE_LABELS = ["gpu", "GPU_I_ID", "GPU_I_PROFILE", "worker"]
+
+
+def _slice_values(worker: Worker) -> list[str]:
+    where: Slice = worker.where
+    gi_id = "" if where.gi_id is None else str(where.gi_id)
+    return [str(where.gpu_index), gi_id, where.mig_profile, str(worker.index)]
+
+
+def statistics(model: str, version: str, stats: ModelStats) -> dict[str, Any]:
+    """One entry of `model_stats`, with every key that perf_analyzer asks for."""
+
+    def duration(count: int, ns: int) -> dict[str, int]:
+        return {"count": count, "ns": ns}
+
+    success = stats.success
+    failed = sum(stats.failures.values())
+    return {
+        "name": model,
+        "version": version,
+        "last_inference": stats.last_ms,
+        "inference_count": stats.items,
+        "execution_count": stats.batches,
+        "inference_stats": {
+            "success": duration(success, stats.request_ns),
+            "fail": duration(failed, 0),
+            "queue": duration(success, stats.queue_ns),
+            "compute_input": duration(success, stats.input_ns),
+            "compute_infer": duration(success, stats.infer_ns),
+            "compute_output": duration(success, stats.output_ns),
+            "cache_hit": duration(0, 0),
+            "cache_miss": duration(0, 0),
+        },
+        "batch_stats": [
+            {
+                "batch_size": items,
+                "compute_input": duration(count, input_ns),
+                "compute_infer": duration(count, infer_ns),
+                "compute_output": duration(count, output_ns),
+            }
+            for items, (count, input_ns, infer_ns, output_ns) in sorted(stats.by_batch.items())
+        ],
+        "memory_usage": [],
+        "response_stats": {},
+    }

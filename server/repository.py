@@ -1,0 +1,213 @@
+"""Models: found on disk, loaded on the fleet, replaced and unloaded while requests come in.
+
+The folder is Triton's: `<repository>/<model>/<version>/model.pt2` (or `model.pt`), with an optional `config.pbtxt`.
+What Triton has no words for stands in an optional `serving.yaml` beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import structlog
+
+from scheduler.channel import ModelSource
+from scheduler.driver import Driver
+from scheduler.fleet import Fleet, ModelUnservableError, Worker
+from scheduler.tensors import InputLayout, Signature
+from server.errors import Fault, ServeError
+from server.model_files import ModelFileError, ServingFile, read_model, versions_to_serve
+
+log = structlog.get_logger(__name__)
+
+Progress = Callable[[str, str], None]  # model name, what has become of it
+
+
+class ModelState(StrEnum):
+    """The states of Triton's repository index."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    UNLOADING = "UNLOADING"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+@dataclass(eq=False)
+class Model:
+    """One version of a model. `key` is its name in the scheduler: a reload is a new key."""
+
+    name: str
+    version: int
+    source: ModelSource | None = None
+    serving: ServingFile = field(default_factory=ServingFile)
+    state: ModelState = ModelState.LOADING
+    reason: str = ""
+    signature: Signature = field(default_factory=lambda: Signature((), (), 0))
+    layout: InputLayout = field(init=False)
+
+    @property
+    def key(self) -> str:
+        return self.source.key if self.source is not None else ""
+
+    @property
+    def backend(self) -> str:
+        return self.source.backend if self.source is not None else ""
+
+    @property
+    def emulated(self) -> bool:
+        return self.backend == "emulated"
+
+
+class Repository:
+    """All models that were asked for, by name and version."""
+
+    def __init__(self, roots: Sequence[Path], fleet: Fleet, driver: Driver) -> None:
+        self._roots = list(roots)
+        self._fleet = fleet
+        self._driver = driver
+        self._models: dict[str, dict[int, Model]] = {}
+        self._generation = 0
+        self._changing: dict[str, asyncio.Lock] = {}
+
+    # ---- reading ----
+
+    def get(self, name: str, version: str | None = None) -> Model:
+        """The model that answers requests now; the highest version if none is named. Raises ServeError."""
+        versions = self._models.get(name)
+        if versions is None:
+            raise ServeError(Fault.NOT_FOUND, f"unknown model {name!r}; there are: {', '.join(self.names()) or 'none'}")
+        model = self._version(name, versions, version)
+        if model.state != ModelState.READY:
+            reason = f": {model.reason}" if model.reason else ""
+            raise ServeError(Fault.UNAVAILABLE, f"model {name} is not ready, it is {model.state}{reason}")
+        return model
+
+    def _version(self, name: str, versions: dict[int, Model], version: str | None) -> Model:
+        if version:
+            if version.isdecimal() and int(version) in versions:
+                return versions[int(version)]
+            known = ", ".join(map(str, sorted(versions)))
+            raise ServeError(Fault.NOT_FOUND, f"model {name} has no version {version!r}; served: {known or 'none'}")
+        ready = [number for number, model in versions.items() if model.state == ModelState.READY]
+        return versions[max(ready or versions)]
+
+    def names(self) -> list[str]:
+        return sorted(self._models)
+
+    def models(self) -> list[Model]:
+        """Every version, whatever its state."""
+        return [versions[number] for _, versions in sorted(self._models.items()) for number in sorted(versions)]
+
+    def versions(self, name: str) -> list[Model]:
+        """The ready versions of a model. Raises ServeError for an unknown one."""
+        self.get(name)
+        return [model for model in self._models[name].values() if model.state == ModelState.READY]
+
+    def servers(self, model: Model) -> list[Worker]:
+        """The workers that would run it now."""
+        return self._fleet.serving(model.key)
+
+    def not_ready(self) -> list[str]:
+        """Why some models that should be served are not, one sentence each."""
+        reasons = []
+        for model in self.models():
+            if model.state == ModelState.READY and not self.servers(model):
+                reasons.append(f"model {model.name}: no slice serves it now")
+            elif model.state == ModelState.LOADING or (model.state == ModelState.UNAVAILABLE and not _unloaded(model)):
+                reasons.append(f"model {model.name}: {model.reason or 'loading'}")
+        return reasons
+
+    # ---- changing ----
+
+    async def load_all(self, progress: Progress) -> None:
+        """Loads everything in the repository. A broken model is logged and told of, and harms no other."""
+        names = sorted({path.name for root in self._roots for path in _model_folders(root)})
+        for name in names:
+            self._models.setdefault(name, {})
+        for name in names:
+            try:
+                await self.load(name)
+                progress(name, "")
+            except ServeError as error:
+                log.error("model not served", model=name, reason=error.message)
+                progress(name, error.message)
+
+    async def load(self, name: str) -> None:
+        """Loads a model anew from disk; what ran before goes on until the new one is up. Raises ServeError."""
+        async with self._changing.setdefault(name, asyncio.Lock()):
+            folder = self._folder(name)
+            try:
+                numbers = versions_to_serve(folder)
+            except ModelFileError as error:
+                self._fail(name, 1, str(error))
+                raise ServeError(Fault.INVALID, f"model {name} cannot be loaded: {error}") from error
+            before = dict(self._models.get(name, {}))
+            for number in numbers:
+                await self._load_version(name, number, folder)
+            for number, model in before.items():
+                if number not in numbers:
+                    await self._retire(model)
+                    del self._models[name][number]
+
+    async def unload(self, name: str) -> None:
+        """Stops taking requests for a model, lets those under way finish, and frees it. Raises ServeError."""
+        if name not in self._models:
+            raise ServeError(Fault.NOT_FOUND, f"unknown model {name!r}")
+        async with self._changing.setdefault(name, asyncio.Lock()):
+            for model in self._models[name].values():
+                await self._retire(model)
+                model.state, model.reason = ModelState.UNAVAILABLE, UNLOADED
+
+    async def _load_version(self, name: str, number: int, folder: Path) -> None:
+        old = self._models.get(name, {}).get(number)
+        model = Model(name, number)
+        if old is None or old.state != ModelState.READY:
+            self._models.setdefault(name, {})[number] = model
+        try:
+            self._generation += 1
+            model.source, model.serving = read_model(folder, number, self._generation)
+            loaded = await self._fleet.load(model.source)
+            model.serving.check(loaded.signature)
+        except (ModelFileError, ModelUnservableError) as error:
+            model.state, model.reason = ModelState.UNAVAILABLE, str(error)
+            raise ServeError(Fault.INVALID, f"model {name} cannot be loaded: {error}") from error
+        model.signature = loaded.signature
+        model.layout = InputLayout(loaded.signature)
+        model.state = ModelState.READY
+        self._models[name][number] = model
+        log.info("model ready", model=name, version=number, backend=model.backend, latency_ms=loaded.latency_ms)
+        if old is not None and old.state == ModelState.READY:
+            await self._retire(old)
+
+    async def _retire(self, model: Model) -> None:
+        if model.state != ModelState.READY:
+            return
+        model.state = ModelState.UNLOADING
+        await self._driver.idle(model.key)
+        self._fleet.unload(model.key)
+
+    def _folder(self, name: str) -> Path:
+        for root in self._roots:
+            for path in _model_folders(root):
+                if path.name == name:
+                    return path
+        raise ServeError(Fault.NOT_FOUND, f"model {name!r} is not in {', '.join(map(str, self._roots))}")
+
+    def _fail(self, name: str, number: int, reason: str) -> None:
+        versions = self._models.setdefault(name, {})
+        if not any(model.state == ModelState.READY for model in versions.values()):
+            versions[number] = Model(name, number, state=ModelState.UNAVAILABLE, reason=reason)
+
+
+UNLOADED = "unloaded"
+
+
+def _unloaded(model: Model) -> bool:
+    return model.reason == UNLOADED
+
+
+def _model_folders(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]

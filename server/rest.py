@@ -1,0 +1,138 @@
+"""The HTTP routes of the Open Inference Protocol, but infer. Ordinary FastAPI."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from server import wire
+from server.errors import Fault, ServeError, invalid
+from server.metrics import Metrics, statistics
+from server.model_config import model_config, model_metadata
+from server.repository import ModelState, Repository
+
+
+class Health(Protocol):
+    """What the daemon says of itself."""
+
+    def not_ready(self) -> list[str]:
+        """Why it should get no requests; empty: it should."""
+
+    def slices_out(self) -> list[str]:
+        """Slices that stay out, each with its reason."""
+
+
+def router(repository: Repository, metrics: Metrics, health: Health, name: str, version: str) -> APIRouter:
+    """All routes under /v2, and /metrics. All async: they read what belongs to the event loop's thread."""
+    routes = APIRouter()
+
+    @routes.get("/v2")
+    async def server_metadata() -> dict[str, Any]:
+        return {"name": name, "version": version, "extensions": wire.EXTENSIONS}
+
+    @routes.get("/v2/health/live")
+    async def live() -> dict[str, Any]:
+        return {"live": True}
+
+    @routes.get("/v2/health/ready")
+    async def ready() -> JSONResponse:
+        reasons = health.not_ready()
+        body: dict[str, Any] = {"ready": not reasons}
+        if reasons:
+            body["error"] = "; ".join(reasons)
+        if health.slices_out():
+            body["slices_out"] = health.slices_out()
+        return JSONResponse(body, 503 if reasons else 200)
+
+    # Before the routes with a model in them: "stats" is not a model.
+    @routes.get("/v2/models/stats")
+    async def all_stats() -> dict[str, Any]:
+        models = [model for model in repository.models() if model.state == ModelState.READY]
+        return {"model_stats": [_stats(metrics, model.name, str(model.version)) for model in models]}
+
+    @routes.get("/v2/models/{model}/stats")
+    @routes.get("/v2/models/{model}/versions/{version}/stats")
+    async def model_stats(model: str, version: str | None = None) -> dict[str, Any]:
+        found = [repository.get(model, version)] if version else repository.versions(model)
+        return {"model_stats": [_stats(metrics, each.name, str(each.version)) for each in found]}
+
+    @routes.get("/v2/models/{model}/ready")
+    @routes.get("/v2/models/{model}/versions/{version}/ready")
+    async def model_ready(model: str, version: str | None = None) -> Response:
+        try:
+            if repository.servers(repository.get(model, version)):
+                return Response()
+        except ServeError as error:
+            if error.fault is not Fault.UNAVAILABLE:
+                raise
+        raise invalid("Model version not ready")
+
+    @routes.get("/v2/models/{model}/config")
+    @routes.get("/v2/models/{model}/versions/{version}/config")
+    async def config(model: str, version: str | None = None) -> dict[str, Any]:
+        return model_config(repository.get(model, version))
+
+    @routes.get("/v2/models/{model}")
+    @routes.get("/v2/models/{model}/versions/{version}")
+    async def metadata(model: str, version: str | None = None) -> dict[str, Any]:
+        found = repository.get(model, version)
+        versions = [str(each.version) for each in repository.versions(model)]
+        return model_metadata(found, versions)
+
+    @routes.post("/v2/repository/index")
+    async def index(request: Request) -> list[dict[str, str]]:
+        body = await _json_body(request)
+        return repository_index(repository, ready_only=bool(body.get("ready")))
+
+    @routes.post("/v2/repository/models/{model}/load")
+    async def load(model: str, request: Request) -> Response:
+        body = await _json_body(request)
+        if body.get("parameters"):
+            raise ServeError(Fault.UNSUPPORTED, "load takes no parameters here: the model's files say it all")
+        await repository.load(model)
+        return Response()
+
+    @routes.post("/v2/repository/models/{model}/unload")
+    async def unload(model: str, request: Request) -> Response:
+        await _json_body(request)
+        await repository.unload(model)
+        return Response()
+
+    @routes.get("/metrics")
+    async def scrape() -> Response:
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return routes
+
+
+def repository_index(repository: Repository, *, ready_only: bool) -> list[dict[str, str]]:
+    """What is in the repository, as /v2/repository/index and gRPC's RepositoryIndex show it."""
+    entries = []
+    for model in repository.models():
+        if ready_only and model.state != ModelState.READY:
+            continue
+        entry = {"name": model.name, "version": str(model.version), "state": str(model.state)}
+        if model.reason:
+            entry["reason"] = model.reason
+        entries.append(entry)
+    return entries
+
+
+def _stats(metrics: Metrics, model: str, version: str) -> dict[str, Any]:
+    return statistics(model, version, metrics.models[model, version])
+
+
+async def _json_body(request: Request) -> dict[str, Any]:
+    """Clients send JSON under any content type, or nothing at all."""
+    text = await request.body()
+    if not text.strip():
+        return {}
+    try:
+        body = wire.decode_json(text)
+    except ValueError as error:
+        raise invalid(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise invalid("the body must be a JSON object")
+    return body

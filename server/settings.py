@@ -1,0 +1,93 @@
+"""Configuration of the daemon: flags, over MIGSERVE_* environment variables, over a YAML file, over defaults."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+MIB = 1024 * 1024
+
+
+def _setting(default: Any, group: str, description: str, **bounds: float) -> Any:
+    """A field that the command line shows in `group`."""
+    return Field(default, description=description, json_schema_extra={"group": group}, **bounds)  # type: ignore[arg-type]
+
+
+class Settings(BaseSettings):
+    """Flag names follow Triton's where it has one. Times in seconds, sizes in MiB where the name says so."""
+
+    model_config = SettingsConfigDict(env_prefix="MIGSERVE_", extra="forbid")
+
+    model_repository: list[Path] = _setting(
+        [Path("models")], "served", "Folder of models, as Triton's: MODEL/VERSION/model.pt2. May be given several times."
+    )
+    http_address: str = _setting("127.0.0.1", "served", "Where HTTP listens; 0.0.0.0 for everywhere.")
+    http_port: int = _setting(8000, "served", "0: any that is free, like the other ports.", ge=0, le=65535)
+    grpc_address: str = _setting("127.0.0.1", "served", "Where gRPC listens.")
+    grpc_port: int = _setting(8001, "served", "Port of gRPC.", ge=0, le=65535)
+    metrics_address: str = _setting("127.0.0.1", "served", "Where Prometheus' metrics are.")
+    metrics_port: int = _setting(8002, "served", "Port of the metrics.", ge=0, le=65535)
+    allow_http: bool = _setting(True, "served", "Serve HTTP.")
+    allow_grpc: bool = _setting(True, "served", "Serve gRPC.")
+    allow_metrics: bool = _setting(True, "served", "Serve metrics on a port of their own.")
+
+    gpu: str = _setting(
+        "auto",
+        "gpus",
+        "nvml: the GPUs of this machine, as they are cut now. sim:A100-80GB or sim:A100-80GBx4: simulated ones, whose "
+        "slices are workers on the CPU. auto: nvml where there is a driver, else sim:A100-80GB.",
+    )
+    layout: str | None = _setting(None, "gpus", "How to cut each simulated GPU, for instance 4g.40gb+2g.20gb+1g.10gb.")
+    workers_per_slice: int = _setting(1, "gpus", "Worker processes on one slice.", ge=1, le=48)
+    threads_per_worker: int | None = _setting(
+        None, "gpus", "Threads of one operation in a CPU worker; by default the cores, shared out.", ge=1
+    )
+
+    http_max_input_size: int = _setting(64 * MIB, "limits", "Longest body in bytes, also once inflated.", ge=1)
+    http_read_timeout_secs: float = _setting(60.0, "limits", "For a body to arrive.", gt=0)
+    arena_mib: int = _setting(256, "limits", "Shared memory for inputs, a power of two. Full means 429.", ge=1)
+    max_queue_size: int = _setting(4096, "limits", "Waiting requests of a model. More are refused with 429.", ge=1)
+    batch_timeout_secs: float = _setting(60.0, "limits", "A worker whose batch takes longer is killed.", gt=0)
+    preprocess_threads: int | None = _setting(
+        None, "limits", "Threads that decode images; by default as many as there are cores.", ge=1
+    )
+
+    strict_readiness: bool = _setting(True, "operation", "Ready only if every model is served.")
+    drain_delay_secs: float = _setting(1.0, "operation", "On SIGTERM: unready, but serving on, for so long.", ge=0)
+    exit_timeout_secs: float = _setting(30.0, "operation", "On SIGTERM: gone after this at the latest.", gt=0)
+    journal: Path | None = _setting(
+        None, "operation", "Write every scheduling event and command to this file; see migserve replay."
+    )
+    log_verbose: int = _setting(0, "operation", "1: a line for each request. 2: debugging too.", ge=0)
+    log_format: Literal["console", "json"] = _setting("console", "operation", "Lines for people, or for machines.")
+
+    @field_validator("arena_mib")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("must be a power of two")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = os.environ.get("MIGSERVE_CONFIG")
+        sources = (init_settings, env_settings)
+        return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=file)) if file else sources
+
+
+def load(config: Path | None, flags: dict[str, Any]) -> Settings:
+    """Settings from flags that were given (not None), environment, and file. Raises pydantic.ValidationError."""
+    if config is not None:
+        os.environ["MIGSERVE_CONFIG"] = str(config)
+    return Settings(**{name: value for name, value in flags.items() if value is not None})

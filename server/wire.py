@@ -1,0 +1,69 @@
+"""The Open Inference Protocol's messages, as they travel over HTTP. Pure.
+
+Spec: KServe open-inference-protocol, with Triton's binary tensor extension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+Parameters = dict[str, Any]
+
+HEADER_LENGTH = b"inference-header-content-length"
+
+# What is implemented, by the names that Triton uses. perf_analyzer turns on server statistics by "statistics".
+EXTENSIONS = [
+    "binary_tensor_data",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+]
+
+
+class InferInput(msgspec.Struct):
+    """`data` is kept as JSON text until the datatype says what must be in it; empty if absent."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: Parameters | None = None
+    data: msgspec.Raw = msgspec.Raw()
+
+
+class RequestedOutput(msgspec.Struct):
+    name: str
+    parameters: Parameters | None = None
+
+
+class InferRequest(msgspec.Struct):
+    inputs: list[InferInput]
+    outputs: list[RequestedOutput] | None = None
+    parameters: Parameters | None = None
+    id: str | None = None
+
+
+class InferOutput(msgspec.Struct, omit_defaults=True):
+    """Either `data` or `parameters` with binary_data_size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: Parameters | None = None
+    data: list[Any] | None = None
+
+
+class InferReply(msgspec.Struct, omit_defaults=True):
+    model_name: str
+    model_version: str
+    outputs: list[InferOutput]
+    id: str | None = None
+    parameters: Parameters | None = None
+
+
+decode_infer_request = msgspec.json.Decoder(InferRequest).decode
+encode_json = msgspec.json.Encoder().encode
+decode_json = msgspec.json.Decoder().decode
