@@ -8,13 +8,17 @@ from scheduler.domain import BatchTable, Query
 
 
 class BucketQueue:
-    """Waiting queries of one bucket, by priority, then arrival. `items` counts what truly waits."""
+    """Waiting queries of one bucket, by priority, then arrival. `items` counts what truly waits.
 
-    __slots__ = ("_heap", "items")
+    `backlog_ns` is for the policy: its estimate of the time that all of them take.
+    """
+
+    __slots__ = ("_heap", "backlog_ns", "items")
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, Query]] = []
         self.items = 0
+        self.backlog_ns = 0
 
     def push(self, query: Query) -> None:
         query.queued = True
@@ -40,19 +44,20 @@ class BucketQueue:
         batch: list[Query] = []
         items = 0
         due_ns: int | None = None
-        while self.head() is not None:
+        while self._heap:
             query = self._heap[0][2]
-            total = items + query.request.items
-            end_ns = now_ns + table.ns[min(total, table.max_batch)]
-            if batch and (total > table.knee or (due_ns is not None and end_ns > due_ns)):
-                break
+            if query.queued:
+                total = items + query.request.items
+                end_ns = now_ns + table.ns[min(total, table.max_batch)]
+                if batch and (total > table.knee or (due_ns is not None and end_ns > due_ns)):
+                    break
+                self.discard(query)
+                batch.append(query)
+                items = total
+                own_due_ns = query.request.due_ns
+                if own_due_ns is not None and own_due_ns >= end_ns:
+                    due_ns = own_due_ns if due_ns is None else min(due_ns, own_due_ns)
             heapq.heappop(self._heap)
-            self.discard(query)
-            batch.append(query)
-            items = total
-            own_due_ns = query.request.due_ns
-            if own_due_ns is not None and own_due_ns >= end_ns:
-                due_ns = own_due_ns if due_ns is None else min(due_ns, own_due_ns)
         return batch
 
     def drain(self) -> list[Query]:

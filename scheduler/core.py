@@ -37,6 +37,8 @@ from scheduler.policies import Policy
 from scheduler.policies.elsa import Elsa
 
 CRASHES_PER_REQUEST = 2
+# How long before the end of the running batch the next one is staged: time to gather it and copy it in.
+STAGE_AHEAD_NS = 2_000_000
 
 
 class SchedulerCore:
@@ -48,6 +50,7 @@ class SchedulerCore:
         self._max_queued = max_queued
         self._queries: dict[int, Query] = {}
         self._waiting: Counter[str] = Counter()  # queued or parked, by model
+        self._queued = 0  # in the policy's queues
         self._parked: dict[str, dict[int, Query]] = {}
         self._coming_back: dict[int, set[str]] = {}  # models of workers that are being restarted
         self._expiries: list[tuple[int, int]] = []
@@ -82,7 +85,7 @@ class SchedulerCore:
                 self._worker_lost(now_ns, event)
             case Tick():
                 self._wake_ns = None
-        if self._roomy:
+        if self._queued and self._roomy:
             self._dispatch(now_ns)
         if self._expiries:
             self._arm()
@@ -179,10 +182,15 @@ class SchedulerCore:
         model = query.request.model
         query.worker_id = None
         if model in self._pool.serving:
-            late_ns = self._policy.add(now_ns, query, must=again)
-            if late_ns is not None:
+            worker, late_ns = self._policy.choose(now_ns, query)
+            if late_ns > 0 and not again:
                 self._refuse(query, Reason.SLO_UNREACHABLE, retry_after_ns=late_ns)
                 return
+            if not worker.in_flight and not self._policy.waiting_items(worker):
+                self._start(now_ns, worker, [query])
+                return
+            self._policy.add(query, worker)
+            self._queued += 1
         elif any(model in models for models in self._coming_back.values()):
             self._parked.setdefault(model, {})[query.request.id] = query
         else:
@@ -191,20 +199,35 @@ class SchedulerCore:
         self._waiting[model] += 1
 
     def _place_again(self, now_ns: int, evicted: list[Query]) -> None:
+        self._queued -= len(evicted)
         for query in evicted:
             self._waiting[query.request.model] -= 1
             self._place(now_ns, query, again=True)
 
     def _dispatch(self, now_ns: int) -> None:
-        """Gives every worker that has room its next batch."""
+        """Gives every worker that has room its next batch, until nothing waits."""
         for worker in list(self._roomy.values()):
-            while len(worker.in_flight) < worker.depth:
+            while self._queued and worker.id in self._roomy and self._may_start(now_ns, worker):
                 queries = self._policy.take(now_ns, worker)
                 if not queries:
                     break
+                self._queued -= len(queries)
+                self._waiting[queries[0].request.model] -= len(queries)
                 self._start(now_ns, worker, queries)
-            else:
-                del self._roomy[worker.id]
+
+    def _may_start(self, now_ns: int, worker: Worker) -> bool:
+        """An idle worker may at once. One that is busy stages a batch that is full, or soon to be run.
+
+        Staged earlier, a batch would close with whatever few had come, and the next ones would wait behind it.
+        """
+        if not worker.in_flight:
+            return True
+        waiting = self._policy.waiting_items(worker)
+        stage_ns = worker.free_at_ns - STAGE_AHEAD_NS
+        if waiting and now_ns < stage_ns and waiting < max(table.knee for table in worker.tables.values()):
+            self._wake_at(stage_ns)
+            return False
+        return waiting > 0
 
     def _start(self, now_ns: int, worker: Worker, queries: list[Query]) -> None:
         batch_id = self._next_batch_id
@@ -212,14 +235,16 @@ class SchedulerCore:
         model = queries[0].request.model
         table = worker.tables[model]
         items = 0
+        ids = []
         for query in queries:
             query.batch_id = batch_id
             query.worker_id = worker.id
             items += query.request.items
-        self._waiting[model] -= len(queries)
+            ids.append(query.request.id)
         worker.start(now_ns, batch_id, Batch(queries, table.ns[min(items, table.max_batch)]))
-        ids = tuple([query.request.id for query in queries])
-        self._commands.append(Run(worker.id, batch_id, model, ids))
+        if len(worker.in_flight) >= worker.depth:
+            del self._roomy[worker.id]
+        self._commands.append(Run(worker.id, batch_id, model, tuple(ids)))
 
     def _finish(self, now_ns: int, worker_id: int, batch_id: int) -> Batch:
         worker = self._pool.workers[worker_id]
@@ -232,9 +257,13 @@ class SchedulerCore:
         """Asks to be woken for the earliest expiry of what is still unfinished."""
         while self._expiries and self._expiries[0][1] not in self._queries:
             heapq.heappop(self._expiries)
-        if self._expiries and (self._wake_ns is None or self._expiries[0][0] < self._wake_ns):
-            self._wake_ns = self._expiries[0][0]
-            self._commands.append(Wake(self._wake_ns))
+        if self._expiries:
+            self._wake_at(self._expiries[0][0])
+
+    def _wake_at(self, at_ns: int) -> None:
+        if self._wake_ns is None or at_ns < self._wake_ns:
+            self._wake_ns = at_ns
+            self._commands.append(Wake(at_ns))
 
     def _expire(self, now_ns: int) -> None:
         """Drops what has passed its time in a queue; what runs is let finish."""
@@ -253,6 +282,7 @@ class SchedulerCore:
         model = query.request.model
         self._waiting[model] -= 1
         if query.queued:
+            self._queued -= 1
             self._policy.discard(query)
         else:
             del self._parked[model][query.request.id]

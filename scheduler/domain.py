@@ -51,7 +51,7 @@ class Batch:
     __slots__ = ("estimate_ns", "queries")
 
     def __init__(self, queries: Sequence[Query], estimate_ns: int) -> None:
-        self.queries = tuple(queries)
+        self.queries = queries
         self.estimate_ns = estimate_ns
 
 
@@ -74,7 +74,9 @@ class Worker:
 
     def finish(self, now_ns: int, batch_id: int) -> Batch:
         batch = self.in_flight.pop(batch_id)
-        self.free_at_ns = now_ns + sum(other.estimate_ns for other in self.in_flight.values())
+        self.free_at_ns = now_ns
+        for other in self.in_flight.values():
+            self.free_at_ns += other.estimate_ns
         return batch
 
 

@@ -1,16 +1,19 @@
 """The asyncio driver: stamps the time, hands events to the core, and carries its commands out.
 
 Everything here runs on the event loop's thread. What is done per request is kept to a few microseconds: one
-future a request, one message and one callback a batch.
+callback a request, all those of a batch in turn; one message a batch.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 
 from partitioner.geometry import Slice
@@ -51,12 +54,16 @@ class RefusedError(Exception):
 
 
 class BatchOutputs:
-    """The outputs of one batch, copied out of the worker's outbox once, shared by its requests."""
+    """The outputs of one batch, copied out of the worker's outbox once, shared by its requests.
 
-    __slots__ = ("_values", "data", "shapes")
+    One entry an output: its bytes, its shape, and how many elements that makes.
+    """
+
+    __slots__ = ("_values", "data", "elements", "shapes")
 
     def __init__(self, done: Done, outbox: memoryview) -> None:
         self.shapes = done.shapes
+        self.elements = [math.prod(shape) for shape in done.shapes]
         self.data = [
             bytes(outbox[offset : offset + size]) for offset, size in zip(done.offsets, done.sizes, strict=True)
         ]
@@ -70,7 +77,7 @@ class BatchOutputs:
         return values
 
 
-class Answered(NamedTuple):
+class Answered(msgspec.Struct, frozen=True):
     """A request's share of its batch: `items` rows from `row` on."""
 
     outputs: BatchOutputs
@@ -78,16 +85,19 @@ class Answered(NamedTuple):
     items: int
 
 
+OnEnd = Callable[[Answered | RefusedError], None]
+
+
 class Pending:
-    """One request between its arrival and its end. Await `future`: an Answered, or RefusedError."""
+    """One request between its arrival and its end."""
 
-    __slots__ = ("arrival_ns", "ended", "future", "offset", "request", "row", "running")
+    __slots__ = ("arrival_ns", "ended", "offset", "on_end", "request", "row", "running")
 
-    def __init__(self, request: Request, offset: int, arrival_ns: int) -> None:
+    def __init__(self, request: Request, offset: int, arrival_ns: int, on_end: OnEnd) -> None:
         self.request = request
         self.offset = offset  # of its slot in the arena
         self.arrival_ns = arrival_ns
-        self.future: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
+        self.on_end = on_end
         self.running = False
         self.ended = False
         self.row = 0  # of its first item in the batch
@@ -127,6 +137,7 @@ class Driver:
     def __init__(
         self, core: SchedulerCore, fleet: Fleet, arena: Arena, observer: Observer, journal: JournalWriter | None = None
     ) -> None:
+        self._loop = asyncio.get_running_loop()  # asking for it each time is a system call each time
         self._core = core
         self._fleet = fleet
         self._arena = arena
@@ -138,17 +149,22 @@ class Driver:
         self._running: dict[int, _Running] = {}
         self._outputs: dict[int, BatchOutputs] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._given_up = ""  # why, once no request is taken any more
 
     # ---- requests ----
 
-    def submit(self, request: Request, offset: int, arrival_ns: int) -> Pending:
+    def submit(self, request: Request, offset: int, arrival_ns: int, on_end: OnEnd) -> Pending:
         """Queues a request whose inputs are in the arena at `offset`; the slot is the driver's from now on.
 
-        If you stop waiting for its future, call `cancel`.
+        `on_end` is called exactly once, maybe before this returns, unless `cancel` is called first. It is called
+        for all requests of a batch in turn, so it must be quick.
         """
-        pending = self._pending[request.id] = Pending(request, offset, arrival_ns)
+        pending = self._pending[request.id] = Pending(request, offset, arrival_ns, on_end)
         self._unfinished[request.model] += 1
-        self._feed(Arrived(request))
+        if self._given_up:
+            self._refuse(pending, RefusedError(Reason.UNAVAILABLE, 0.0, self._given_up))
+        else:
+            self._feed(Arrived(request))
         return pending
 
     def cancel(self, pending: Pending) -> None:
@@ -159,6 +175,13 @@ class Driver:
         self._end(pending)
         self._feed(Cancelled(pending.request.id))
 
+    def give_up(self, why: str) -> None:
+        """Ends every request, now and from now on, as unavailable."""
+        self._given_up = why
+        for pending in list(self._pending.values()):
+            self._refuse(pending, RefusedError(Reason.UNAVAILABLE, 0.0, why))
+            self._feed(Cancelled(pending.request.id))
+
     def unfinished(self, model: str = "") -> int:
         """Requests that have not ended, of one model or in all."""
         return self._unfinished[model] if model else len(self._pending)
@@ -167,7 +190,7 @@ class Driver:
         """Returns when no request is unfinished, of one model or at all."""
         while self.unfinished(model):
             if model not in self._idle:
-                self._idle[model] = asyncio.get_running_loop().create_future()
+                self._idle[model] = self._loop.create_future()
             await asyncio.shield(self._idle[model])
 
     # ---- what the fleet tells ----
@@ -190,21 +213,15 @@ class Driver:
         # Copied out before the core can send the worker its next batch, which may reuse the memory.
         self._outputs[done.batch_id] = BatchOutputs(done, outbox)
         running = self._running.pop(done.batch_id)
-        self._put_back(running)
-        self._observer.batch_done(
-            BatchRecord(
-                running.requests[0].request.model,
-                worker_id,
-                running.items,
-                [pending.arrival_ns for pending in running.requests if not pending.ended],
-                running.started_ns,
-                time.monotonic_ns(),
-                done.input_ns,
-                done.infer_ns,
-                done.output_ns,
-            )
-        )
-        self._feed(BatchDone(worker_id, done.batch_id))
+        arrivals_ns = self._put_back(running)
+        now_ns = self._feed(BatchDone(worker_id, done.batch_id))
+        # After the tasks that were just woken: counting must not delay their answers.
+        self._loop.call_soon(self._record, worker_id, running, arrivals_ns, now_ns, done)
+
+    def _record(self, worker_id: int, running: _Running, arrivals_ns: list[int], now_ns: int, done: Done) -> None:
+        model = running.requests[0].request.model
+        times = (arrivals_ns, running.started_ns, now_ns, done.input_ns, done.infer_ns, done.output_ns)
+        self._observer.batch_done(BatchRecord(model, worker_id, running.items, *times))
 
     def batch_failed(self, worker_id: int, failed: Failed) -> None:
         self._put_back(self._running.pop(failed.batch_id))
@@ -212,7 +229,8 @@ class Driver:
 
     # ---- events in, commands out ----
 
-    def _feed(self, event: AnyEvent) -> None:
+    def _feed(self, event: AnyEvent) -> int:
+        """Returns the time it stamped the event with."""
         now_ns = time.monotonic_ns()
         commands = self._core.handle(now_ns, event)
         if self._journal is not None:
@@ -224,6 +242,7 @@ class Driver:
         for command in commands:
             if type(command) is not Run:
                 self._carry_out(command, now_ns)
+        return now_ns
 
     def _run(self, command: Run, now_ns: int) -> None:
         requests = [self._pending[request_id] for request_id in command.request_ids]
@@ -251,27 +270,31 @@ class Driver:
                 for request_id in command.request_ids:
                     pending = self._pending[request_id]
                     self._end(pending)
-                    if not pending.future.done():
-                        pending.future.set_result(Answered(outputs, pending.row, pending.request.items))
+                    pending.on_end(Answered(outputs, pending.row, pending.request.items))
             case Refuse():
-                pending = self._pending[command.request_id]
-                self._observer.refused(pending.request.model, command.reason)
-                self._end(pending)
-                if not pending.future.done():
-                    retry_after_s = command.retry_after_ns / 1e9
-                    pending.future.set_exception(RefusedError(command.reason, retry_after_s, command.detail))
+                error = RefusedError(command.reason, command.retry_after_ns / 1e9, command.detail)
+                self._refuse(self._pending[command.request_id], error)
             case Wake():
                 if self._timer is not None:
                     self._timer.cancel()
                 delay_s = max(0, command.at_ns - now_ns) / 1e9
-                self._timer = asyncio.get_running_loop().call_later(delay_s, self._feed, Tick())
+                self._timer = self._loop.call_later(delay_s, self._feed, Tick())
 
-    def _put_back(self, running: _Running) -> None:
-        """After a batch: its requests hold their slots no more for a worker's sake."""
+    def _refuse(self, pending: Pending, error: RefusedError) -> None:
+        self._observer.refused(pending.request.model, error.reason)
+        self._end(pending)
+        pending.on_end(error)
+
+    def _put_back(self, running: _Running) -> list[int]:
+        """After a batch: no worker reads its requests' slots any more. Returns the arrivals of those not ended."""
+        arrivals_ns = []
         for pending in running.requests:
             pending.running = False
             if pending.ended:
                 self._arena.free(pending.offset)
+            else:
+                arrivals_ns.append(pending.arrival_ns)
+        return arrivals_ns
 
     def _end(self, pending: Pending) -> None:
         """The request has ended. A slot that a worker may be reading is freed when its batch ends."""

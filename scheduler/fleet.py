@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from multiprocessing import get_context
@@ -59,7 +59,7 @@ class LoadedModel(NamedTuple):
     """A model that at least one worker serves."""
 
     signature: Signature
-    latency_ms: dict[str, Points]  # by MIG profile, or "cpu"
+    measured_ms: dict[str, Points]  # by kind of worker; empty where the latencies were given
 
 
 class Listener(Protocol):
@@ -247,7 +247,8 @@ class Fleet:
         self._send(each, Load(source, self._known_latency(source, each)))
         result: Loaded | LoadFailed = await future
         if isinstance(result, Loaded):
-            self._measured.setdefault((source.key, each.measured_as), result.latency_ms)
+            if source.latency_ms is None:
+                self._measured.setdefault((source.key, each.measured_as), result.latency_ms)
             each.serving.add(source.key)
             times = latency.per_batch(result.latency_ms, max(result.signature.max_batch, 1))
             self._told.serves(each.id, source.key, tuple(int(ms * 1e6) for ms in times))
@@ -309,13 +310,16 @@ class Fleet:
     # ---- what workers say ----
 
     def _on_readable(self, each: Worker) -> None:
+        """One message: where there are more, the loop calls again."""
+        assert each.channel is not None  # closing it ends the calls
         try:
-            while each.channel is not None:
-                self._on_message(each, each.channel.receive())
+            message = each.channel.receive()
         except BlockingIOError:
-            pass
+            return
         except OSError as error:
             self._lose(each, str(error))
+            return
+        self._on_message(each, message)
 
     def _on_message(self, each: Worker, message: Ready | Loaded | LoadFailed | Done | Failed | None) -> None:
         match message:
@@ -373,9 +377,10 @@ class Fleet:
     def _send(self, each: Worker, message: channel.ToWorker) -> None:
         if each.channel is None:
             return
-        # A worker that is gone shows as EOF on its channel, which is where its end is handled.
-        with suppress(BrokenPipeError, ConnectionResetError):
+        try:
             each.channel.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it is gone, which shows as EOF on its channel, and is handled there
 
     def _close_channel(self, each: Worker) -> None:
         if each.channel is not None:

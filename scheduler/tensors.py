@@ -67,37 +67,41 @@ class TensorPlace:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SlotLayout:
+    """A request's arena slot: its size, and one place an input."""
+
+    nbytes: int
+    places: tuple[TensorPlace, ...]
+
+
 class InputLayout:
     """Where the inputs of a request lie in its arena slot; the daemon writes by it, the worker reads by it."""
 
     def __init__(self, signature: Signature) -> None:
         self._inputs = signature.inputs
         self._batches = signature.max_batch > 0
-        self._cache: dict[tuple[int, tuple[int, ...]], tuple[TensorPlace, ...]] = {}
+        self._cache: dict[tuple[int, tuple[int, ...]], SlotLayout] = {}
 
-    def places(self, items: int, dims: tuple[int, ...]) -> tuple[TensorPlace, ...]:
-        """One place an input, for a request of `items` items whose -1s are `dims`, in order."""
+    def slot(self, items: int, dims: tuple[int, ...]) -> SlotLayout:
+        """For a request of `items` items, whose -1s are `dims`, in order."""
         key = (items, dims)
-        places = self._cache.get(key)
-        if places is None:
+        slot = self._cache.get(key)
+        if slot is None:
             if len(self._cache) > 1024:
                 self._cache.clear()  # endless different lengths must not become a leak
-            places = self._cache[key] = self._place(items, dims)
-        return places
+            slot = self._cache[key] = self._lay_out(items, dims)
+        return slot
 
-    def slot_bytes(self, items: int, dims: tuple[int, ...]) -> int:
-        """Size of the slot."""
-        last = self.places(items, dims)[-1]
-        return last.offset + last.nbytes
-
-    def _place(self, items: int, dims: tuple[int, ...]) -> tuple[TensorPlace, ...]:
+    def _lay_out(self, items: int, dims: tuple[int, ...]) -> SlotLayout:
         places = []
         varying = iter(dims)
-        offset = 0
+        end = 0
         for spec in self._inputs:
+            offset = -(-end // ALIGN) * ALIGN
             of_item = tuple(next(varying) if dim == -1 else dim for dim in spec.dims)
             shape = (items, *of_item) if self._batches else of_item
             nbytes = math.prod(shape) * DATATYPES[spec.datatype].itemsize
             places.append(TensorPlace(offset, nbytes, shape))
-            offset += -(-nbytes // ALIGN) * ALIGN
-        return tuple(places)
+            end = offset + nbytes
+        return SlotLayout(end, tuple(places))

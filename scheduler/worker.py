@@ -7,6 +7,7 @@ daemon has requests to finish.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -23,7 +24,7 @@ from scheduler import backends
 from scheduler.arena import Descriptor
 from scheduler.backends import Array, Backend, ModelLoadError
 from scheduler.channel import DETAIL_CHARS, Done, Failed, Load, Loaded, LoadFailed, Ready, RunBatch, Unload, WorkerEnd
-from scheduler.tensors import ALIGN, DATATYPES, InputLayout
+from scheduler.tensors import ALIGN, DATATYPES, InputLayout, TensorSpec
 
 # Measuring a model at load takes at most about this long.
 MEASURE_SECONDS = 0.4
@@ -61,9 +62,20 @@ def main(start: WorkerStart, sock: socket.socket, arena: Descriptor, outbox: Des
         worker.run()
 
 
-class _Model(NamedTuple):
-    backend: Backend
-    layout: InputLayout
+class _Model:
+    """A loaded model, with what every batch asks of it."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.layout = InputLayout(backend.signature)
+        self.batches = backend.signature.max_batch > 0
+        self.min_batch = backend.signature.min_batch
+        self.inputs = [_dtype(spec) for spec in backend.signature.inputs]
+        self.outputs = [(spec, _dtype(spec)) for spec in backend.signature.outputs]
+
+
+def _dtype(spec: TensorSpec) -> np.dtype[Any]:
+    return np.dtype(DATATYPES[spec.datatype].numpy)
 
 
 class _Batch(NamedTuple):
@@ -131,7 +143,8 @@ class _Worker:
         except ModelLoadError as error:
             self._channel.send(LoadFailed(message.source.key, str(error)[:DETAIL_CHARS]))
             return
-        self._models[message.source.key] = _Model(backend, InputLayout(backend.signature))
+        self._models[message.source.key] = _Model(backend)
+        gc.freeze()  # torch and the model live on: going through them again and again is a pause for nothing
         self._channel.send(Loaded(message.source.key, backend.signature, points))
 
     # ---- batches ----
@@ -151,22 +164,24 @@ class _Worker:
 
     def _gather(self, message: RunBatch, model: _Model) -> list[Array]:
         """The inputs of all requests, one array an input, copied once out of the arena."""
-        signature = model.backend.signature
-        total = sum(message.items)
-        whole = model.layout.places(max(total, signature.min_batch), message.dims)
+        memory = self._inputs
+        requests = [
+            (offset, model.layout.slot(items, message.dims).places)
+            for offset, items in zip(message.offsets, message.items, strict=True)
+        ]
+        whole = model.layout.slot(max(sum(message.items), model.min_batch), message.dims).places
         arrays = []
-        for index, (spec, place) in enumerate(zip(signature.inputs, whole, strict=True)):
-            array = model.backend.host_array(place.shape, DATATYPES[spec.datatype].numpy)
-            target = _bytes_of(array)
-            end = 0
-            for offset, items in zip(message.offsets, message.items, strict=True):
-                part = model.layout.places(items, message.dims)[index]
-                begin = offset + part.offset
-                target[end : end + part.nbytes] = self._inputs[begin : begin + part.nbytes]
-                end += part.nbytes
-            if end < place.nbytes:
-                target[end:] = bytes(place.nbytes - end)
-            arrays.append(array)
+        for index, dtype in enumerate(model.inputs):
+            parts = []
+            missing = whole[index].nbytes
+            for offset, places in requests:
+                place = places[index]
+                begin = offset + place.offset
+                parts.append(memory[begin : begin + place.nbytes])
+                missing -= place.nbytes
+            if missing:
+                parts.append(memoryview(bytes(missing)))
+            arrays.append(model.backend.join(parts, whole[index].shape, dtype))
         return arrays
 
     def _finish(self, batch: _Batch) -> None:
@@ -193,34 +208,31 @@ class _Worker:
 
     def _write(self, batch: _Batch, outputs: list[Array]) -> _Written:
         """Outputs into the outbox. It has a region for each batch that can be under way."""
-        signature = batch.model.backend.signature
+        model = batch.model
         items = sum(batch.message.items)
         region = len(self._outbox) // self._depth
         offset = region * (self._finished % self._depth)
         end = offset + region
         written = _Written([], [], [])
-        if len(outputs) != len(signature.outputs):
-            raise ValueError(f"the model gave {len(outputs)} outputs, its signature has {len(signature.outputs)}")
-        for array, spec in zip(outputs, signature.outputs, strict=True):
-            if signature.max_batch > 0:
+        if len(outputs) != len(model.outputs):
+            raise ValueError(f"the model gave {len(outputs)} outputs, its signature has {len(model.outputs)}")
+        for array, (spec, dtype) in zip(outputs, model.outputs, strict=True):
+            if model.batches:
                 if array.ndim == 0 or array.shape[0] < items:
                     raise ValueError(f"output {spec.name} has shape {array.shape} for a batch of {items}")
                 array = array[:items]
-            dtype = DATATYPES[spec.datatype].numpy
             if array.dtype != dtype:
                 raise ValueError(f"output {spec.name} has type {array.dtype}, its signature says {spec.datatype}")
-            if offset + array.nbytes > end:
+            size = array.nbytes
+            if offset + size > end:
                 raise ValueError(f"outputs of more than {region} bytes a batch do not fit; ask for fewer items")
-            self._outbox[offset : offset + array.nbytes] = _bytes_of(np.ascontiguousarray(array))
+            if size:
+                self._outbox[offset : offset + size] = memoryview(array).cast("B")
             written.offsets.append(offset)
-            written.sizes.append(array.nbytes)
+            written.sizes.append(size)
             written.shapes.append(array.shape)
-            offset += -(-array.nbytes // ALIGN) * ALIGN
+            offset += -(-size // ALIGN) * ALIGN
         return written
-
-
-def _bytes_of(array: Array) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8))
 
 
 def measure(backend: Backend) -> tuple[tuple[int, float], ...]:
@@ -232,7 +244,7 @@ def measure(backend: Backend) -> tuple[tuple[int, float], ...]:
     deadline = time.monotonic() + MEASURE_SECONDS
     points: list[tuple[int, float]] = []
     for batch in batches:
-        places = layout.places(max(batch, signature.min_batch), signature.sample_dims)
+        places = layout.slot(max(batch, signature.min_batch), signature.sample_dims).places
         inputs = [
             np.zeros(place.shape, DATATYPES[spec.datatype].numpy)
             for spec, place in zip(signature.inputs, places, strict=True)
@@ -249,7 +261,7 @@ def measure(backend: Backend) -> tuple[tuple[int, float], ...]:
 def _median_ms(backend: Backend, inputs: list[Array], seconds: float) -> float:
     backend.finish(backend.start(inputs))  # the first run of a shape pays for caches and buffers
     times: list[float] = []
-    while not times or (sum(times) < seconds and len(times) < 9):
+    while not times or (sum(times) < seconds and len(times) < 50):
         begin = time.perf_counter()
         backend.finish(backend.start(inputs))
         times.append(time.perf_counter() - begin)

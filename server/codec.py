@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -40,7 +40,7 @@ _STRUCT_CODES = {
 }
 
 
-class Tensor(NamedTuple):
+class Tensor(msgspec.Struct, gc=False):  # a Struct is quicker to make than a NamedTuple
     """One input of a request as it came: `data` is JSON text, or views of its bytes, or BYTES elements."""
 
     name: str
@@ -49,14 +49,14 @@ class Tensor(NamedTuple):
     data: msgspec.Raw | Pieces | list[bytes]
 
 
-class OutputChoice(NamedTuple):
+class OutputChoice(msgspec.Struct):
     """One output to send back. `binary`: as bytes behind the JSON."""
 
     name: str
     binary: bool
 
 
-class DecodedRequest(NamedTuple):
+class DecodedRequest(msgspec.Struct):
     """`outputs` None: all of them, in the form that `binary_default` says."""
 
     tensors: list[Tensor]
@@ -74,7 +74,7 @@ def decode_request(chunks: Sequence[bytes], header_length: int | None) -> Decode
 
     `header_length`: the value of Inference-Header-Content-Length, None if the header is absent (all is JSON).
     """
-    size = sum(map(len, chunks))
+    size = len(chunks[0]) if len(chunks) == 1 else sum(map(len, chunks))
     if header_length is None:
         header_length = size
     elif not 0 < header_length <= size:
@@ -82,7 +82,7 @@ def decode_request(chunks: Sequence[bytes], header_length: int | None) -> Decode
             f"Inference-Header-Content-Length is {header_length}, but the body has {size} bytes; expected a "
             f"value between 1 and the body's size, or 0 for a raw body"
         )
-    head = chunks[0] if len(chunks) == 1 and header_length == size else b"".join(_pieces(chunks, 0, header_length))
+    head = chunks[0][:header_length] if len(chunks) == 1 else b"".join(_pieces(chunks, 0, header_length))
     try:
         request = wire.decode_infer_request(head)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -105,14 +105,13 @@ def decode_request(chunks: Sequence[bytes], header_length: int | None) -> Decode
 
 def _tensor(entry: wire.InferInput, chunks: Sequence[bytes], begin: int, size: int) -> tuple[Tensor, int]:
     """One input, and where the next one's bytes begin."""
-    shape = tuple(entry.shape)
     parameters = entry.parameters
     if not parameters or "binary_data_size" not in parameters:
         if parameters and "shared_memory_region" in parameters:
             raise ServeError(Fault.UNSUPPORTED, f"input {entry.name}: shared memory is not supported; send the data")
         if not entry.data:
             raise invalid(f"input {entry.name} has neither data nor a binary_data_size")
-        return Tensor(entry.name, entry.datatype, shape, entry.data), begin
+        return Tensor(entry.name, entry.datatype, entry.shape, entry.data), begin
     nbytes = parameters["binary_data_size"]
     if type(nbytes) is not int or nbytes < 0:
         raise invalid(f"input {entry.name}: binary_data_size must be a number of bytes, not {nbytes!r}")
@@ -123,11 +122,13 @@ def _tensor(entry: wire.InferInput, chunks: Sequence[bytes], begin: int, size: i
         raise invalid(
             f"unexpected size for input {entry.name}: {nbytes} bytes are announced, {size - begin} are in the body"
         )
-    return Tensor(entry.name, entry.datatype, shape, _pieces(chunks, begin, end)), end
+    return Tensor(entry.name, entry.datatype, entry.shape, _pieces(chunks, begin, end)), end
 
 
 def _pieces(chunks: Sequence[bytes], begin: int, end: int) -> Pieces:
     """Views of bytes begin..end of the chunks taken together."""
+    if len(chunks) == 1:
+        return [memoryview(chunks[0])[begin:end]]
     pieces = []
     at = 0
     for chunk in chunks:
@@ -159,57 +160,57 @@ def _flag(parameters: wire.Parameters, name: str, owner: str) -> bool:
 # ---- checks ----
 
 
-class Checked(NamedTuple):
+class Checked(msgspec.Struct):
     """Inputs that fit a signature: in its order, with the items they hold and the values of its -1s."""
 
-    tensors: list[Tensor]
+    tensors: Sequence[Tensor]
     items: int
     dims: tuple[int, ...]
 
 
 def check_inputs(signature: Signature, tensors: Sequence[Tensor]) -> Checked:
     """Names, datatypes and shapes of a request against what the model takes. Raises ServeError."""
-    by_name = {tensor.name: tensor for tensor in tensors}
-    if len(tensors) != len(signature.inputs) or len(by_name) != len(tensors):
-        raise invalid(f"expected inputs {_names(signature.inputs)}, got {_names(tensors)}")
-    ordered: list[Tensor] = []
-    dims: list[int] = []
+    specs = signature.inputs
+    if len(tensors) != 1 or len(specs) != 1 or tensors[0].name != specs[0].name:
+        tensors = _in_order(signature, tensors)
     items = 1
-    for spec in signature.inputs:
-        tensor = by_name.get(spec.name)
-        if tensor is None:
-            raise invalid(f"expected inputs {_names(signature.inputs)}, got {_names(tensors)}")
+    if signature.max_batch > 0:
+        first = tensors[0]
+        items = first.shape[0] if first.shape else 0
+        if not 1 <= items <= signature.max_batch:
+            raise invalid(
+                f"input {first.name} has shape {list(first.shape)}, a batch of {items} items; expected 1 to "
+                f"{signature.max_batch}"
+            )
+    dims: tuple[int, ...] = ()
+    for tensor, spec in zip(tensors, specs, strict=True):
         if tensor.datatype != spec.datatype:
             raise invalid(f"input {spec.name} has datatype {tensor.datatype}, expected {spec.datatype}")
-        shape = tensor.shape
-        if signature.max_batch > 0:
-            if len(shape) != len(spec.dims) + 1:
-                raise _wrong_shape(spec, shape, signature)
-            if ordered and shape[0] != items:
-                raise invalid(f"input {spec.name} has {shape[0]} items, input {ordered[0].name} has {items}")
-            items, shape = shape[0], shape[1:]
-        if shape != spec.dims:
-            if len(shape) != len(spec.dims):
-                raise _wrong_shape(spec, tensor.shape, signature)
-            for dim, expected in zip(shape, spec.dims, strict=True):
-                if expected == -1 and dim > 0:
-                    dims.append(dim)
-                elif dim != expected:
-                    raise _wrong_shape(spec, tensor.shape, signature)
-        ordered.append(tensor)
-    if not 1 <= items <= max(signature.max_batch, 1):
-        raise invalid(f"the batch has {items} items, expected 1 to {signature.max_batch}")
-    return Checked(ordered, items, tuple(dims))
+        expected = (items, *spec.dims) if signature.max_batch > 0 else spec.dims
+        if tensor.shape != expected:
+            dims += _varying(spec, tensor.shape, expected)
+    return Checked(tensors, items, dims)
+
+
+def _in_order(signature: Signature, tensors: Sequence[Tensor]) -> list[Tensor]:
+    by_name = {tensor.name: tensor for tensor in tensors}
+    names = [spec.name for spec in signature.inputs]
+    if len(tensors) != len(names) or set(by_name) != set(names):
+        raise invalid(f"expected inputs {_names(signature.inputs)}, got {_names(tensors)}")
+    return [by_name[name] for name in names]
+
+
+def _varying(spec: TensorSpec, shape: tuple[int, ...], expected: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes that stand where -1 is expected. Raises ServeError where a shape differs elsewhere."""
+    pairs = list(zip(shape, expected, strict=False))
+    if len(shape) != len(expected) or any(dim != want and (want != -1 or dim < 1) for dim, want in pairs):
+        may_vary = " (-1 may vary)" if -1 in expected else ""
+        raise invalid(f"input {spec.name} has shape {list(shape)}, expected {list(expected)}{may_vary}")
+    return tuple(dim for dim, want in pairs if want == -1)
 
 
 def _names(named: Iterable[Tensor | TensorSpec]) -> str:
-    return ", ".join(each.name for each in named) or "none"
-
-
-def _wrong_shape(spec: TensorSpec, shape: tuple[int, ...], signature: Signature) -> ServeError:
-    expected = list(spec.dims) if signature.max_batch == 0 else ["batch", *spec.dims]
-    text = ", ".join(map(str, expected))
-    return invalid(f"input {spec.name} has shape {list(shape)}, expected [{text}] (-1 may vary)")
+    return f"[{', '.join(each.name for each in named)}]"
 
 
 # ---- tensors into memory ----
@@ -250,17 +251,17 @@ def _write_json(raw: msgspec.Raw, spec: TensorSpec, shape: tuple[int, ...], targ
 
 def _json_values(raw: msgspec.Raw, name: str, kind: type, shape: tuple[int, ...]) -> list[Any]:
     """The values of `data`, flat or nested as the shape is, row-major."""
-    nested = _is_nested(raw)
     try:
-        values = _decoder(kind, len(shape) if nested else 1)(raw)
+        values: list[Any] = _decoder(kind, 1)(raw)
+        return values
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        flat_error = error
+    try:
+        return _flatten(_decoder(kind, len(shape))(raw), name, shape)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as nested_error:
+        # Whichever of the two forms was meant, the error further in is the one of use.
+        error = max(flat_error, nested_error, key=lambda each: len(str(each)))
         raise invalid(f"input {name}: data does not hold what datatype and shape announce: {error}") from None
-    return _flatten(values, name, shape) if nested else values
-
-
-def _is_nested(raw: msgspec.Raw) -> bool:
-    text = bytes(memoryview(raw)[:64]).lstrip()
-    return text[:1] == b"[" and text[1:].lstrip()[:1] == b"["
 
 
 @lru_cache(maxsize=256)
@@ -328,13 +329,13 @@ def _length_prefixed(data: bytes, name: str) -> list[bytes]:
 # ---- replies ----
 
 
-class OutputData(NamedTuple):
-    """One output of one request. Views and lists may be shared with other requests of the batch."""
+class OutputData(msgspec.Struct):
+    """One output of one request: either its bytes, a view into the batch's, or its values for JSON."""
 
     spec: TensorSpec
     shape: tuple[int, ...]
-    data: memoryview
-    values: list[Any] | None  # for JSON
+    data: memoryview | None
+    values: list[Any] | None
 
 
 def encode_reply(
@@ -344,13 +345,13 @@ def encode_reply(
     entries = []
     parts: list[bytes | memoryview] = [b""]
     for output in outputs:
-        entry = wire.InferOutput(output.spec.name, output.spec.datatype, list(output.shape))
-        if output.values is None:
+        entry = wire.InferOutput(output.spec.name, output.spec.datatype, output.shape)
+        if output.data is None:
+            entry.data = output.values
+        else:
             entry.parameters = {"binary_data_size": len(output.data)}
             if len(output.data):
                 parts.append(output.data)
-        else:
-            entry.data = output.values
         entries.append(entry)
     parts[0] = wire.encode_json(wire.InferReply(model, version, entries, request_id or None))
     return parts, len(parts[0]) if len(parts) > 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -38,6 +39,7 @@ log = structlog.get_logger(__name__)
 NAME = "migserve"
 DEFAULT_SIMULATION = "A100-80GB"
 GPU_READ_INTERVAL_S = 5.0
+GC_THRESHOLDS = (20_000, 20, 50)
 
 
 class StartError(RuntimeError):
@@ -197,6 +199,10 @@ class Daemon:
             loading.cancel()
             return
         await loading
+        # What there is now lives on. Requests make many objects and almost no cycles: collect seldom.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         self._started = True
         self._background.append(asyncio.create_task(self._read_gpus()))
         log.info("serving", **{f"{name}_port": port for name, port in self.ports.items()})
@@ -287,6 +293,7 @@ class Daemon:
             ws="none",
             lifespan="off",
             proxy_headers=False,
+            server_header=False,
             access_log=False,
             log_config=None,
             timeout_graceful_shutdown=int(self.settings.exit_timeout_secs) + 1,
@@ -308,15 +315,13 @@ class Daemon:
 
     async def _cut_off(self, closing: asyncio.Task[None]) -> None:
         """Ends what is under way with an error, so that its client knows."""
-        if self._grpc is not None:
-            await self._grpc.stop(None)
-        for server in self._http:
-            for task in list(server.server_state.tasks):
-                task.cancel()
+        self.driver.give_up("the server is shutting down")
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(closing), 1.0)
         for server in self._http:
-            server.force_exit = True
+            server.force_exit = True  # clients that do not read their answers
+        if self._grpc is not None:
+            await self._grpc.stop(None)
         await closing
 
     def _models_now(self) -> Iterator[tuple[tuple[str, str], bool, bool, int]]:
@@ -342,8 +347,8 @@ def _port_error(name: str, address: str, port: int, why: str) -> StartError:
 
 
 def _threads(workers: int) -> int:
-    """Of one operation in a CPU worker: the cores, shared out."""
-    return max(1, (os.cpu_count() or 1) // workers)
+    """Of one operation in a CPU worker: the cores, shared out, but for one that the daemon itself needs."""
+    return max(1, ((os.cpu_count() or 1) - 1) // workers)
 
 
 def _version() -> str:

@@ -75,12 +75,17 @@ def _export(model: Any, example: Any, folder: Path) -> None:
 
 
 def _make_affine(folder: Path) -> str:
-    """y = 2 x + 1 on 16 floats: what a request costs without a model."""
+    """y = 2 x + 1 on 16 floats, in one operation: what a request costs without a model."""
     import torch
 
     class Affine(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.full((16,), 2.0))
+            self.shift = torch.nn.Parameter(torch.ones(16))
+
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"y": 2 * x + 1}
+            return {"y": torch.addcmul(self.shift, self.scale, x)}
 
     _export(Affine(), torch.zeros(2, 16), folder)
     return "16 floats in, 16 floats out: y = 2 x + 1"
@@ -91,8 +96,18 @@ def _make_mlp(folder: Path) -> str:
     from torch import nn
 
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
-    _export(layers, torch.zeros(2, 256), folder)
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
+            )
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": self.layers(x)}
+
+    _export(Mlp(), torch.zeros(2, 256), folder)
     return "256 -> 1024 -> 1024 -> 10, seeded weights"
 
 

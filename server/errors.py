@@ -66,7 +66,7 @@ def from_refusal(reason: Reason, retry_after_s: float, detail: str, model: str) 
             message = "the request's time ran out before it was started (timeout or deadline_ms)"
             return ServeError(Fault.DEADLINE, message, reason=reason)
         case Reason.UNAVAILABLE:
-            message = f"no slice serves model {model} now"
+            message = detail or f"no slice serves model {model} now"
             return ServeError(Fault.UNAVAILABLE, message, reason=reason)
         case Reason.CRASHED:
             message = f"the worker died twice while running this request ({detail}); it was not tried again"

@@ -112,7 +112,7 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
             for model in self._repository.versions(name):
                 if request.version in ("", str(model.version)):
                     version = str(model.version)
-                    entries.append(statistics(name, version, self._metrics.models[name, version]))
+                    entries.append(statistics(name, version, self._metrics.stats(name, version)))
         return json_format.ParseDict({"model_stats": entries}, service_pb2.ModelStatisticsResponse())
 
     # ---- repository ----
@@ -284,5 +284,5 @@ def _response(model: Model, request: Any, answered: Answered) -> Any:
     reply = service_pb2.ModelInferResponse(model_name=model.name, model_version=str(model.version), id=request.id)
     for output in outputs_of(model, answered, choice, binary=True):
         reply.outputs.add(name=output.spec.name, datatype=output.spec.datatype, shape=output.shape)
-        reply.raw_output_contents.append(bytes(output.data))
+        reply.raw_output_contents.append(bytes(output.data or b""))
     return reply

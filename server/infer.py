@@ -17,16 +17,15 @@ import structlog
 from server import codec, wire
 from server.codec import DecodedRequest, Tensor
 from server.errors import Fault, ServeError, invalid
-from server.http_protocol import CONNECTION
+from server.http_protocol import Headers, Reply
 from server.repository import Model, Repository
-from server.service import InferenceService, now_ns, outputs_of
+from server.service import Cancel, InferenceService, Outcome, now_ns, outputs_of
 
 log = structlog.get_logger(__name__)
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
 
 _PATH = re.compile(rb"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
 _JSON = (b"content-type", b"application/json")
@@ -40,12 +39,6 @@ class Target(NamedTuple):
 
     model: str
     version: str | None
-
-
-class Reply(NamedTuple):
-    status: int
-    headers: Headers
-    body: bytes
 
 
 class InferRoute:
@@ -64,97 +57,115 @@ class InferRoute:
         self._app = app
         self._repository = repository
         self._service = service
-        self._max_body_bytes = max_body_bytes
-        self._read_timeout_s = read_timeout_s
+        self.max_body_bytes = max_body_bytes
+        self.read_timeout_s = read_timeout_s
         self._log_requests = log_requests
         self._targets: dict[bytes, Target] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            return await self._app(scope, receive, send)
-        target = self._targets.get(scope["raw_path"]) or self._parse_path(scope["raw_path"])
+        """The ordinary ASGI way; under our own HTTP protocol, which calls `begin` itself, for odd requests only."""
+        target = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            target = self.target(scope["raw_path"])
         if target is None:
-            return await self._app(scope, receive, send)
-        connection = scope.get(CONNECTION)
-        if connection is not None:
-            connection.on_lost = asyncio.current_task().cancel  # type: ignore[union-attr]  # a handler is a task
-        try:
-            reply = await self._answer(target, dict(scope["headers"]), receive)
-        except asyncio.CancelledError:
-            if connection is not None and connection.lost:
-                return None  # nobody is left to answer
-            reply = _error(ServeError(Fault.UNAVAILABLE, "the server is shutting down"))
-        finally:
-            if connection is not None:
-                connection.on_lost = None
-        await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
-        await send({"type": "http.response.body", "body": reply.body})
-        return None
-
-    def _parse_path(self, raw_path: bytes) -> Target | None:
-        match = _PATH.fullmatch(raw_path)
-        if match is None:
-            return None
-        version = match[2].decode() if match[2] else None
-        target = Target(unquote(match[1].decode("ascii")), version)
-        if len(self._targets) < 4096:
-            self._targets[raw_path] = target
-        return target
-
-    async def _answer(self, target: Target, headers: dict[bytes, bytes], receive: Receive) -> Reply:
-        """The reply to one request, errors included."""
-        arrival_ns = now_ns()
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
         try:
             chunks = await self._read_body(headers, receive)
-            model = self._repository.get(target.model, target.version)
-            encoding = headers.get(b"content-encoding")
-            if encoding and encoding != b"identity":
-                body = codec.decompress(b"".join(chunks), encoding.decode("latin-1"), self._max_body_bytes)
-                chunks = [body]
-            request = self._decode(model, chunks, headers.get(wire.HEADER_LENGTH))
-            answered = await self._service.infer(model, request.tensors, request.parameters, arrival_ns)
-            outputs = outputs_of(model, answered, request.outputs, request.binary_default)
-            parts, header_length = codec.encode_reply(model.name, str(model.version), request.id, outputs)
-            reply = _reply(parts, header_length, headers.get(b"accept-encoding"))
         except ServeError as error:
             reply = _error(error)
-        except Exception:
-            log.exception("infer failed", model=target.model)
+        else:
+            if chunks is None:
+                return  # the client has gone
+            answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+            self.begin(target, headers, chunks, answered.set_result)
+            reply = await answered
+        await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
+        await send({"type": "http.response.body", "body": reply.body})
+
+    def target(self, raw_path: bytes) -> Target | None:
+        """Which model a path names, None if it is not an infer path."""
+        target = self._targets.get(raw_path)
+        if target is None and (match := _PATH.fullmatch(raw_path)) is not None:
+            target = Target(unquote(match[1].decode("ascii")), match[2].decode() if match[2] else None)
+            if len(self._targets) < 4096:
+                self._targets[raw_path] = target
+        return target
+
+    def begin(
+        self, target: Target, headers: dict[bytes, bytes], chunks: list[bytes], respond: Callable[[Reply], None]
+    ) -> Cancel | None:
+        """Starts one whole request; `respond` gets the reply, errors included, maybe before this returns.
+
+        Call what is returned if the client has gone; then `respond` is not called.
+        """
+        arrival_ns = now_ns()
+
+        def finish(outcome: Outcome) -> None:
+            respond(self._finish(target, arrival_ns, lambda: self._encode(model, request, headers, outcome)))
+
+        try:
+            model = self._repository.get(target.model, target.version)
+            request = self._decode(model, headers, chunks)
+            return self._service.submit(model, request.tensors, request.parameters, arrival_ns, finish)
+        except Exception as error:
+            raised = error
+        respond(self._finish(target, arrival_ns, lambda: _raise(raised)))
+        return None
+
+    def _finish(self, target: Target, arrival_ns: int, make: Callable[[], Reply]) -> Reply:
+        """The reply that `make` makes, or the one that tells of its failure."""
+        try:
+            reply = make()
+        except ServeError as error:
+            reply = _error(error)
+        except Exception as error:
+            log.error("infer failed", model=target.model, exc_info=error)
             reply = _error(ServeError(Fault.INTERNAL, "internal error; the server's log has the details"))
         if self._log_requests:
             milliseconds = (now_ns() - arrival_ns) / 1e6
             log.info("infer", model=target.model, status=reply.status, ms=round(milliseconds, 3), bytes=len(reply.body))
         return reply
 
-    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> list[bytes]:
-        """The body in the chunks it came in. Raises ServeError for one that is too long or too slow."""
-        announced = headers.get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > self._max_body_bytes:
-            raise self._too_long()
-        message = await receive()
-        if not message.get("more_body"):
-            return [_body(message)]
-        chunks = [_body(message)]
-        size = len(chunks[0])
-        try:
-            async with asyncio.timeout(self._read_timeout_s):
-                while message.get("more_body"):
-                    message = await receive()
-                    chunks.append(_body(message))
-                    size += len(chunks[-1])
-                    if size > self._max_body_bytes:
-                        raise self._too_long()
-        except TimeoutError:
-            raise ServeError(Fault.INVALID, f"the body did not arrive within {self._read_timeout_s:.0f} s") from None
-        return chunks
+    def refuse(self, bytes_announced: int | None) -> Reply:
+        """For a body that is too long, or, with None, too slow."""
+        return _error(self._too_slow() if bytes_announced is None else self._too_long())
 
     def _too_long(self) -> ServeError:
-        return ServeError(Fault.TOO_LARGE, f"the body is longer than {self._max_body_bytes} bytes")
+        return ServeError(Fault.TOO_LARGE, f"the body is longer than {self.max_body_bytes} bytes")
 
-    def _decode(self, model: Model, chunks: list[bytes], header_length: bytes | None) -> DecodedRequest:
+    def _too_slow(self) -> ServeError:
+        return ServeError(Fault.INVALID, f"the body did not arrive within {self.read_timeout_s:.0f} s")
+
+    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> list[bytes] | None:
+        """The body in the chunks it came in; None if the client leaves. Raises ServeError if too long or too slow."""
+        announced = headers.get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self.max_body_bytes:
+            raise self._too_long()
+        chunks: list[bytes] = []
+        try:
+            async with asyncio.timeout(self.read_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunks.append(message["body"])
+                    if sum(map(len, chunks)) > self.max_body_bytes:
+                        raise self._too_long()
+                    if not message.get("more_body"):
+                        return chunks
+        except TimeoutError:
+            raise self._too_slow() from None
+
+    def _decode(self, model: Model, headers: dict[bytes, bytes], chunks: list[bytes]) -> DecodedRequest:
+        encoding = headers.get(b"content-encoding")
+        if encoding and encoding != b"identity":
+            chunks = [codec.decompress(b"".join(chunks), encoding.decode("latin-1"), self.max_body_bytes)]
+        header_length = headers.get(wire.HEADER_LENGTH)
         if header_length is None:
             # Clients like curl send a file as it is. JSON always begins with a brace.
-            if model.serving.preprocess is not None and chunks[0].lstrip()[:1] != b"{":
+            if model.serving.preprocess is not None and chunks and chunks[0].lstrip()[:1] != b"{":
                 return _raw(model, chunks, binary_outputs=False)
             return codec.decode_request(chunks, None)
         if not header_length.isdigit():
@@ -163,12 +174,18 @@ class InferRoute:
             return _raw(model, chunks, binary_outputs=True)
         return codec.decode_request(chunks, int(header_length))
 
+    def _encode(
+        self, model: Model, request: DecodedRequest, headers: dict[bytes, bytes], outcome: Outcome
+    ) -> Reply:
+        if isinstance(outcome, ServeError):
+            return _error(outcome)
+        outputs = outputs_of(model, outcome, request.outputs, request.binary_default)
+        parts, header_length = codec.encode_reply(model.name, str(model.version), request.id, outputs)
+        return _reply(parts, header_length, headers.get(b"accept-encoding"))
 
-def _body(message: dict[str, Any]) -> bytes:
-    if message["type"] == "http.disconnect":
-        raise asyncio.CancelledError
-    body: bytes = message["body"]
-    return body
+
+def _raise(error: Exception) -> Reply:
+    raise error
 
 
 def _raw(model: Model, chunks: list[bytes], *, binary_outputs: bool) -> DecodedRequest:
@@ -206,8 +223,6 @@ def _error(error: ServeError) -> Reply:
     headers: Headers = [_JSON, (b"content-length", b"%d" % len(body))]
     if error.retry_after_header is not None:
         headers.append((b"retry-after", error.retry_after_header))
-    if error.fault is Fault.TOO_LARGE:
-        headers.append((b"connection", b"close"))  # the rest of the body is not waited for
     if error.reason == "encoding":
         headers.append((b"accept-encoding", b"gzip, deflate"))
     return Reply(error.fault.http, headers, body)

@@ -42,6 +42,8 @@ _TRITON_REASON = {
 
 ModelId = tuple[str, str]  # name, version
 
+COUNT_AT_ONCE = 256
+
 
 class Histogram:
     """Counts by upper bound, and the sum, of integers."""
@@ -98,7 +100,9 @@ class Metrics(Collector):
     """Observes the driver, and is scraped. `watch` tells it of what it cannot count itself."""
 
     def __init__(self) -> None:
-        self.models: dict[ModelId, ModelStats] = defaultdict(ModelStats)
+        self._models: dict[ModelId, ModelStats] = defaultdict(ModelStats)
+        self._uncounted: list[BatchRecord] = []
+        self._wall_offset_ns = time.time_ns() - time.monotonic_ns()
         self._slices: dict[tuple[ModelId, int], SliceStats] = defaultdict(SliceStats)
         self._ids: dict[str, ModelId] = {}
         self._workers: Sequence[Worker] = ()
@@ -120,14 +124,30 @@ class Metrics(Collector):
         """`models_now`: (model, ready, emulated, unfinished requests) of each; `arena`: bytes used and in all."""
         self._workers, self._gpus, self._models_now, self._arena = workers, gpus, models_now, arena
 
+    def stats(self, model: str, version: str) -> ModelStats:
+        """Everything counted of one model version."""
+        self._count_all()
+        return self._models[model, version]
+
     def gpu_read(self, uuid: str, readings: GpuReadings) -> None:
         self._readings[uuid] = readings
 
     # ---- observing ----
 
     def batch_done(self, record: BatchRecord) -> None:
+        """Kept as it is until many have come or somebody looks: counting one by one delays the next request."""
+        self._uncounted.append(record)
+        if len(self._uncounted) >= COUNT_AT_ONCE:
+            self._count_all()
+
+    def _count_all(self) -> None:
+        records, self._uncounted = self._uncounted, []
+        for record in records:
+            self._count(record)
+
+    def _count(self, record: BatchRecord) -> None:
         model = self._id(record.model)
-        stats = self.models[model]
+        stats = self._models[model]
         slice_stats = self._slices[model, record.worker_id]
         started_ns, ended_ns = record.started_ns, record.ended_ns
         for arrival_ns in record.arrivals_ns:
@@ -144,7 +164,7 @@ class Metrics(Collector):
         stats.input_ns += count * record.input_ns
         stats.infer_ns += count * record.infer_ns
         stats.output_ns += count * record.output_ns
-        stats.last_ms = time.time_ns() // _MS
+        stats.last_ms = (ended_ns + self._wall_offset_ns) // _MS
         by_batch = stats.by_batch[record.items]
         by_batch[0] += 1
         by_batch[1] += record.input_ns
@@ -152,14 +172,14 @@ class Metrics(Collector):
         by_batch[3] += record.output_ns
 
     def refused(self, model: str, reason: Reason) -> None:
-        self.models[self._id(model)].failures[reason] += 1
+        self._models[self._id(model)].failures[reason] += 1
 
     def rejected(self, model: str, reason: str) -> None:
         """Ended before the scheduler saw it."""
-        self.models[self._id(model)].failures[reason] += 1
+        self._models[self._id(model)].failures[reason] += 1
 
     def cancelled(self, model: str, *, before_compute: bool) -> None:
-        stats = self.models[self._id(model)]
+        stats = self._models[self._id(model)]
         stats.failures["cancelled"] += 1
         stats.cancelled_before_compute += before_compute
 
@@ -178,6 +198,7 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
+        self._count_all()
         yield from self._collect_triton()
         yield from self._collect_models()
         yield from self._collect_histograms()
@@ -201,12 +222,12 @@ class Metrics(Collector):
         ]
         for name, help_text, value in fields:
             family = Metric(name, help_text, "unknown")  # a "counter" would be renamed to end in _total
-            for model, stats in self.models.items():
+            for model, stats in self._models.items():
                 family.add_sample(name, dict(zip(labels, model, strict=True)), value(stats))
             yield family
         name = "nv_inference_request_failure"
         family = Metric(name, "Requests not answered, by Triton's reasons", "unknown")
-        for (model, version), stats in self.models.items():
+        for (model, version), stats in self._models.items():
             reasons: Counter[str] = Counter()
             for reason, count in stats.failures.items():
                 reasons[_TRITON_REASON.get(reason, "REJECTED")] += count
@@ -227,7 +248,7 @@ class Metrics(Collector):
         dropped = CounterMetricFamily(
             "migserve_requests_cancelled_before_compute", "Clients that left in time", labels=labels
         )
-        for model, stats in self.models.items():
+        for model, stats in self._models.items():
             for reason, count in stats.failures.items():
                 refused.add_metric([*model, reason], count)
             dropped.add_metric(model, stats.cancelled_before_compute)

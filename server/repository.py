@@ -69,6 +69,7 @@ class Repository:
         self._fleet = fleet
         self._driver = driver
         self._models: dict[str, dict[int, Model]] = {}
+        self._answering: dict[tuple[str, str | None], Model] = {}  # what `get` found, until anything changes
         self._generation = 0
         self._changing: dict[str, asyncio.Lock] = {}
 
@@ -76,6 +77,12 @@ class Repository:
 
     def get(self, name: str, version: str | None = None) -> Model:
         """The model that answers requests now; the highest version if none is named. Raises ServeError."""
+        model = self._answering.get((name, version))
+        if model is None or model.state != ModelState.READY:
+            model = self._answering[name, version] = self._find(name, version)
+        return model
+
+    def _find(self, name: str, version: str | None) -> Model:
         versions = self._models.get(name)
         if versions is None:
             raise ServeError(Fault.NOT_FOUND, f"unknown model {name!r}; there are: {', '.join(self.names()) or 'none'}")
@@ -178,11 +185,13 @@ class Repository:
         model.layout = InputLayout(loaded.signature)
         model.state = ModelState.READY
         self._models[name][number] = model
-        log.info("model ready", model=name, version=number, backend=model.backend, latency_ms=loaded.latency_ms)
+        self._answering.clear()
+        log.info("model ready", model=name, version=number, backend=model.backend, measured_ms=loaded.measured_ms)
         if old is not None and old.state == ModelState.READY:
             await self._retire(old)
 
     async def _retire(self, model: Model) -> None:
+        self._answering.clear()
         if model.state != ModelState.READY:
             return
         model.state = ModelState.UNLOADING

@@ -121,7 +121,7 @@ def repository_index(repository: Repository, *, ready_only: bool) -> list[dict[s
 
 
 def _stats(metrics: Metrics, model: str, version: str) -> dict[str, Any]:
-    return statistics(model, version, metrics.models[model, version])
+    return statistics(model, version, metrics.stats(model, version))
 
 
 async def _json_body(request: Request) -> dict[str, Any]:

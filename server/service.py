@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
 
 from preprocess.cpu import BadInputError
+from preprocess.pipeline import PipelineFile
 from preprocess.pool import PoolFullError, PreprocessPool
 from scheduler.arena import Arena, ArenaFullError
 from scheduler.driver import Answered, Driver, RefusedError
@@ -24,12 +28,18 @@ from server.repository import Model
 BRIEFLY_S = 1.0
 
 
-class Terms(NamedTuple):
+class Terms(msgspec.Struct, frozen=True):
     """What a request asks of the scheduler; points in time in ns of the monotonic clock."""
 
+    arrival_ns: int
     due_ns: int | None = None
     expires_ns: int | None = None
     priority: int = DEFAULT_PRIORITY
+
+
+Outcome = Answered | ServeError
+OnOutcome = Callable[[Outcome], None]
+Cancel = Callable[[], object]
 
 
 class InferenceService:
@@ -41,20 +51,54 @@ class InferenceService:
         self._pool = pool
         self._metrics = metrics
         self._ids = itertools.count(1)
+        self._preprocessing: set[asyncio.Task[None]] = set()
+
+    def submit(
+        self,
+        model: Model,
+        tensors: list[Tensor],
+        parameters: dict[str, Any] | None,
+        arrival_ns: int,
+        on_outcome: OnOutcome,
+    ) -> Cancel:
+        """Runs one request; `on_outcome` gets the answer or the error. Raises ServeError for what is wrong at once.
+
+        `parameters` may hold timeout (us in the queue), priority (1 is highest), slo_ms and deadline_ms. Call what is
+        returned if the client has gone: then the request is dropped wherever it is, and `on_outcome` is not called.
+        """
+        try:
+            terms = read_terms(parameters, arrival_ns, model.serving.slo_ms)
+            pipeline = model.serving.preprocess
+            if pipeline is not None and len(tensors) == 1 and tensors[0].name == pipeline.input:
+                job = self._preprocess_and_schedule(model, pipeline, tensors[0], terms, on_outcome)
+                task = asyncio.create_task(job)
+                self._preprocessing.add(task)  # the loop itself would not keep it alive
+                task.add_done_callback(self._preprocessing.discard)
+                return task.cancel
+            checked, offset = self._place(model, tensors)
+        except ServeError as error:
+            self._metrics.rejected(model.key, error.reason)
+            raise
+        return self._schedule(model, checked, offset, terms, on_outcome)
 
     async def infer(
         self, model: Model, tensors: list[Tensor], parameters: dict[str, Any] | None, arrival_ns: int
     ) -> Answered:
-        """Runs one request. Raises ServeError. If cancelled, the request is dropped wherever it is.
-
-        `parameters` may hold timeout (us in the queue), priority (1 is highest), slo_ms and deadline_ms.
-        """
+        """`submit` for those who can wait. Raises ServeError."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        cancel = self.submit(model, tensors, parameters, arrival_ns, future.set_result)
         try:
-            terms = read_terms(parameters, arrival_ns, model.serving.slo_ms)
-            checked, offset = await self._place(model, tensors)
-        except ServeError as error:
-            self._metrics.rejected(model.key, error.reason)
+            outcome = await future
+        except asyncio.CancelledError:
+            cancel()
             raise
+        if isinstance(outcome, ServeError):
+            raise outcome
+        return outcome
+
+    def _schedule(
+        self, model: Model, checked: Checked, offset: int, terms: Terms, on_outcome: OnOutcome
+    ) -> Cancel:
         request = Request(
             next(self._ids),
             model.key,
@@ -63,27 +107,25 @@ class InferenceService:
             terms.due_ns,
             terms.expires_ns,
             terms.priority,
-            alone=model.signature.max_batch == 0,
+            model.signature.max_batch == 0,
         )
-        pending = self._driver.submit(request, offset, arrival_ns)
-        try:
-            return await pending.future
-        except RefusedError as error:
-            raise from_refusal(error.reason, error.retry_after_s, error.detail, model.name) from None
-        except asyncio.CancelledError:
-            self._driver.cancel(pending)
-            raise
 
-    async def _place(self, model: Model, tensors: list[Tensor]) -> tuple[Checked, int]:
+        def on_end(end: Answered | RefusedError) -> None:
+            if isinstance(end, RefusedError):
+                on_outcome(from_refusal(end.reason, end.retry_after_s, end.detail, model.name))
+            else:
+                on_outcome(end)
+
+        pending = self._driver.submit(request, offset, terms.arrival_ns, on_end)
+        return partial(self._driver.cancel, pending)
+
+    def _place(self, model: Model, tensors: list[Tensor]) -> tuple[Checked, int]:
         """Inputs into the arena. Returns what they are, and the offset of their slot."""
-        pipeline = model.serving.preprocess
-        if pipeline is not None and len(tensors) == 1 and tensors[0].name == pipeline.input:
-            return await self._preprocess(model, tensors[0])
         checked = codec.check_inputs(model.signature, tensors)
-        offset = self._allocate(model, checked)
+        slot = model.layout.slot(checked.items, checked.dims)
+        offset = self._allocate(slot.nbytes)
         try:
-            places = model.layout.places(checked.items, checked.dims)
-            for tensor, spec, place in zip(checked.tensors, model.signature.inputs, places, strict=True):
+            for tensor, spec, place in zip(checked.tensors, model.signature.inputs, slot.places, strict=True):
                 begin = offset + place.offset
                 codec.write_tensor(tensor, spec, place.shape, self._arena.memory[begin : begin + place.nbytes])
         except BaseException:
@@ -91,10 +133,28 @@ class InferenceService:
             raise
         return checked, offset
 
-    async def _preprocess(self, model: Model, tensor: Tensor) -> tuple[Checked, int]:
+    async def _preprocess_and_schedule(
+        self, model: Model, pipeline: PipelineFile, tensor: Tensor, terms: Terms, on_outcome: OnOutcome
+    ) -> None:
+        try:
+            checked, offset = await self._preprocess(model, pipeline, tensor)
+        except ServeError as error:
+            self._metrics.rejected(model.key, error.reason)
+            on_outcome(error)
+            return
+        except asyncio.CancelledError:
+            self._metrics.cancelled(model.key, before_compute=True)
+            raise
+        answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        cancel = self._schedule(model, checked, offset, terms, answered.set_result)
+        try:
+            on_outcome(await answered)
+        except asyncio.CancelledError:
+            cancel()
+            raise
+
+    async def _preprocess(self, model: Model, pipeline: PipelineFile, tensor: Tensor) -> tuple[Checked, int]:
         """A BYTES input through the model's pipeline, straight into the arena."""
-        pipeline = model.serving.preprocess
-        assert pipeline is not None  # the caller has looked
         if tensor.datatype != "BYTES":
             raise invalid(f"input {tensor.name} has datatype {tensor.datatype}, expected BYTES")
         if tensor.shape[1:] not in ((), (1,)):
@@ -102,8 +162,8 @@ class InferenceService:
         elements = codec.byte_elements(tensor)
         made = Tensor(pipeline.output, "FP32", (len(elements), *pipeline.image.shape), [])
         checked = codec.check_inputs(model.signature, [made])
-        offset = self._allocate(model, checked)
-        nbytes = model.layout.places(checked.items, checked.dims)[0].nbytes
+        nbytes = model.layout.slot(checked.items, checked.dims).nbytes
+        offset = self._allocate(nbytes)
         try:
             job = self._pool.submit(pipeline, elements, self._arena.memory[offset : offset + nbytes])
         except PoolFullError as error:
@@ -123,9 +183,9 @@ class InferenceService:
             raise
         return checked, offset
 
-    def _allocate(self, model: Model, checked: Checked) -> int:
+    def _allocate(self, nbytes: int) -> int:
         try:
-            return self._arena.allocate(model.layout.slot_bytes(checked.items, checked.dims))
+            return self._arena.allocate(nbytes)
         except ArenaFullError as error:
             raise ServeError(
                 Fault.REFUSED, f"the arena is full: {error}", reason="arena_full", retry_after_s=BRIEFLY_S
@@ -145,21 +205,22 @@ def outputs_of(model: Model, answered: Answered, choice: list[codec.OutputChoice
 
 
 def _output(model: Model, answered: Answered, index: int, binary: bool) -> OutputData:
-    outputs, row, items = answered
+    outputs, row, items = answered.outputs, answered.row, answered.items
     spec = model.signature.outputs[index]
+    datatype = DATATYPES[spec.datatype]
     shape = outputs.shapes[index]
-    begin, end = 0, math.prod(shape)
     if model.signature.max_batch > 0:
-        of_item = math.prod(shape[1:])
+        of_item = outputs.elements[index] // shape[0]
         begin, end = row * of_item, (row + items) * of_item
         shape = (items, *shape[1:])
-    datatype = DATATYPES[spec.datatype]
+    else:
+        begin, end = 0, outputs.elements[index]
     if binary:
         data = memoryview(outputs.data[index])[begin * datatype.itemsize : end * datatype.itemsize]
         return OutputData(spec, shape, data, None)
     if spec.datatype in ("FP16", "BF16"):
         raise invalid(f"output {spec.name} is {spec.datatype}, which JSON cannot carry; ask for it as binary data")
-    return OutputData(spec, shape, memoryview(b""), outputs.values(index, datatype.numpy)[begin:end])
+    return OutputData(spec, shape, None, outputs.values(index, datatype.numpy)[begin:end])
 
 
 # ---- request parameters ----
@@ -168,7 +229,7 @@ def _output(model: Model, answered: Answered, index: int, binary: bool) -> Outpu
 def read_terms(parameters: dict[str, Any] | None, arrival_ns: int, model_slo_ms: float | None) -> Terms:
     """Deadlines and priority of a request. Raises ServeError for values that make no sense."""
     if not parameters:
-        return Terms() if model_slo_ms is None else Terms(arrival_ns + int(model_slo_ms * 1e6))
+        return Terms(arrival_ns, None if model_slo_ms is None else arrival_ns + int(model_slo_ms * 1e6))
     _check_reserved(parameters)
     slo_ms = _positive(parameters, "slo_ms")
     deadline_ms = _positive(parameters, "deadline_ms")
@@ -179,7 +240,7 @@ def read_terms(parameters: dict[str, Any] | None, arrival_ns: int, model_slo_ms:
     if timeout_us:
         expires.append(arrival_ns + timeout_us * 1000)
     priority = _whole(parameters, "priority") or DEFAULT_PRIORITY
-    return Terms(min(due, default=None), min(expires, default=None), priority)
+    return Terms(arrival_ns, min(due, default=None), min(expires, default=None), priority)
 
 
 def _check_reserved(parameters: dict[str, Any]) -> None:

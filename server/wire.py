@@ -29,7 +29,7 @@ class InferInput(msgspec.Struct):
 
     name: str
     datatype: str
-    shape: list[int]
+    shape: tuple[int, ...]
     parameters: Parameters | None = None
     data: msgspec.Raw = msgspec.Raw()
 
@@ -51,7 +51,7 @@ class InferOutput(msgspec.Struct, omit_defaults=True):
 
     name: str
     datatype: str
-    shape: list[int]
+    shape: tuple[int, ...]
     parameters: Parameters | None = None
     data: list[Any] | None = None
 

@@ -28,14 +28,20 @@ class Backend(Protocol):
 
     signature: Signature
 
-    def host_array(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """Uninitialised memory for one input, from which the device can copy."""
+    def join(self, parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """One input of a batch, copied together from its requests' bytes, where the device can take it."""
 
     def start(self, inputs: list[Array]) -> Any:
         """Takes one array an input, whole batch, in the signature's order."""
 
     def finish(self, started: Any) -> list[Array]:
-        """Waits; one array an output, in the signature's order. Raises what the model raised."""
+        """Waits; one contiguous array an output, in the signature's order. Raises what the model raised."""
+
+
+def join_in_memory(parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """`join` for what computes on the CPU."""
+    # Writable, since a model may work in place; and not the arena itself, since it may have to run again.
+    return np.frombuffer(bytearray().join(parts), dtype).reshape(shape)
 
 
 def load(message: Load, device: str) -> Backend:

@@ -7,8 +7,9 @@ is pinned, or else copies would not overlap anything. Not yet run on every GPU g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from scheduler.backends import Array
@@ -31,8 +32,14 @@ class CudaBackend(TorchBackend):
         self._compute = torch.cuda.Stream()
         self._copy_out = torch.cuda.Stream()
 
-    def host_array(self, shape: tuple[int, ...], dtype: str) -> Array:
-        return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True).numpy()
+    def join(self, parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        pinned = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True).numpy()
+        target = memoryview(pinned).cast("B")
+        end = 0
+        for part in parts:
+            target[end : end + len(part)] = part
+            end += len(part)
+        return pinned
 
     def start(self, inputs: list[Array]) -> _Started:  # type: ignore[override]  # a handle of its own kind
         host_inputs = self.as_tensors(inputs)

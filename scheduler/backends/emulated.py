@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from partitioner import latency
-from scheduler.backends import DEFAULT_MAX_BATCH, Array, ModelLoadError
+from scheduler.backends import DEFAULT_MAX_BATCH, Array, ModelLoadError, join_in_memory
 from scheduler.channel import ModelSource
 from scheduler.tensors import DATATYPES, Signature
 
@@ -31,8 +32,8 @@ class EmulatedBackend:
         varying = sum(dim == -1 for spec in source.inputs for dim in spec.dims)
         self.signature = Signature(source.inputs, source.outputs, max_batch, sample_dims=(1,) * varying)
 
-    def host_array(self, shape: tuple[int, ...], dtype: str) -> Array:
-        return np.empty(shape, dtype)
+    def join(self, parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        return join_in_memory(parts, shape, dtype)
 
     def start(self, inputs: list[Array]) -> tuple[float, list[Array]]:
         return time.monotonic(), inputs

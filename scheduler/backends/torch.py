@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from scheduler.backends import DEFAULT_MAX_BATCH, Array, ModelLoadError
+from scheduler.backends import DEFAULT_MAX_BATCH, Array, ModelLoadError, join_in_memory
 from scheduler.channel import ModelSource
 from scheduler.tensors import Signature, TensorSpec
 
@@ -38,7 +38,6 @@ DATATYPE_OF_TORCH = {
     torch.float32: "FP32",
     torch.float64: "FP64",
 }
-TORCH_OF_DATATYPE = {datatype: dtype for dtype, datatype in DATATYPE_OF_TORCH.items()}
 
 
 class TorchBackend:
@@ -46,25 +45,25 @@ class TorchBackend:
 
     def __init__(self, source: ModelSource, device: str = "cpu") -> None:
         self._program, self.signature = load_program(source, device)
-        self._input_types = [TORCH_OF_DATATYPE[spec.datatype] for spec in self.signature.inputs]
+        self._as_tensor = [_bf16_from_bits if spec.datatype == "BF16" else torch.from_numpy for spec in self.signature.inputs]
 
-    def host_array(self, shape: tuple[int, ...], dtype: str) -> Array:
-        return np.empty(shape, dtype)
+    def join(self, parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        return join_in_memory(parts, shape, dtype)
 
+    @torch.inference_mode()
     def start(self, inputs: list[Array]) -> Sequence[torch.Tensor]:
-        with torch.inference_mode():
-            return self._program(*self.as_tensors(inputs))
+        return self._program(*self.as_tensors(inputs))
 
     def finish(self, started: Sequence[torch.Tensor]) -> list[Array]:
         return [as_array(tensor) for tensor in started]
 
     def as_tensors(self, inputs: list[Array]) -> list[torch.Tensor]:
         """The arrays as tensors over the same memory."""
-        # The view gives BF16, which travels as UINT16, its type back.
-        return [
-            torch.from_numpy(array).view(dtype)
-            for array, dtype in zip(inputs, self._input_types, strict=True)
-        ]
+        return [as_tensor(array) for as_tensor, array in zip(self._as_tensor, inputs, strict=True)]
+
+
+def _bf16_from_bits(array: Array) -> torch.Tensor:
+    return torch.from_numpy(array).view(torch.bfloat16)
 
 
 def as_array(tensor: torch.Tensor) -> Array:

@@ -15,12 +15,17 @@ class Policy(Protocol):
 
     def __init__(self, pool: Pool) -> None: ...
 
-    def add(self, now_ns: int, query: Query, *, must: bool = False) -> int | None:
-        """Queues a query; some worker in the pool serves its model.
+    def choose(self, now_ns: int, query: Query) -> tuple[Worker, int]:
+        """The worker for a query whose model somebody serves, and by how many ns it would be late there.
 
-        Returns None, or, where its due time cannot be met, by how many ns it would be late, and then has
-        not queued it. `must`: queue it all the same (it was accepted before).
+        0: it meets its due time, or has none.
         """
+
+    def add(self, query: Query, worker: Worker) -> None:
+        """Queues a query for the worker that was chosen."""
+
+    def waiting_items(self, worker: Worker) -> int:
+        """Items that wait for this worker, whatever their model."""
 
     def discard(self, query: Query) -> None:
         """Takes a waiting query out."""

@@ -35,41 +35,48 @@ class Elsa:
         self._pool = pool
         self._lanes: dict[int, _Lane] = {}
 
-    def add(self, now_ns: int, query: Query, *, must: bool = False) -> int | None:
-        request = query.request
-        due_ns = request.due_ns
-        best: Worker | None = None
-        best_ns = 0
-        for worker in self._pool.serving[request.model]:
-            if best is not None and due_ns is not None and best_ns < due_ns and worker.gpcs > best.gpcs:
+    def choose(self, now_ns: int, query: Query) -> tuple[Worker, int]:
+        due_ns = query.request.due_ns
+        workers = self._pool.serving[query.request.model]
+        best = workers[0]
+        if len(workers) == 1 and due_ns is None:
+            return best, 0
+        best_ns = self._finish_ns(now_ns, best, query)
+        for worker in workers[1:]:
+            if due_ns is not None and best_ns < due_ns and worker.gpcs > best.gpcs:
                 break  # step A: a smaller slice has slack
             finish_ns = self._finish_ns(now_ns, worker, query)
-            if best is None or finish_ns < best_ns:
+            if finish_ns < best_ns:
                 best, best_ns = worker, finish_ns
-        assert best is not None  # the core asks only for models that somebody serves
-        if due_ns is not None and best_ns > due_ns and not must:
-            return best_ns - due_ns
-        self._push(best, query)
-        return None
+        return best, 0 if due_ns is None else max(best_ns - due_ns, 0)
+
+    def add(self, query: Query, worker: Worker) -> None:
+        lane = self._lane(worker)
+        bucket = lane.buckets.get(query.bucket)
+        if bucket is None:
+            bucket = lane.buckets[query.bucket] = BucketQueue()
+        bucket.push(query)
+        query.worker_id = worker.id
+        self._recount(lane, worker, query.bucket)
+
+    def waiting_items(self, worker: Worker) -> int:
+        lane = self._lanes.get(worker.id)
+        return 0 if lane is None else sum(bucket.items for bucket in lane.buckets.values())
 
     def discard(self, query: Query) -> None:
-        assert query.worker_id is not None
+        assert query.worker_id is not None  # a query that waits is bound
         worker = self._pool.workers[query.worker_id]
         lane = self._lanes[worker.id]
-        bucket = lane.buckets[query.bucket]
-        before = bucket.items
-        bucket.discard(query)
-        self._recount(lane, worker, query.bucket, before)
+        lane.buckets[query.bucket].discard(query)
+        self._recount(lane, worker, query.bucket)
 
     def take(self, now_ns: int, worker: Worker) -> list[Query]:
         lane = self._lanes.get(worker.id)
         if lane is None or not lane.buckets:
             return []
         key = next(iter(lane.buckets)) if len(lane.buckets) == 1 else min(lane.buckets, key=_by_head(lane))
-        bucket = lane.buckets[key]
-        before = bucket.items
-        batch = bucket.take(now_ns, worker.tables[key[0]])
-        self._recount(lane, worker, key, before)
+        batch = lane.buckets[key].take(now_ns, worker.tables[key[0]])
+        self._recount(lane, worker, key)
         return batch
 
     def evict(self, worker: Worker, model: str | None = None) -> list[Query]:
@@ -78,10 +85,8 @@ class Elsa:
             return []
         queries: list[Query] = []
         for key in [key for key in lane.buckets if model is None or key[0] == model]:
-            bucket = lane.buckets[key]
-            before = bucket.items
-            queries += bucket.drain()
-            self._recount(lane, worker, key, before)
+            queries += lane.buckets[key].drain()
+            self._recount(lane, worker, key)
         if model is None:
             del self._lanes[worker.id]
         return sorted(queries, key=lambda query: query.request.id)
@@ -95,29 +100,20 @@ class Elsa:
 
     def _finish_ns(self, now_ns: int, worker: Worker, query: Query) -> int:
         """T_wait + T_est from now on, as a point in time."""
-        table = worker.tables[query.request.model]
+        request = query.request
         lane = self._lane(worker)
         bucket = lane.buckets.get(query.bucket)
-        queued = bucket.items if bucket is not None else 0
-        added_ns = table.backlog_ns(queued + query.request.items) - table.backlog_ns(queued)
+        items, backlog_ns = (bucket.items, bucket.backlog_ns) if bucket is not None else (0, 0)
+        added_ns = worker.tables[request.model].backlog_ns(items + request.items) - backlog_ns
         return max(worker.free_at_ns, now_ns) + lane.backlog_ns + added_ns
 
-    def _push(self, worker: Worker, query: Query) -> None:
-        lane = self._lane(worker)
-        bucket = lane.buckets.get(query.bucket)
-        if bucket is None:
-            bucket = lane.buckets[query.bucket] = BucketQueue()
-        before = bucket.items
-        bucket.push(query)
-        query.worker_id = worker.id
-        self._recount(lane, worker, query.bucket, before)
-
-    def _recount(self, lane: _Lane, worker: Worker, key: BucketKey, before: int) -> None:
-        """After a bucket went from `before` items to what it has now."""
-        table = worker.tables[key[0]]
-        items = lane.buckets[key].items
-        lane.backlog_ns += table.backlog_ns(items) - table.backlog_ns(before)
-        if items == 0:
+    def _recount(self, lane: _Lane, worker: Worker, key: BucketKey) -> None:
+        """After the number of items in a bucket has changed."""
+        bucket = lane.buckets[key]
+        backlog_ns = worker.tables[key[0]].backlog_ns(bucket.items)
+        lane.backlog_ns += backlog_ns - bucket.backlog_ns
+        bucket.backlog_ns = backlog_ns
+        if bucket.items == 0:
             del lane.buckets[key]
 
     def _lane(self, worker: Worker) -> _Lane:
