@@ -168,6 +168,13 @@ class NvmlDoor:
         return int(placement.start), int(placement.size)
 
 
+def real_gpus() -> NvmlDoor:
+    """The door to this machine's driver. Raises NvmlUnavailableError."""
+    import pynvml
+
+    return NvmlDoor(pynvml)
+
+
 def _grid_width(gpu_name: str) -> int:
     """Memory slices across a GPU that NVML calls `gpu_name`; 8 on every data-centre board but a few."""
     for model in GPU_MODELS.values():

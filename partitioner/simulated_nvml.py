@@ -112,7 +112,10 @@ class SimulatedNvml:
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Any:  # noqa: N802
         self._check()
-        devices = [*self._gpus, *(mig for gpu in self._gpus for mig in _mig_devices(gpu))]
+        devices: list[SimulatedGpu | SimulatedMigDevice] = [
+            *self._gpus,
+            *(mig for gpu in self._gpus for mig in _mig_devices(gpu)),
+        ]
         for device in devices:
             if device.uuid == uuid:
                 return device

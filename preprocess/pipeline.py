@@ -60,4 +60,6 @@ def checked(pipeline: PipelineFile, inputs: Mapping[str, tuple[str, tuple[int, .
     datatype, dims = inputs[pipeline.output]
     made = pipeline.image.shape
     if datatype != "FP32" or len(dims) != 3 or any(dim not in (-1, size) for dim, size in zip(dims, made, strict=True)):
-        raise PipelineError(f"preprocess.image makes FP32 {list(made)}, input {pipeline.output} is {datatype} {list(dims)}")
+        raise PipelineError(
+            f"preprocess.image makes FP32 {list(made)}, input {pipeline.output} is {datatype} {list(dims)}"
+        )

@@ -41,18 +41,18 @@ class ToWorker(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Said by the daemon."""
 
 
-class Load(ToWorker):
+class Load(ToWorker, frozen=True):
     """Load a model; `latency_ms`: (batch, ms) points if known, else measure them."""
 
     source: ModelSource
     latency_ms: tuple[tuple[int, float], ...] | None
 
 
-class Unload(ToWorker):
+class Unload(ToWorker, frozen=True):
     key: str
 
 
-class RunBatch(ToWorker):
+class RunBatch(ToWorker, frozen=True):
     """Run one batch. Request i has its slot at `offsets[i]` and holds `items[i]` items of equal `dims`."""
 
     batch_id: int
@@ -66,13 +66,13 @@ class FromWorker(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Said by a worker."""
 
 
-class Ready(FromWorker):
+class Ready(FromWorker, frozen=True):
     """The process is up. `depth`: how many batches it takes at once."""
 
     depth: int
 
 
-class Loaded(FromWorker):
+class Loaded(FromWorker, frozen=True):
     """`latency_ms`: (batch, ms) points, as told or as measured."""
 
     key: str
@@ -80,12 +80,12 @@ class Loaded(FromWorker):
     latency_ms: tuple[tuple[int, float], ...]
 
 
-class LoadFailed(FromWorker):
+class LoadFailed(FromWorker, frozen=True):
     key: str
     detail: str
 
 
-class Done(FromWorker):
+class Done(FromWorker, frozen=True):
     """A batch is done. Output i, for the whole batch, lies at `offsets[i]` of the outbox, `sizes[i]` bytes long.
 
     Times in ns: reading the inputs together, computing, writing the outputs.
@@ -100,7 +100,7 @@ class Done(FromWorker):
     output_ns: int
 
 
-class Failed(FromWorker):
+class Failed(FromWorker, frozen=True):
     """The model raised on this batch."""
 
     batch_id: int

@@ -61,7 +61,8 @@ class SchedulerCore:
 
     def handle(self, now_ns: int, event: AnyEvent) -> list[AnyCommand]:
         """What to do about `event`, which happens at `now_ns`. Times must not run backwards."""
-        self._commands = commands = []
+        commands: list[AnyCommand] = []
+        self._commands = commands
         if self._expiries and self._expiries[0][0] <= now_ns:
             self._expire(now_ns)
         match event:

@@ -135,7 +135,12 @@ class Driver:
     """Connects arrivals, the core, and the fleet."""
 
     def __init__(
-        self, core: SchedulerCore, fleet: Fleet, arena: Arena, observer: Observer, journal: JournalWriter | None = None
+        self,
+        core: SchedulerCore,
+        fleet: Fleet,
+        arena: Arena,
+        observer: Observer,
+        journal: JournalWriter | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()  # asking for it each time is a system call each time
         self._core = core

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from multiprocessing import get_context
@@ -66,9 +66,7 @@ class Listener(Protocol):
     """Told of what workers do; the driver."""
 
     def worker_up(self, worker_id: int, where: Slice, depth: int) -> None: ...
-    def worker_lost(
-        self, worker_id: int, detail: str, *, comes_back: bool, batch_ids: list[int]
-    ) -> None: ...
+    def worker_lost(self, worker_id: int, detail: str, *, comes_back: bool, batch_ids: list[int]) -> None: ...
     def serves(self, worker_id: int, key: str, latency_ns: tuple[int, ...]) -> None: ...
     def stops_serving(self, worker_id: int, key: str) -> None: ...
     def batch_done(self, worker_id: int, done: Done, outbox: memoryview) -> None: ...
@@ -108,7 +106,7 @@ class Worker:
         return self.process.pid if self.process is not None else None
 
 
-class _Died(Exception):
+class _DiedError(Exception):
     """The worker died while something waited for it."""
 
 
@@ -217,7 +215,7 @@ class Fleet:
         for first in up[:CRASHES_PER_LOAD]:
             try:
                 result = await self._load_on(source, first)
-            except _Died as died:
+            except _DiedError as died:
                 reason = f"loading it killed the worker on {first.name}: {died}"
                 continue
             if isinstance(result, LoadFailed):
@@ -232,16 +230,16 @@ class Fleet:
         """Loads what another worker has loaded before; a failure costs this worker only."""
         try:
             result = await self._load_on(source, each)
-        except _Died:
+        except _DiedError:
             return  # restarting: it will load everything by itself
         if isinstance(result, LoadFailed):
             log.warning("model not loaded here", model=source.name, worker=each.name, reason=result.detail)
             self._told.stops_serving(each.id, source.key)
 
     async def _load_on(self, source: ModelSource, each: Worker) -> Loaded | LoadFailed:
-        """Raises _Died when the worker does, or is not up."""
+        """Raises _DiedError when the worker does, or is not up."""
         if each.state != State.READY:
-            raise _Died(each.reason or each.state)
+            raise _DiedError(each.reason or each.state)
         future = asyncio.get_running_loop().create_future()
         each.loading[source.key] = future
         self._send(each, Load(source, self._known_latency(source, each)))
@@ -284,7 +282,7 @@ class Fleet:
             self._lose(each, f"not up within {START_TIMEOUT_S:.0f} s")
         except OSError as error:
             self._lose(each, f"cannot be started: {error}")
-        except _Died:
+        except _DiedError:
             pass  # dealt with where it was noticed
 
     async def _restart(self, each: Worker) -> None:
@@ -360,7 +358,7 @@ class Fleet:
         each.serving.clear()
         for future in [each.ready, *each.loading.values()]:
             if future is not None and not future.done():
-                future.set_exception(_Died(detail))
+                future.set_exception(_DiedError(detail))
                 future.exception()  # seen: nobody need wait for it
         each.loading.clear()
         self._told.worker_lost(each.id, detail, comes_back=not out, batch_ids=batch_ids)
@@ -377,10 +375,8 @@ class Fleet:
     def _send(self, each: Worker, message: channel.ToWorker) -> None:
         if each.channel is None:
             return
-        try:
-            each.channel.send(message)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it is gone, which shows as EOF on its channel, and is handled there
+        with suppress(BrokenPipeError, ConnectionResetError):
+            each.channel.send(message)  # if it is gone, that shows as EOF on its channel, and is handled there
 
     def _close_channel(self, each: Worker) -> None:
         if each.channel is not None:

@@ -46,17 +46,17 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=True):
     """Something that happened."""
 
 
-class Arrived(Event):
+class Arrived(Event, frozen=True):
     request: Request
 
 
-class Cancelled(Event):
+class Cancelled(Event, frozen=True):
     """The client has gone."""
 
     request_id: int
 
 
-class WorkerUp(Event):
+class WorkerUp(Event, frozen=True):
     """A worker of a slice with `gpcs` compute slices takes up to `depth` batches at once."""
 
     worker_id: int
@@ -64,7 +64,7 @@ class WorkerUp(Event):
     depth: int
 
 
-class Serves(Event):
+class Serves(Event, frozen=True):
     """A worker has loaded a model; `latency_ns[b - 1]` is the estimated time of a batch of b items."""
 
     worker_id: int
@@ -72,14 +72,14 @@ class Serves(Event):
     latency_ns: tuple[int, ...]
 
 
-class StopsServing(Event):
+class StopsServing(Event, frozen=True):
     """A worker has, or will have, the model no more."""
 
     worker_id: int
     model: str
 
 
-class WorkerLost(Event):
+class WorkerLost(Event, frozen=True):
     """A worker process is dead. `comes_back`: it is being started again and will serve what it served."""
 
     worker_id: int
@@ -87,12 +87,12 @@ class WorkerLost(Event):
     detail: str
 
 
-class BatchDone(Event):
+class BatchDone(Event, frozen=True):
     worker_id: int
     batch_id: int
 
 
-class BatchFailed(Event):
+class BatchFailed(Event, frozen=True):
     """The model raised an exception on this batch; the worker lives."""
 
     worker_id: int
@@ -100,7 +100,7 @@ class BatchFailed(Event):
     detail: str
 
 
-class Tick(Event):
+class Tick(Event, frozen=True):
     """The time of an earlier Wake has come."""
 
 
@@ -108,7 +108,7 @@ class Command(msgspec.Struct, frozen=True, gc=False, tag=True):
     """Something to be done."""
 
 
-class Run(Command):
+class Run(Command, frozen=True):
     """Send these requests, as one batch, to this worker."""
 
     worker_id: int
@@ -117,14 +117,14 @@ class Run(Command):
     request_ids: tuple[int, ...]
 
 
-class Answer(Command):
+class Answer(Command, frozen=True):
     """These requests are complete with this batch's outputs."""
 
     batch_id: int
     request_ids: tuple[int, ...]
 
 
-class Refuse(Command):
+class Refuse(Command, frozen=True):
     """End this request with an error. `retry_after_ns`: when a new try has a chance, 0 if unknown."""
 
     request_id: int
@@ -133,13 +133,11 @@ class Refuse(Command):
     detail: str = ""
 
 
-class Wake(Command):
+class Wake(Command, frozen=True):
     """Hand in a Tick at this time; replaces the one asked for before."""
 
     at_ns: int
 
 
-AnyEvent = (
-    Arrived | Cancelled | WorkerUp | Serves | StopsServing | WorkerLost | BatchDone | BatchFailed | Tick
-)
+AnyEvent = Arrived | Cancelled | WorkerUp | Serves | StopsServing | WorkerLost | BatchDone | BatchFailed | Tick
 AnyCommand = Run | Answer | Refuse | Wake

@@ -5,13 +5,8 @@ It must run no torch operation and touch no CUDA device: threads and contexts do
 
 from contextlib import suppress
 
-import scheduler.worker  # noqa: F401
-
 with suppress(ImportError):  # without torch only emulated models are served
-    import torch.export.passes
-
-    import scheduler.backends.torch
-
     # What torch.export.load imports when it is first called, in torch 2.13: 0.4 s and 20 MiB a worker.
     import torch.export._trace
+    import torch.export.passes
     import torch.export.pt2_archive._package  # noqa: F401

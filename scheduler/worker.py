@@ -23,7 +23,18 @@ import numpy as np
 from scheduler import backends
 from scheduler.arena import Descriptor
 from scheduler.backends import Array, Backend, ModelLoadError
-from scheduler.channel import DETAIL_CHARS, Done, Failed, Load, Loaded, LoadFailed, Ready, RunBatch, Unload, WorkerEnd
+from scheduler.channel import (
+    DETAIL_CHARS,
+    Done,
+    Failed,
+    Load,
+    Loaded,
+    LoadFailed,
+    Ready,
+    RunBatch,
+    Unload,
+    WorkerEnd,
+)
 from scheduler.tensors import ALIGN, DATATYPES, InputLayout, TensorSpec
 
 # Measuring a model at load takes at most about this long.
@@ -227,7 +238,7 @@ class _Worker:
             if offset + size > end:
                 raise ValueError(f"outputs of more than {region} bytes a batch do not fit; ask for fewer items")
             if size:
-                self._outbox[offset : offset + size] = memoryview(array).cast("B")
+                self._outbox[offset : offset + size] = array.data.cast("B")
             written.offsets.append(offset)
             written.sizes.append(size)
             written.shapes.append(array.shape)

@@ -34,7 +34,8 @@ def _with_settings(command: Any) -> Any:
             rich_help_panel=_PANELS[str(extra["group"])] if isinstance(extra, dict) else None,
             show_default=str(shown) if shown is not None else False,
         )
-        kind = Annotated[field.annotation | None, option]  # type: ignore[operator]  # a type, as pydantic found it
+        annotation: Any = field.annotation
+        kind: Any = Annotated[annotation | None, option]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
     command.__signature__ = inspect.Signature(parameters)
     return command
@@ -45,7 +46,9 @@ def _with_settings(command: Any) -> Any:
 def serve(
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file of these settings, with _ for -. Flags win over MIGSERVE_* variables over the file."),
+        typer.Option(
+            help="YAML file of these settings, with _ for -. Flags win over MIGSERVE_* variables over the file."
+        ),
     ] = None,
     **flags: Any,
 ) -> None:

@@ -240,9 +240,7 @@ def _write_json(raw: msgspec.Raw, spec: TensorSpec, shape: tuple[int, ...], targ
     count = math.prod(shape)
     values = _json_values(raw, spec.name, _STRUCT_CODES[spec.datatype][1], shape)
     if len(values) != count:
-        raise invalid(
-            f"input {spec.name} has {len(values)} values in data, shape {list(shape)} takes {count}"
-        )
+        raise invalid(f"input {spec.name} has {len(values)} values in data, shape {list(shape)} takes {count}")
     try:
         _packer(spec.datatype, count).pack_into(target, 0, *values)
     except (struct.error, OverflowError) as error:
@@ -255,13 +253,13 @@ def _json_values(raw: msgspec.Raw, name: str, kind: type, shape: tuple[int, ...]
         values: list[Any] = _decoder(kind, 1)(raw)
         return values
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        flat_error = error
+        flat_error = str(error)
     try:
         return _flatten(_decoder(kind, len(shape))(raw), name, shape)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as nested_error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         # Whichever of the two forms was meant, the error further in is the one of use.
-        error = max(flat_error, nested_error, key=lambda each: len(str(each)))
-        raise invalid(f"input {name}: data does not hold what datatype and shape announce: {error}") from None
+        reason = max(flat_error, str(error), key=len)
+        raise invalid(f"input {name}: data does not hold what datatype and shape announce: {reason}") from None
 
 
 @lru_cache(maxsize=256)

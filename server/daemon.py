@@ -17,7 +17,7 @@ import structlog
 import uvicorn
 
 from partitioner.geometry import IllegalLayoutError, Slice
-from partitioner.nvml import Gpu, NvmlDoor, NvmlUnavailableError
+from partitioner.nvml import Gpu, NvmlDoor, NvmlUnavailableError, real_gpus
 from partitioner.simulated_nvml import SimulatedNvml, parse_gpus
 from preprocess.pool import PreprocessPool
 from scheduler.arena import Arena
@@ -63,10 +63,8 @@ def open_gpus(gpu: str, layout: str | None) -> NvmlDoor:
     """`nvml`, `sim:A100-80GB`, `sim:A100-80GBx4`, or `auto`: NVML where there is a driver. Raises StartError."""
     try:
         if gpu in ("nvml", "auto"):
-            import pynvml
-
             try:
-                door = NvmlDoor(pynvml)
+                door = real_gpus()
             except NvmlUnavailableError:
                 if gpu == "nvml":
                     raise
@@ -100,7 +98,9 @@ class Daemon:
         self.version = _version()
         for path in settings.model_repository:
             if not path.is_dir():
-                raise StartError(f"--model-repository {path} is not a folder; `make models` makes demo models in models/")
+                raise StartError(
+                    f"--model-repository {path} is not a folder; `make models` makes demo models in models/"
+                )
         self._door = open_gpus(settings.gpu, settings.layout)
         self.gpus: list[Gpu] = self._door.gpus()
         slices = [each for gpu in self.gpus for each in gpu.slices]
@@ -126,9 +126,7 @@ class Daemon:
         self.repository = Repository(settings.model_repository, self.fleet, self.driver)
         self._pool = PreprocessPool(settings.preprocess_threads or os.cpu_count() or 1)
         self.service = InferenceService(self.driver, self.arena, self._pool, self.metrics)
-        self.metrics.watch(
-            self.fleet.workers, self.gpus, self._models_now, lambda: (self.arena.used, self.arena.size)
-        )
+        self.metrics.watch(self.fleet.workers, self.gpus, self._models_now, lambda: (self.arena.used, self.arena.size))
         self.ports: dict[str, int] = {}  # by protocol, once it listens
         self._http: list[_HttpServer] = []
         self._serving: list[asyncio.Task[None]] = []
@@ -270,15 +268,15 @@ class Daemon:
         if settings.allow_metrics:
             await self._open_http("metrics", settings.metrics_address, settings.metrics_port, app)
         if settings.allow_grpc:
-            servicer = grpc_api.InferenceServicer(
-                self.repository, self.service, self.metrics, self, NAME, self.version
-            )
+            servicer = grpc_api.InferenceServicer(self.repository, self.service, self.metrics, self, NAME, self.version)
             self._grpc = grpc_api.create_server(servicer, self)
             try:
                 address = f"{settings.grpc_address}:{settings.grpc_port}"
                 self.ports["grpc"] = self._grpc.add_insecure_port(address)
             except RuntimeError as error:
-                raise _port_error("grpc", settings.grpc_address, settings.grpc_port, "in use or not permitted") from error
+                raise _port_error(
+                    "grpc", settings.grpc_address, settings.grpc_port, "in use or not permitted"
+                ) from error
             await self._grpc.start()
 
     async def _open_http(self, name: str, address: str, port: int, app: Any) -> None:
@@ -301,8 +299,7 @@ class Daemon:
         server = _HttpServer(config)
         self._http.append(server)
         self._serving.append(asyncio.create_task(server.serve(sockets=[sock])))
-        while not server.started:
-            await asyncio.sleep(0.001)
+        await server.listening.wait()
 
     async def _close_servers(self) -> None:
         """Takes no more connections; returns when every request under way has its answer."""
@@ -333,6 +330,14 @@ class Daemon:
 
 class _HttpServer(uvicorn.Server):
     """uvicorn, without its own signal handlers: the daemon drains all its servers together."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

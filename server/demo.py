@@ -55,7 +55,9 @@ def digits_split() -> tuple[np.ndarray[Any, Any], ...]:
     levels = np.round(data.images * (255 / 16)).astype(np.uint8)
     images = (levels.astype(np.float32) / np.float32(255))[:, None]
     labels = data.target.astype(np.int64)
-    train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=1 / 3, random_state=0, stratify=labels)
+    train_x, test_x, train_y, test_y = train_test_split(
+        images, labels, test_size=1 / 3, random_state=0, stratify=labels
+    )
     return train_x, train_y, test_x, test_y
 
 
@@ -140,10 +142,10 @@ def _make_digits(folder: Path) -> str:
     optimiser = torch.optim.Adam(model.parameters(), 2e-3)
     inputs, labels = torch.from_numpy(train_x), torch.from_numpy(train_y)
     for _ in range(25):
-        for chosen in torch.randperm(len(inputs)).split(64):
+        for chosen in torch.split(torch.randperm(len(inputs)), 64):
             loss = nn.functional.cross_entropy(model.layers(inputs[chosen]), labels[chosen])
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
     model.eval()
     with torch.inference_mode():

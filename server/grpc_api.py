@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
@@ -33,7 +33,8 @@ MAX_MESSAGE_BYTES = 2**31 - 1
 # Requests of one stream that are under way at once; reading stops beyond that.
 STREAM_WINDOW = 128
 
-Context = grpc.aio.ServicerContext
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
 
 # Field of InferTensorContents, and struct's code, of each datatype that may come in `contents`.
 _CONTENTS = {
@@ -89,9 +90,7 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         return service_pb2.ModelReadyResponse(ready=ready)
 
     async def ServerMetadata(self, request: Any, context: Context) -> Any:  # noqa: N802
-        return service_pb2.ServerMetadataResponse(
-            name=self._name, version=self._version, extensions=wire.EXTENSIONS
-        )
+        return service_pb2.ServerMetadataResponse(name=self._name, version=self._version, extensions=wire.EXTENSIONS)
 
     async def ModelMetadata(self, request: Any, context: Context) -> Any:  # noqa: N802
         model = await self._model(request.name, request.version, context)
@@ -159,7 +158,9 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
                 if (left := running.get_nowait()) is not None:
                     left.cancel()
 
-    async def _read_stream(self, requests: AsyncIterator[Any], running: asyncio.Queue[asyncio.Task[Any] | None]) -> None:
+    async def _read_stream(
+        self, requests: AsyncIterator[Any], running: asyncio.Queue[asyncio.Task[Any] | None]
+    ) -> None:
         try:
             async for request in requests:
                 await running.put(asyncio.create_task(self._stream_reply(request)))
@@ -209,9 +210,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # u
 
     async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
         status = health_pb2.HealthCheckResponse.ServingStatus
-        return health_pb2.HealthCheckResponse(
-            status=status.NOT_SERVING if self._health.not_ready() else status.SERVING
-        )
+        return health_pb2.HealthCheckResponse(status=status.NOT_SERVING if self._health.not_ready() else status.SERVING)
 
 
 def create_server(servicer: InferenceServicer, health: Health) -> grpc.aio.Server:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -23,9 +23,9 @@ from server.service import Cancel, InferenceService, Outcome, now_ns, outputs_of
 
 log = structlog.get_logger(__name__)
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 _PATH = re.compile(rb"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
 _JSON = (b"content-type", b"application/json")
@@ -46,7 +46,7 @@ class InferRoute:
 
     def __init__(
         self,
-        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        app: Callable[[Message, Receive, Send], Awaitable[None]],
         repository: Repository,
         service: InferenceService,
         *,
@@ -62,7 +62,7 @@ class InferRoute:
         self._log_requests = log_requests
         self._targets: dict[bytes, Target] = {}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """The ordinary ASGI way; under our own HTTP protocol, which calls `begin` itself, for odd requests only."""
         target = None
         if scope["type"] == "http" and scope["method"] == "POST":
@@ -94,7 +94,11 @@ class InferRoute:
         return target
 
     def begin(
-        self, target: Target, headers: dict[bytes, bytes], chunks: list[bytes], respond: Callable[[Reply], None]
+        self,
+        target: Target,
+        headers: dict[bytes, bytes],
+        chunks: list[bytes],
+        respond: Callable[[Reply], None],
     ) -> Cancel | None:
         """Starts one whole request; `respond` gets the reply, errors included, maybe before this returns.
 
@@ -125,7 +129,13 @@ class InferRoute:
             reply = _error(ServeError(Fault.INTERNAL, "internal error; the server's log has the details"))
         if self._log_requests:
             milliseconds = (now_ns() - arrival_ns) / 1e6
-            log.info("infer", model=target.model, status=reply.status, ms=round(milliseconds, 3), bytes=len(reply.body))
+            log.info(
+                "infer",
+                model=target.model,
+                status=reply.status,
+                ms=round(milliseconds, 3),
+                bytes=len(reply.body),
+            )
         return reply
 
     def refuse(self, bytes_announced: int | None) -> Reply:
@@ -174,9 +184,7 @@ class InferRoute:
             return _raw(model, chunks, binary_outputs=True)
         return codec.decode_request(chunks, int(header_length))
 
-    def _encode(
-        self, model: Model, request: DecodedRequest, headers: dict[bytes, bytes], outcome: Outcome
-    ) -> Reply:
+    def _encode(self, model: Model, request: DecodedRequest, headers: dict[bytes, bytes], outcome: Outcome) -> Reply:
         if isinstance(outcome, ServeError):
             return _error(outcome)
         outputs = outputs_of(model, outcome, request.outputs, request.binary_default)

@@ -28,7 +28,9 @@ from scheduler.fleet import State, Worker
 from scheduler.messages import Reason
 
 _MS = 1_000_000
-LATENCY_BOUNDS_NS = [int(ms * _MS) for ms in (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1e3, 2.5e3, 5e3, 1e4)]
+LATENCY_BOUNDS_NS = [
+    int(ms * _MS) for ms in (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1e3, 2.5e3, 5e3, 1e4)
+]
 BATCH_BOUNDS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 # Triton's reasons of nv_inference_request_failure.
@@ -214,7 +216,11 @@ class Metrics(Collector):
             ("nv_inference_request_success", "Requests answered", lambda s: s.success),
             ("nv_inference_count", "Items inferred", lambda s: s.items),
             ("nv_inference_exec_count", "Batches run", lambda s: s.batches),
-            ("nv_inference_request_duration_us", "Sum of whole request times", lambda s: s.request_ns // 1000),
+            (
+                "nv_inference_request_duration_us",
+                "Sum of whole request times",
+                lambda s: s.request_ns // 1000,
+            ),
             ("nv_inference_queue_duration_us", "Sum of queue times", lambda s: s.queue_ns // 1000),
             ("nv_inference_compute_input_duration_us", "Sum of input times", lambda s: s.input_ns // 1000),
             ("nv_inference_compute_infer_duration_us", "Sum of compute times", lambda s: s.infer_ns // 1000),
@@ -227,12 +233,12 @@ class Metrics(Collector):
             yield family
         name = "nv_inference_request_failure"
         family = Metric(name, "Requests not answered, by Triton's reasons", "unknown")
-        for (model, version), stats in self._models.items():
+        for model, stats in self._models.items():
             reasons: Counter[str] = Counter()
             for reason, count in stats.failures.items():
                 reasons[_TRITON_REASON.get(reason, "REJECTED")] += count
             for reason, count in reasons.items():
-                family.add_sample(name, {"model": model, "version": version, "reason": reason}, count)
+                family.add_sample(name, {"model": model[0], "version": model[1], "reason": reason}, count)
         yield family
 
     def _collect_models(self) -> Iterator[Metric]:
@@ -243,7 +249,9 @@ class Metrics(Collector):
             pending.add_metric(model, unfinished)
             ready.add_metric([*model, str(emulated).lower()], float(is_ready))
         refused = CounterMetricFamily(
-            "migserve_requests_not_answered", "Requests that ended without an answer", labels=[*labels, "reason"]
+            "migserve_requests_not_answered",
+            "Requests that ended without an answer",
+            labels=[*labels, "reason"],
         )
         dropped = CounterMetricFamily(
             "migserve_requests_cancelled_before_compute", "Clients that left in time", labels=labels
@@ -272,7 +280,11 @@ class Metrics(Collector):
                 lambda s: s.request,
                 1e9,
             ),
-            (HistogramMetricFamily("migserve_batch_items", "Items of a batch", labels=labels), lambda s: s.batch, 1),
+            (
+                HistogramMetricFamily("migserve_batch_items", "Items of a batch", labels=labels),
+                lambda s: s.batch,
+                1,
+            ),
         ]
         for family, histogram, per_unit in families:
             for (model, worker_id), stats in self._slices.items():

@@ -35,6 +35,10 @@ class ModelState(StrEnum):
     UNAVAILABLE = "UNAVAILABLE"
 
 
+# Of a model that is not loaded yet.
+NOTHING = Signature((), (), 0)
+
+
 @dataclass(eq=False)
 class Model:
     """One version of a model. `key` is its name in the scheduler: a reload is a new key."""
@@ -45,8 +49,8 @@ class Model:
     serving: ServingFile = field(default_factory=ServingFile)
     state: ModelState = ModelState.LOADING
     reason: str = ""
-    signature: Signature = field(default_factory=lambda: Signature((), (), 0))
-    layout: InputLayout = field(init=False)
+    signature: Signature = NOTHING
+    layout: InputLayout = field(default_factory=lambda: InputLayout(NOTHING))
 
     @property
     def key(self) -> str:

@@ -96,9 +96,7 @@ class InferenceService:
             raise outcome
         return outcome
 
-    def _schedule(
-        self, model: Model, checked: Checked, offset: int, terms: Terms, on_outcome: OnOutcome
-    ) -> Cancel:
+    def _schedule(self, model: Model, checked: Checked, offset: int, terms: Terms, on_outcome: OnOutcome) -> Cancel:
         request = Request(
             next(self._ids),
             model.key,
@@ -173,7 +171,7 @@ class InferenceService:
             await asyncio.shield(job)
         except asyncio.CancelledError:
             # The thread may be writing: the slot is free once it is through.
-            job.add_done_callback(lambda done: (done.exception(), self._arena.free(offset)))
+            job.add_done_callback(lambda done: self._arena.free(offset))
             raise
         except BadInputError as error:
             self._arena.free(offset)
@@ -192,7 +190,9 @@ class InferenceService:
             ) from None
 
 
-def outputs_of(model: Model, answered: Answered, choice: list[codec.OutputChoice] | None, binary: bool) -> list[OutputData]:
+def outputs_of(
+    model: Model, answered: Answered, choice: list[codec.OutputChoice] | None, binary: bool
+) -> list[OutputData]:
     """A request's share of its batch's outputs, those that were asked for. Raises ServeError."""
     specs = model.signature.outputs
     if choice is None:

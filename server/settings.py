@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
 
 MIB = 1024 * 1024
 
 
-def _setting(default: Any, group: str, description: str, **bounds: float) -> Any:
+def _setting(default: Any, group: str, description: str, **bounds: Any) -> Any:
     """A field that the command line shows in `group`."""
-    return Field(default, description=description, json_schema_extra={"group": group}, **bounds)  # type: ignore[arg-type]
+    return Field(default, description=description, json_schema_extra={"group": group}, **bounds)
 
 
 class Settings(BaseSettings):
@@ -23,7 +28,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="MIGSERVE_", extra="forbid")
 
     model_repository: list[Path] = _setting(
-        [Path("models")], "served", "Folder of models, as Triton's: MODEL/VERSION/model.pt2. May be given several times."
+        [Path("models")],
+        "served",
+        "Folder of models, as Triton's: MODEL/VERSION/model.pt2. May be given several times.",
     )
     http_address: str = _setting("127.0.0.1", "served", "Where HTTP listens; 0.0.0.0 for everywhere.")
     http_port: int = _setting(8000, "served", "0: any that is free, like the other ports.", ge=0, le=65535)

@@ -6,7 +6,7 @@ is pinned, or else copies would not overlap anything. Not yet run on every GPU g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,13 +28,12 @@ class CudaBackend(TorchBackend):
 
     def __init__(self, source: ModelSource) -> None:
         super().__init__(source, "cuda")
-        self._copy_in = torch.cuda.Stream()
-        self._compute = torch.cuda.Stream()
-        self._copy_out = torch.cuda.Stream()
+        new_stream: Callable[[], torch.cuda.Stream] = torch.cuda.Stream
+        self._copy_in, self._compute, self._copy_out = new_stream(), new_stream(), new_stream()
 
     def join(self, parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         pinned = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True).numpy()
-        target = memoryview(pinned).cast("B")
+        target = pinned.data.cast("B")
         end = 0
         for part in parts:
             target[end : end + len(part)] = part

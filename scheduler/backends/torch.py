@@ -45,7 +45,9 @@ class TorchBackend:
 
     def __init__(self, source: ModelSource, device: str = "cpu") -> None:
         self._program, self.signature = load_program(source, device)
-        self._as_tensor = [_bf16_from_bits if spec.datatype == "BF16" else torch.from_numpy for spec in self.signature.inputs]
+        self._as_tensor = [
+            _bf16_from_bits if spec.datatype == "BF16" else torch.from_numpy for spec in self.signature.inputs
+        ]
 
     def join(self, parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return join_in_memory(parts, shape, dtype)
@@ -250,7 +252,7 @@ def _load_torchscript(path: Path, source: ModelSource, device: str) -> tuple[Pro
         raise ModelLoadError("a TorchScript model says nothing of its shapes: declare them in config.pbtxt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's, on every load
-        module = torch.jit.load(str(path), map_location=device).eval()
+        module = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]  # torch's
     varying = sum(dim == -1 for spec in source.inputs for dim in spec.dims)
     max_batch = source.max_batch or 0
     signature = Signature(source.inputs, source.outputs, max_batch, sample_dims=(2,) * varying)
