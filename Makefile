@@ -1,0 +1,68 @@
+# `make serve` serves a demo, `make test` tests everything. Both set up what they need.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TOOLS := .tools
+
+# On a machine with an NVIDIA GPU torch comes in its CUDA build; elsewhere in the CPU build, from torch's own index
+# where that can be reached.
+GPU := $(wildcard /dev/nvidiactl)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH := $(if $(GPU),,-c constraints-cpu.txt $(shell curl -fsIm 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX)))
+
+.PHONY: help serve test check models bench-overhead system-tools check-gpu clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+serve: $(VENV)/serve models ## set everything up and serve the demo models
+	$(BIN)/migserve serve $(ARGS)
+
+models: $(VENV)/serve ## make the demo models, in models/
+	@$(BIN)/migserve demo-models
+
+test: $(VENV)/dev $(TOOLS)/perf_analyzer models ## run the whole test suite
+	@tests/missing_tools.sh
+	$(BIN)/pytest $(ARGS)
+
+check: $(VENV)/dev ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench-overhead: $(VENV)/dev models ## what a request costs, beside a bare uvicorn echo (needs wrk)
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+check-gpu: $(VENV)/dev models ## the checks that need a GPU with CUDA
+	$(BIN)/pytest tests/gpu -m gpu $(ARGS)
+
+system-tools: ## install what comes from Debian (as root): wrk, Prometheus, and a library of perf_analyzer's
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends wrk prometheus libb64-0d
+
+clean: ## remove everything that was made
+	rm -rf $(VENV) $(TOOLS) models build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/serve: pyproject.toml constraints-cpu.txt | $(BIN)/python
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) -e '.[torch,demo]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/serve
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) -e '.[torch,demo,dev]'
+	@touch $@
+
+# The last wheel of tritonclient that carries a perf_analyzer for glibc 2.36; the PyPI package of that name is empty.
+$(TOOLS)/perf_analyzer: | $(BIN)/python
+	@mkdir -p $(TOOLS)/wheels
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps -d $(TOOLS)/wheels --platform manylinux1_x86_64 tritonclient==2.51.0
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps -d $(TOOLS)/wheels --platform manylinux2014_x86_64 nvidia-cuda-runtime-cu12==12.9.79
+	cd $(TOOLS) && for wheel in wheels/*.whl; do $(CURDIR)/$(BIN)/python -m zipfile -e $$wheel unpacked; done
+	cp $(TOOLS)/unpacked/nvidia/cuda_runtime/lib/libcudart.so.12 $(TOOLS)/
+	install -m 755 $(TOOLS)/unpacked/tritonclient-2.51.0.data/data/bin/perf_analyzer $@
+	rm -rf $(TOOLS)/unpacked $(TOOLS)/wheels
