@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -45,17 +45,26 @@ class JournalWriter:
         self._file.close()
 
 
-def read(path: Path) -> tuple[Header, Iterator[Entry]]:
-    """The header, and the entries one by one. Raises JournalError, naming the line."""
-    lines = path.open("rb")
-    try:
-        header = msgspec.json.decode(next(lines, b""), type=Header)
-    except msgspec.MsgspecError as error:
-        raise JournalError(f"{path} is not a journal: {error}") from error
-    return header, _entries(path, lines)
+def replay(path: Path) -> int:
+    """Hands a journal's events to a fresh core. Returns how many; raises JournalError where commands differ."""
+    with path.open("rb") as lines:
+        try:
+            header = msgspec.json.decode(next(lines, b""), type=Header)
+        except msgspec.MsgspecError as error:
+            raise JournalError(f"{path} is not a journal: {error}") from error
+        core = SchedulerCore(header.max_queued)
+        count = 0
+        for count, entry in enumerate(_entries(path, lines), start=1):
+            commands = tuple(core.handle(entry.now_ns, entry.event))
+            if commands != entry.commands:
+                raise JournalError(
+                    f"{path}, line {count + 1}: on {entry.event} the journal has {entry.commands}, "
+                    f"this core says {commands}"
+                )
+        return count
 
 
-def _entries(path: Path, lines: Iterator[bytes]) -> Iterator[Entry]:
+def _entries(path: Path, lines: Iterable[bytes]) -> Iterator[Entry]:
     decoder = msgspec.json.Decoder(Entry)
     for number, line in enumerate(lines, start=2):
         if not line.endswith(b"\n"):
@@ -64,18 +73,3 @@ def _entries(path: Path, lines: Iterator[bytes]) -> Iterator[Entry]:
             yield decoder.decode(line)
         except msgspec.MsgspecError as error:
             raise JournalError(f"{path}, line {number}: {error}") from error
-
-
-def replay(path: Path) -> int:
-    """Hands a journal's events to a fresh core. Returns how many; raises JournalError where commands differ."""
-    header, entries = read(path)
-    core = SchedulerCore(header.max_queued)
-    count = 0
-    for count, entry in enumerate(entries, start=1):
-        commands = tuple(core.handle(entry.now_ns, entry.event))
-        if commands != entry.commands:
-            raise JournalError(
-                f"{path}, line {count + 1}: on {entry.event} the journal has {entry.commands}, "
-                f"this core says {commands}"
-            )
-    return count
