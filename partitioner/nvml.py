@@ -83,7 +83,7 @@ class NvmlDoor:
         energy_mj = self._supported(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
         return GpuReadings(
             memory_total_bytes=None if memory is None else int(memory.total),
-            memory_used_bytes=None if memory is None else int(memory.used),
+            memory_used_bytes=None if memory is None or self._simulated else int(memory.used),
             utilization=None if utilization is None else utilization.gpu / 100,
             power_w=None if power_mw is None else power_mw / 1e3,
             power_limit_w=None if limit_mw is None else limit_mw / 1e3,

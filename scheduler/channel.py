@@ -101,10 +101,11 @@ class Done(FromWorker, frozen=True):
 
 
 class Failed(FromWorker, frozen=True):
-    """The model raised on this batch."""
+    """The model raised on this batch. `detail` is one line for the client, `full` is for the log."""
 
     batch_id: int
     detail: str
+    full: str
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -118,10 +118,9 @@ class BatchRecord(NamedTuple):
 
 
 class Observer(Protocol):
-    """Told what happened, a batch at a time; the metrics."""
+    """Told what happened, a batch at a time; the metrics. Errors are counted by those who tell the client."""
 
     def batch_done(self, record: BatchRecord) -> None: ...
-    def refused(self, model: str, reason: Reason) -> None: ...
     def cancelled(self, model: str, *, before_compute: bool) -> None: ...
 
 
@@ -286,7 +285,6 @@ class Driver:
                 self._timer = self._loop.call_later(delay_s, self._feed, Tick())
 
     def _refuse(self, pending: Pending, error: RefusedError) -> None:
-        self._observer.refused(pending.request.model, error.reason)
         self._end(pending)
         pending.on_end(error)
 

@@ -147,7 +147,7 @@ class Fleet:
         await asyncio.gather(*(self._bring_up(each) for each in self.workers))
         self._spawn(self._watch())
 
-    async def stop(self, timeout_s: float = 5.0) -> None:
+    async def stop(self, timeout_s: float) -> None:
         """Closes the channels, so that workers end, and kills what has not ended in time."""
         self._stopping = True
         for task in list(self._tasks):
@@ -314,9 +314,8 @@ class Fleet:
             message = each.channel.receive()
         except BlockingIOError:
             return
-        except OSError as error:
-            self._lose(each, str(error))
-            return
+        except ConnectionResetError:
+            message = None  # it died with something unread
         self._on_message(each, message)
 
     def _on_message(self, each: Worker, message: Ready | Loaded | LoadFailed | Done | Failed | None) -> None:
@@ -326,6 +325,7 @@ class Fleet:
                 self._told.batch_done(each.id, message, each.outbox.memory)
             case Failed():
                 each.running.pop(message.batch_id, None)
+                log.warning("model failed", worker=each.name, detail=message.detail, full=message.full)
                 self._told.batch_failed(each.id, message)
             case Loaded() | LoadFailed():
                 self._resolve(each.loading.pop(message.key, None), message)

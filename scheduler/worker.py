@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from scheduler.tensors import ALIGN, DATATYPES, InputLayout, TensorSpec
 
 # Measuring a model at load takes at most about this long.
 MEASURE_SECONDS = 0.4
+LINE_CHARS = 500
 
 
 class WorkerStart(NamedTuple):
@@ -203,8 +205,8 @@ class _Worker:
             finished_ns = time.monotonic_ns()
             written = self._write(batch, outputs)
         except Exception as raised:
-            detail = f"{type(raised).__name__}: {raised}"[:DETAIL_CHARS]
-            self._channel.send(Failed(batch.message.batch_id, detail))
+            full = "".join(traceback.format_exception(raised))[-DETAIL_CHARS:]
+            self._channel.send(Failed(batch.message.batch_id, one_line(raised), full))
         else:
             self._channel.send(
                 Done(
@@ -244,6 +246,13 @@ class _Worker:
             written.shapes.append(array.shape)
             offset += -(-size // ALIGN) * ALIGN
         return written
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, without the traceback that TorchScript and C++ put into the message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = lines[-1] if any("Traceback of TorchScript" in line for line in lines) else lines[0]
+    return f"{type(error).__name__}: {said}"[:LINE_CHARS]
 
 
 def measure(backend: Backend) -> tuple[tuple[int, float], ...]:

@@ -122,7 +122,11 @@ def _configure_logging(chosen: Settings) -> None:
     """structlog to stderr: lines for people, or JSON for machines. Libraries' own logs from warnings up."""
     json = chosen.log_format == "json"
     renderer: Any = (
-        structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        structlog.processors.JSONRenderer()
+        if json
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
     )
     shared: list[Any] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso")]
     if json:

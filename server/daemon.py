@@ -30,7 +30,7 @@ from server.app import create_app
 from server.http_protocol import HttpProtocol
 from server.infer import InferRoute
 from server.metrics import Metrics
-from server.repository import ModelState, Repository
+from server.repository import UNLOADED, ModelState, Repository
 from server.service import InferenceService
 from server.settings import MIB, Settings
 
@@ -39,6 +39,8 @@ log = structlog.get_logger(__name__)
 NAME = "migserve"
 DEFAULT_SIMULATION = "A100-80GB"
 GPU_READ_INTERVAL_S = 5.0
+# For idle workers to end by themselves.
+STOP_SECONDS = 5.0
 GC_THRESHOLDS = (20_000, 20, 50)
 
 
@@ -92,6 +94,7 @@ class Daemon:
         self.settings = settings
         self._progress = progress or Progress()
         self._draining = False
+        self._tidy = True  # no worker has anything left to do
         self._started = False
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -216,6 +219,7 @@ class Daemon:
                 try:
                     self.metrics.gpu_read(gpu.uuid, await asyncio.to_thread(self._door.readings, gpu.uuid))
                 except Exception as error:  # a lost GPU must not end the daemon
+                    self.metrics.gpu_read(gpu.uuid, None)
                     log.warning("gpu cannot be read", uuid=gpu.uuid, reason=str(error))
             await asyncio.sleep(GPU_READ_INTERVAL_S)
 
@@ -235,13 +239,14 @@ class Daemon:
         if not closing.done():
             log.warning("stopping now", unfinished=cut_off)
             await self._cut_off(closing)
+        self._tidy = cut_off == 0
         return 0 if cut_off == 0 else 1
 
     async def _shut_down(self) -> None:
         for task in self._background:
             task.cancel()
         await self._close_servers()
-        await self.fleet.stop()
+        await self.fleet.stop(STOP_SECONDS if self._tidy else 0.0)
         self._pool.close()
         if self._journal is not None:
             self._journal.close()
@@ -260,6 +265,7 @@ class Daemon:
                 app,
                 self.repository,
                 self.service,
+                self.metrics,
                 max_body_bytes=settings.http_max_input_size,
                 read_timeout_s=settings.http_read_timeout_secs,
                 log_requests=settings.log_verbose > 0,
@@ -323,9 +329,11 @@ class Daemon:
 
     def _models_now(self) -> Iterator[tuple[tuple[str, str], bool, bool, int]]:
         for model in self.repository.models():
+            if model.reason == UNLOADED:
+                continue  # on purpose: it is not missing
             ready = model.state == ModelState.READY and bool(self.repository.servers(model))
             unfinished = self.driver.unfinished(model.key) if model.key else 0
-            yield (model.name, str(model.version)), ready, model.emulated, unfinished
+            yield model.id, ready, model.emulated, unfinished
 
 
 class _HttpServer(uvicorn.Server):

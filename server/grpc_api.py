@@ -53,7 +53,7 @@ _CONTENTS = {
 
 
 class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # untyped
-    """The methods that HTTP has too; those of extensions that are not implemented answer UNIMPLEMENTED."""
+    """The methods that HTTP has too."""
 
     def __init__(
         self,
@@ -180,20 +180,32 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         return service_pb2.ModelStreamInferResponse(infer_response=reply)
 
     async def _infer(self, request: Any, client_seconds: float | None) -> Any:
+        """The reply. Raises ServeError, counted."""
         arrival_ns = now_ns()
-        model = self._repository.get(request.model_name, request.model_version)
-        parameters = {name: _parameter(value) for name, value in request.parameters.items()}
-        if client_seconds is not None and client_seconds > 0:
-            client_ms = client_seconds * 1e3
-            parameters["deadline_ms"] = min(client_ms, parameters.get("deadline_ms", client_ms))
+        model: Model | None = None
         try:
+            model = self._repository.get(request.model_name, request.model_version)
+            parameters = {name: _parameter(value) for name, value in request.parameters.items()}
+            if client_seconds is not None and client_seconds > 0:
+                parameters.setdefault("deadline_ms", client_seconds * 1e3)
             answered = await self._service.infer(model, _tensors(request), parameters, arrival_ns)
             return _response(model, request, answered)
-        except ServeError:
-            raise
+        except ServeError as error:
+            failure = error
         except Exception:
             log.exception("infer failed", model=request.model_name)
-            raise ServeError(Fault.INTERNAL, "internal error; the server's log has the details") from None
+            failure = ServeError(Fault.INTERNAL, "internal error; the server's log has the details")
+        self._metrics.failed(model.id if model else None, failure.reason)
+        raise failure
+
+    # ---- extensions that are not implemented, and so not advertised ----
+
+    async def _unimplemented(self, request: Any, context: Context) -> Any:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this extension is not implemented; see the server metadata")
+
+    SystemSharedMemoryStatus = SystemSharedMemoryRegister = SystemSharedMemoryUnregister = _unimplemented
+    CudaSharedMemoryStatus = CudaSharedMemoryRegister = CudaSharedMemoryUnregister = _unimplemented
+    TraceSetting = LogSettings = _unimplemented
 
     async def _model(self, name: str, version: str, context: Context) -> Model:
         try:

@@ -18,6 +18,7 @@ from server import codec, wire
 from server.codec import DecodedRequest, Tensor
 from server.errors import Fault, ServeError, invalid
 from server.http_protocol import Headers, Reply
+from server.metrics import Metrics
 from server.repository import Model, Repository
 from server.service import Cancel, InferenceService, Outcome, now_ns, outputs_of
 
@@ -49,6 +50,7 @@ class InferRoute:
         app: Callable[[Message, Receive, Send], Awaitable[None]],
         repository: Repository,
         service: InferenceService,
+        metrics: Metrics,
         *,
         max_body_bytes: int,
         read_timeout_s: float,
@@ -57,6 +59,7 @@ class InferRoute:
         self._app = app
         self._repository = repository
         self._service = service
+        self._metrics = metrics
         self.max_body_bytes = max_body_bytes
         self.read_timeout_s = read_timeout_s
         self._log_requests = log_requests
@@ -74,7 +77,7 @@ class InferRoute:
         try:
             chunks = await self._read_body(headers, receive)
         except ServeError as error:
-            reply = _error(error)
+            reply = self._failed(None, error)
         else:
             if chunks is None:
                 return  # the client has gone
@@ -105,42 +108,42 @@ class InferRoute:
         Call what is returned if the client has gone; then `respond` is not called.
         """
         arrival_ns = now_ns()
+        model: Model | None = None
 
         def finish(outcome: Outcome) -> None:
-            respond(self._finish(target, arrival_ns, lambda: self._encode(model, request, headers, outcome)))
+            respond(self._finish(model, arrival_ns, lambda: self._encode(found, request, headers, outcome)))
 
         try:
-            model = self._repository.get(target.model, target.version)
-            request = self._decode(model, headers, chunks)
-            return self._service.submit(model, request.tensors, request.parameters, arrival_ns, finish)
+            model = found = self._repository.get(target.model, target.version)
+            request = self._decode(found, headers, chunks)
+            return self._service.submit(found, request.tensors, request.parameters, arrival_ns, finish)
         except Exception as error:
             raised = error
-        respond(self._finish(target, arrival_ns, lambda: _raise(raised)))
+        respond(self._finish(model, arrival_ns, lambda: _raise(raised)))
         return None
 
-    def _finish(self, target: Target, arrival_ns: int, make: Callable[[], Reply]) -> Reply:
+    def _finish(self, model: Model | None, arrival_ns: int, make: Callable[[], Reply]) -> Reply:
         """The reply that `make` makes, or the one that tells of its failure."""
         try:
             reply = make()
         except ServeError as error:
-            reply = _error(error)
+            reply = self._failed(model, error)
         except Exception as error:
-            log.error("infer failed", model=target.model, exc_info=error)
-            reply = _error(ServeError(Fault.INTERNAL, "internal error; the server's log has the details"))
+            log.error("infer failed", model=model.name if model else None, exc_info=error)
+            message = "internal error; the server's log has the details"
+            reply = self._failed(model, ServeError(Fault.INTERNAL, message))
         if self._log_requests:
-            milliseconds = (now_ns() - arrival_ns) / 1e6
-            log.info(
-                "infer",
-                model=target.model,
-                status=reply.status,
-                ms=round(milliseconds, 3),
-                bytes=len(reply.body),
-            )
+            ms = round((now_ns() - arrival_ns) / 1e6, 3)
+            log.info("infer", model=model.name if model else None, status=reply.status, ms=ms, bytes=len(reply.body))
         return reply
+
+    def _failed(self, model: Model | None, error: ServeError) -> Reply:
+        self._metrics.failed(model.id if model else None, error.reason)
+        return _error(error)
 
     def refuse(self, bytes_announced: int | None) -> Reply:
         """For a body that is too long, or, with None, too slow."""
-        return _error(self._too_slow() if bytes_announced is None else self._too_long())
+        return self._failed(None, self._too_slow() if bytes_announced is None else self._too_long())
 
     def _too_long(self) -> ServeError:
         return ServeError(Fault.TOO_LARGE, f"the body is longer than {self.max_body_bytes} bytes")
@@ -186,7 +189,7 @@ class InferRoute:
 
     def _encode(self, model: Model, request: DecodedRequest, headers: dict[bytes, bytes], outcome: Outcome) -> Reply:
         if isinstance(outcome, ServeError):
-            return _error(outcome)
+            raise outcome
         outputs = outputs_of(model, outcome, request.outputs, request.binary_default)
         parts, header_length = codec.encode_reply(model.name, str(model.version), request.id, outputs)
         return _reply(parts, header_length, headers.get(b"accept-encoding"))

@@ -42,6 +42,20 @@ _TRITON_REASON = {
     "unsupported": "OTHER",
 }
 
+# Everything that can be told to a client instead of an answer.
+FAILURES = [
+    *Reason,
+    "invalid",
+    "not_found",
+    "too_large",
+    "unsupported",
+    "encoding",
+    "arena_full",
+    "pool_full",
+    "internal",
+    "cancelled",
+]
+
 ModelId = tuple[str, str]  # name, version
 
 COUNT_AT_ONCE = 256
@@ -77,7 +91,8 @@ class ModelStats:
         self.success = 0
         self.items = 0
         self.batches = 0
-        self.failures: Counter[str] = Counter()
+        # From zero on: what first appears at 1 is no increase to Prometheus.
+        self.failures: Counter[str] = Counter(dict.fromkeys(FAILURES, 0))
         self.cancelled_before_compute = 0
         self.request_ns = 0
         self.queue_ns = 0
@@ -131,8 +146,12 @@ class Metrics(Collector):
         self._count_all()
         return self._models[model, version]
 
-    def gpu_read(self, uuid: str, readings: GpuReadings) -> None:
-        self._readings[uuid] = readings
+    def gpu_read(self, uuid: str, readings: GpuReadings | None) -> None:
+        """What NVML says of a GPU now; None where it says nothing any more."""
+        if readings is None:
+            self._readings.pop(uuid, None)
+        else:
+            self._readings[uuid] = readings
 
     # ---- observing ----
 
@@ -173,12 +192,9 @@ class Metrics(Collector):
         by_batch[2] += record.infer_ns
         by_batch[3] += record.output_ns
 
-    def refused(self, model: str, reason: Reason) -> None:
-        self._models[self._id(model)].failures[reason] += 1
-
-    def rejected(self, model: str, reason: str) -> None:
-        """Ended before the scheduler saw it."""
-        self._models[self._id(model)].failures[reason] += 1
+    def failed(self, model: ModelId | None, reason: str) -> None:
+        """A request that was told an error; None where it named no model that there is."""
+        self._models[model or ("", "")].failures[reason] += 1
 
     def cancelled(self, model: str, *, before_compute: bool) -> None:
         stats = self._models[self._id(model)]
@@ -201,6 +217,8 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         self._count_all()
+        for model, *_ in self._models_now():
+            self._models[model]  # so that all its series are there, at zero, before its first request
         yield from self._collect_triton()
         yield from self._collect_models()
         yield from self._collect_histograms()

@@ -22,7 +22,7 @@ def model_metadata(model: Model, versions: list[str]) -> dict[str, Any]:
 def model_config(model: Model) -> dict[str, Any]:
     """GET /v2/models/{model}/config: Triton's ModelConfig, what is true of this model. Dims without the batch axis.
 
-    A pipeline's BYTES input is optional: a request carries either it or the tensor that it stands for.
+    A pipeline's BYTES input is optional: it stands for the ready tensor, which wins where a request carries both.
     """
     signature = model.signature
     optional = [

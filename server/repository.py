@@ -53,6 +53,11 @@ class Model:
     layout: InputLayout = field(default_factory=lambda: InputLayout(NOTHING))
 
     @property
+    def id(self) -> tuple[str, str]:
+        """Name and version, over all reloads."""
+        return self.name, str(self.version)
+
+    @property
     def key(self) -> str:
         return self.source.key if self.source is not None else ""
 

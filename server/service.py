@@ -66,19 +66,17 @@ class InferenceService:
         `parameters` may hold timeout (us in the queue), priority (1 is highest), slo_ms and deadline_ms. Call what is
         returned if the client has gone: then the request is dropped wherever it is, and `on_outcome` is not called.
         """
-        try:
-            terms = read_terms(parameters, arrival_ns, model.serving.slo_ms)
-            pipeline = model.serving.preprocess
-            if pipeline is not None and len(tensors) == 1 and tensors[0].name == pipeline.input:
-                job = self._preprocess_and_schedule(model, pipeline, tensors[0], terms, on_outcome)
+        terms = read_terms(parameters, arrival_ns, model.serving.slo_ms)
+        pipeline = model.serving.preprocess
+        if pipeline is not None:
+            tensors, encoded = _split(tensors, pipeline.input)
+            if not tensors and encoded is not None:
+                job = self._preprocess_and_schedule(model, pipeline, encoded, terms, on_outcome)
                 task = asyncio.create_task(job)
                 self._preprocessing.add(task)  # the loop itself would not keep it alive
                 task.add_done_callback(self._preprocessing.discard)
                 return task.cancel
-            checked, offset = self._place(model, tensors)
-        except ServeError as error:
-            self._metrics.rejected(model.key, error.reason)
-            raise
+        checked, offset = self._place(model, tensors)
         return self._schedule(model, checked, offset, terms, on_outcome)
 
     async def infer(
@@ -137,7 +135,6 @@ class InferenceService:
         try:
             checked, offset = await self._preprocess(model, pipeline, tensor)
         except ServeError as error:
-            self._metrics.rejected(model.key, error.reason)
             on_outcome(error)
             return
         except asyncio.CancelledError:
@@ -188,6 +185,12 @@ class InferenceService:
             raise ServeError(
                 Fault.REFUSED, f"the arena is full: {error}", reason="arena_full", retry_after_s=BRIEFLY_S
             ) from None
+
+
+def _split(tensors: list[Tensor], encoded_name: str) -> tuple[list[Tensor], Tensor | None]:
+    """The ready tensors, and the one for the pipeline. Ready ones win: clients that fill in every input send both."""
+    ready = [tensor for tensor in tensors if tensor.name != encoded_name]
+    return ready, next((tensor for tensor in tensors if tensor.name == encoded_name), None)
 
 
 def outputs_of(

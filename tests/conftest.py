@@ -15,6 +15,6 @@ def demo_models() -> None:
 
 @pytest.fixture(scope="session")
 def daemon(demo_models: None) -> Iterator[RunningDaemon]:
-    """A daemon with the defaults: a simulated A100-80GB cut 4g+2g+1g, and the demo models. Shared: leave it as it is."""
+    """A daemon with the defaults: a simulated A100-80GB cut 4g+2g+1g, the demo models. Shared: leave it as it is."""
     with running("--drain-delay-secs", "0") as started:
         yield started

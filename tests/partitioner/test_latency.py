@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 from partitioner import latency
 from partitioner.latency import LatencyTableError
 
-POINTS = st.dictionaries(st.integers(1, 64), st.floats(0.01, 1e3), min_size=1, max_size=8).map(lambda d: sorted(d.items()))
+POINTS = st.dictionaries(st.integers(1, 64), st.floats(0.01, 1e3), min_size=1, max_size=8).map(
+    lambda d: sorted(d.items())
+)
 
 
 @given(POINTS, st.integers(1, 80))
-def test_per_batch_is_monotone_and_never_below_a_measured_point(points: list[tuple[int, float]], max_batch: int) -> None:
+def test_per_batch_is_monotone_and_never_below_a_measured_point(
+    points: list[tuple[int, float]], max_batch: int
+) -> None:
     times = latency.per_batch(points, max_batch)
     assert len(times) == max_batch
     assert times == sorted(times)

@@ -445,6 +445,8 @@ def run_the_cancelled(core: SchedulerCore, event: Cancelled) -> None:
 )
 def test_the_property_notices_a_broken_core(method: str, mutation: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SchedulerCore, method, mutation)
-    quick = settings(max_examples=300, deadline=None, database=None, phases=[Phase.generate], report_multiple_bugs=False)
+    quick = settings(
+        max_examples=300, deadline=None, database=None, phases=[Phase.generate], report_multiple_bugs=False
+    )
     with pytest.raises((AssertionError, KeyError)):
         quick(given(*STORIES)(check_story))()

@@ -38,7 +38,9 @@ def test_a_journal_cut_off_in_the_middle_of_a_line_replays_up_to_there(tmp_path:
 
 def test_another_decision_is_found_and_named(tmp_path: Path) -> None:
     path = written(tmp_path / "journal")
-    path.write_text(path.read_text().replace('"worker_id":0,"batch_id":1,"model":"m"', '"worker_id":1,"batch_id":1,"model":"m"'))
+    path.write_text(
+        path.read_text().replace('"worker_id":0,"batch_id":1,"model":"m"', '"worker_id":1,"batch_id":1,"model":"m"')
+    )
     with pytest.raises(JournalError, match="line 4"):
         replay(path)
 

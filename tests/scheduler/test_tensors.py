@@ -14,7 +14,9 @@ SPECS = st.builds(
 
 
 @given(st.lists(SPECS, min_size=1, max_size=3), st.integers(1, 9), st.sampled_from([0, 8]), st.data())
-def test_inputs_lie_aligned_side_by_side(specs: list[TensorSpec], items: int, max_batch: int, data: st.DataObject) -> None:
+def test_inputs_lie_aligned_side_by_side(
+    specs: list[TensorSpec], items: int, max_batch: int, data: st.DataObject
+) -> None:
     varying = sum(dim == -1 for spec in specs for dim in spec.dims)
     dims = tuple(data.draw(st.lists(st.integers(1, 5), min_size=varying, max_size=varying)))
     slot = InputLayout(Signature(tuple(specs), (), max_batch)).slot(items, dims)

@@ -1,0 +1,51 @@
+"""Models that tests make for themselves."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+STUCK, RAISES = 13.0, 99.0
+
+
+def emulated(folder: Path, milliseconds: float, items: int = 16, max_batch: int = 8, serving: str = "") -> Path:
+    """A model that answers x.sum() after `milliseconds` a batch, whatever the slice."""
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(
+        f'backend: "emulated" max_batch_size: {max_batch} '
+        f'input {{ name: "x" data_type: TYPE_FP32 dims: [{items}] }} '
+        'output { name: "y" data_type: TYPE_FP32 dims: [1] }'
+    )
+    rows = "\n".join(f"{folder.name},1g.10gb,{batch},{milliseconds}" for batch in (1, max_batch))
+    (folder / "table.csv").write_text(f"model,mig_profile,batch,latency_ms\n{rows}\n")
+    (folder / "serving.yaml").write_text(f"latency_table: {{file: table.csv}}\n{serving}")
+    return folder
+
+
+class Picky(torch.nn.Module):
+    """y = 2 x; an item of 13 never comes to an end, one of 99 raises."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if bool((x == 99.0).any()):
+            raise IndexError("no such item")
+        while bool((x == 13.0).any()):
+            x = x * 1.0
+        return x * 2.0
+
+
+def picky(folder: Path) -> Path:
+    """A TorchScript model that hangs on 13 and raises on 99."""
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(
+        'max_batch_size: 8 input { name: "x" data_type: TYPE_FP32 dims: [1] } '
+        'output { name: "y" data_type: TYPE_FP32 dims: [1] }'
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Picky()).save(str(folder / "1" / "model.pt"))
+    # Known latencies: nothing is measured, so that a worker is back in no time.
+    (folder / "table.csv").write_text(f"model,mig_profile,batch,latency_ms\n{folder.name},1g.10gb,1,0.1\n")
+    (folder / "serving.yaml").write_text("latency_table: {file: table.csv}\n")
+    return folder
