@@ -28,6 +28,10 @@ def decode_image(data: bytes, steps: ImageSteps, target: np.ndarray[Any, np.dtyp
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise BadInputError(f"{len(data)} bytes that are not a {' or '.join(FORMATS)} image") from None
+        except Image.DecompressionBombError:
+            raise BadInputError(
+                f"an image of far more than {MAX_PIXELS} pixels, which is the most that is taken"
+            ) from None
         except Exception as error:  # a hostile header can make a decoder raise anything
             raise BadInputError(f"an image that cannot be read: {error}") from None
     width, height = image.size

@@ -71,7 +71,8 @@ def main(start: WorkerStart, sock: socket.socket, arena: Descriptor, outbox: Des
         arena.attach(writable=False),
         outbox.attach(writable=True),
     )
-    with suppress(BrokenPipeError, ConnectionResetError):  # the daemon is gone, and nobody is left to answer
+    # A broken pipe: the daemon is gone, and nobody is left to answer.
+    with suppress(BrokenPipeError, ConnectionResetError), backends.inference_mode():
         worker.run()
 
 

@@ -47,7 +47,8 @@ def serve(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file of these settings, with _ for -. Flags win over MIGSERVE_* variables over the file."
+            help="YAML file of these settings, with _ for -. Flags win over MIGSERVE_* variables over the file.",
+            envvar="MIGSERVE_CONFIG",
         ),
     ] = None,
     **flags: Any,

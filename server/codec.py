@@ -257,8 +257,8 @@ def _json_values(raw: msgspec.Raw, name: str, kind: type, shape: tuple[int, ...]
     try:
         return _flatten(_decoder(kind, len(shape))(raw), name, shape)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        # Whichever of the two forms was meant, the error further in is the one of use.
-        reason = max(flat_error, str(error), key=len)
+        # Nested or flat was meant? An array that the nested form misses says: flat.
+        reason = flat_error if str(error).startswith("Expected `array`") else str(error)
         raise invalid(f"input {name}: data does not hold what datatype and shape announce: {reason}") from None
 
 

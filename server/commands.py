@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from yaml import YAMLError
 
 from scheduler.journal import JournalError
 from scheduler.journal import replay as replay_journal
@@ -27,7 +28,7 @@ def serve(config: Path | None, flags: dict[str, Any]) -> int:
     """Runs the daemon until it is told to stop."""
     try:
         chosen = settings.load(config, flags)
-    except (ValidationError, OSError) as error:
+    except (ValidationError, YAMLError, OSError) as error:
         return _complain(_explain(error), USAGE)
     _configure_logging(chosen)
     show = _Show(chosen) if chosen.log_format == "console" else Progress()

@@ -272,7 +272,12 @@ class Daemon:
             )
             await self._open_http("http", settings.http_address, settings.http_port, infer)
         if settings.allow_metrics:
-            await self._open_http("metrics", settings.metrics_address, settings.metrics_port, app)
+            await self._open_http(
+                "metrics",
+                settings.metrics_address,
+                settings.metrics_port,
+                create_app(rest.metrics_router(self.metrics)),
+            )
         if settings.allow_grpc:
             servicer = grpc_api.InferenceServicer(self.repository, self.service, self.metrics, self, NAME, self.version)
             self._grpc = grpc_api.create_server(servicer, self)

@@ -58,7 +58,7 @@ FAILURES = [
 
 ModelId = tuple[str, str]  # name, version
 
-COUNT_AT_ONCE = 256
+COUNT_AT_ONCE = 64
 
 
 class Histogram:

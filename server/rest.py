@@ -25,7 +25,7 @@ class Health(Protocol):
 
 
 def router(repository: Repository, metrics: Metrics, health: Health, name: str, version: str) -> APIRouter:
-    """All routes under /v2, and /metrics. All async: they read what belongs to the event loop's thread."""
+    """All routes under /v2, and /metrics. All are async: they read what belongs to the event loop's thread."""
     routes = APIRouter()
 
     @routes.get("/v2")
@@ -99,6 +99,20 @@ def router(repository: Repository, metrics: Metrics, health: Health, name: str, 
         await _json_body(request)
         await repository.unload(model)
         return Response()
+
+    @routes.post("/v2/models/{model}/infer")
+    @routes.post("/v2/models/{model}/versions/{version}/infer")
+    async def infer(model: str, version: str | None = None) -> Response:
+        """Inference. For the documentation, and for 405: requests are answered by server/infer.py, in front of this."""
+        raise ServeError(Fault.NOT_FOUND, "no inference here")
+
+    routes.include_router(metrics_router(metrics))
+    return routes
+
+
+def metrics_router(metrics: Metrics) -> APIRouter:
+    """Only /metrics: its port is often open to more than the others are."""
+    routes = APIRouter()
 
     @routes.get("/metrics")
     async def scrape() -> Response:

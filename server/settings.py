@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,13 +87,20 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        file = os.environ.get("MIGSERVE_CONFIG")
-        sources = (init_settings, env_settings)
-        return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=file)) if file else sources
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
 
 
 def load(config: Path | None, flags: dict[str, Any]) -> Settings:
-    """Settings from flags that were given (not None), environment, and file. Raises pydantic.ValidationError."""
-    if config is not None:
-        os.environ["MIGSERVE_CONFIG"] = str(config)
-    return Settings(**{name: value for name, value in flags.items() if value is not None})
+    """Settings from flags that were given (not None), environment, and file.
+
+    Raises pydantic.ValidationError for values that make no sense, OSError for a file that cannot be read.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    if config is None:
+        return Settings(**given)
+    config.open().close()  # pydantic would take a missing file for an empty one
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(yaml_file=config)
+
+    return FromFile(**given)

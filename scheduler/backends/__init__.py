@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +43,15 @@ def join_in_memory(parts: list[memoryview], shape: tuple[int, ...], dtype: np.dt
     """`join` for what computes on the CPU."""
     # Writable, since a model may work in place; and not the arena itself, since it may have to run again.
     return np.frombuffer(bytearray().join(parts), dtype).reshape(shape)
+
+
+def inference_mode() -> AbstractContextManager[object]:
+    """Around all that a worker does: torch then keeps no books for gradients. Once, since it costs time to enter."""
+    try:
+        import torch
+    except ImportError:
+        return nullcontext()
+    return torch.inference_mode()
 
 
 def load(message: Load, device: str) -> Backend:

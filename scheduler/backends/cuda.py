@@ -42,16 +42,15 @@ class CudaBackend(TorchBackend):
 
     def start(self, inputs: list[Array]) -> _Started:  # type: ignore[override]  # a handle of its own kind
         host_inputs = self.as_tensors(inputs)
-        with torch.inference_mode():
-            with torch.cuda.stream(self._copy_in):
-                device_inputs = [tensor.to("cuda", non_blocking=True) for tensor in host_inputs]
-            self._compute.wait_stream(self._copy_in)
-            with torch.cuda.stream(self._compute):
-                device_outputs = self._program(*device_inputs)
-            self._copy_out.wait_stream(self._compute)
-            with torch.cuda.stream(self._copy_out):
-                outputs = [_to_pinned(tensor) for tensor in device_outputs]
-                copied_out = self._copy_out.record_event()
+        with torch.cuda.stream(self._copy_in):
+            device_inputs = [tensor.to("cuda", non_blocking=True) for tensor in host_inputs]
+        self._compute.wait_stream(self._copy_in)
+        with torch.cuda.stream(self._compute):
+            device_outputs = self._program(*device_inputs)
+        self._copy_out.wait_stream(self._compute)
+        with torch.cuda.stream(self._copy_out):
+            outputs = [_to_pinned(tensor) for tensor in device_outputs]
+            copied_out = self._copy_out.record_event()
         _keep_until_used(device_inputs, self._compute)
         _keep_until_used(device_outputs, self._copy_out)
         return _Started(host_inputs, outputs, copied_out)

@@ -52,7 +52,6 @@ class TorchBackend:
     def join(self, parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return join_in_memory(parts, shape, dtype)
 
-    @torch.inference_mode()
     def start(self, inputs: list[Array]) -> Sequence[torch.Tensor]:
         return self._program(*self.as_tensors(inputs))
 

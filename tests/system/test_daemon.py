@@ -1,0 +1,234 @@
+"""The daemon as a whole: command line, journal, memory, several workers a slice, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server import settings
+from tests import repositories
+from tests.clients import PROTOCOLS, http_binary, in_threads
+from tests.harness import MODELS, REPOSITORY, RunningDaemon, running
+from tests.server.raw_http import infer, request
+
+PRIVATE_MIB_PER_WORKER = 150
+
+
+def migserve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    wide = {"COLUMNS": "200", "NO_COLOR": "1", **environment}
+    command = [sys.executable, "-m", "server", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=os.environ | wide, timeout=60)
+
+
+def test_help_teaches() -> None:
+    for verb in ("serve", "gpus", "demo-models", "replay"):
+        assert verb in migserve("--help").stdout
+        assert migserve(verb, "--help").returncode == 0
+    text = migserve("serve", "--help").stdout
+    for flag in (
+        "--model-repository",
+        "--http-port",
+        "--grpc-port",
+        "--metrics-port",
+        "--exit-timeout-secs",
+        "--layout",
+    ):
+        assert flag in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["serve", "--model-repository", "nowhere"], 1, "nowhere is not a folder; `make models` makes demo models"),
+        (["serve", "--gpu", "sim:A100"], 1, "no GPU called 'A100' in the catalogue; there are A30-24GB"),
+        (["serve", "--gpu", "gpu0"], 1, "use nvml, sim:A100-80GB"),
+        (["serve", "--gpu", "sim:A100-80GB", "--layout", "4g.40gb+4g.40gb"], 1, "takes 8 compute slices"),
+        (["serve", "--http-port", "99999"], 2, "--http-port 99999: Input should be less than or equal to 65535"),
+        (["serve", "--arena-mib", "100"], 2, "--arena-mib 100: Value error, must be a power of two"),
+        (["serve", "--journal", "/nowhere/journal"], 1, "--journal /nowhere/journal cannot be written"),
+        (["gpus", "--gpu", "sim:A100-80GB", "--layout", "5g.50gb"], 1, "did you mean"),
+        (["replay", "nowhere"], 1, "No such file"),
+    ],
+)
+def test_wrong_use_is_told_with_what_to_do(arguments: list[str], code: int, message: str, demo_models: None) -> None:
+    done = migserve(*arguments)
+    assert message in done.stderr
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc", "metrics"])
+def test_a_port_that_is_taken_is_named(protocol: str, demo_models: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ports = {"http": 0, "grpc": 0, "metrics": 0} | {protocol: port}
+        flags = [word for name, number in ports.items() for word in (f"--{name}-port", str(number))]
+        done = migserve("serve", *flags)
+    assert done.returncode == 1
+    assert f"--{protocol}-port {port} on 127.0.0.1 cannot be used" in done.stderr
+    assert "choose another one" in done.stderr
+
+
+def test_without_a_driver_nvml_is_refused_with_what_to_do() -> None:
+    done = migserve("gpus", "--gpu", "nvml")
+    if done.returncode == 0:
+        assert "GPU 0" in done.stdout  # this machine has one
+    else:
+        assert "no usable NVIDIA driver here" in done.stderr
+        assert "--gpu sim:A100-80GB" in done.stderr
+
+
+def test_a_layout_is_drawn() -> None:
+    drawn = migserve("gpus", "--gpu", "sim:H100-80GBx2", "--layout", "3g.40gb+3g.40gb").stdout
+    assert drawn.count("GPU 0") == drawn.count("GPU 1") == 1
+    assert drawn.count("3g.40gb") == 8  # a bar and a legend for each of four slices
+
+
+def test_settings_come_from_flags_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("http_port: 1\ngrpc_port: 1\nmetrics_port: 1\nmodel_repository: [a, b]\n")
+    monkeypatch.setenv("MIGSERVE_HTTP_PORT", "2")
+    monkeypatch.setenv("MIGSERVE_GRPC_PORT", "2")
+    chosen = settings.load(file, {"http_port": 3, "layout": None})
+    assert (chosen.http_port, chosen.grpc_port, chosen.metrics_port) == (3, 2, 1)
+    assert chosen.model_repository == [Path("a"), Path("b")]
+
+
+@pytest.mark.parametrize("text", ["http_prot: 1", "http_port: [", None])
+def test_a_settings_file_that_makes_no_sense(text: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    if text is not None:
+        file.write_text(text)
+    done = migserve("serve", "--config", str(file))
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+
+
+def test_the_start_draws_the_layout_and_prints_a_line_that_works(demo_models: None) -> None:
+    """As `make serve` shows it; the line is run as it is printed."""
+    command = [sys.executable, "-m", "server", "serve", "--gpu", "sim:A100-80GB"]
+    for name in ("http", "grpc", "metrics"):
+        command += [f"--{name}-port", "0"]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        shown = ""
+        while "curl" not in shown:
+            line = process.stdout.readline()
+            assert line, shown
+            shown += line
+        assert "4g.40gb" in shown
+        assert "affine, digits, mlp, resnet50 (emulated)" in shown
+        assert "simulated" in shown
+        (curl,) = re.findall(r"curl .*", shown)
+        done = subprocess.run(curl, shell=True, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+        assert '"name":"label","datatype":"INT64","shape":[1],"data":[3]' in done.stdout
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
+def test_a_journal_of_a_busy_day_replays(tmp_path: Path, demo_models: None) -> None:
+    path = tmp_path / "journal"
+    with running("--journal", str(path), "--drain-delay-secs", "0") as daemon:
+        name, pid = sorted(daemon.workers().items())[0]
+        x = np.ones((3, 16), np.float32)
+
+        def start() -> Any:
+            client = http_binary(daemon.http)
+            return lambda _: client("affine", x)
+
+        in_threads(8, range(200), start)
+        os.kill(pid, signal.SIGKILL)
+        daemon.wait_for("worker up", count=2, worker=name)
+        in_threads(8, range(200), start)
+        infer(daemon.http, "affine", {"inputs": []})
+        body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 16], "data": [1] * 16}]}
+        infer(daemon.http, "affine", body | {"parameters": {"timeout": 1}})
+        infer(daemon.http, "affine", body | {"parameters": {"slo_ms": 0.001}})
+        daemon.terminate()
+        assert daemon.wait() == 0
+    done = migserve("replay", str(path))
+    found = re.fullmatch(r"(\d+) events, the same commands\n", done.stdout)
+    assert found, done.stderr
+    assert int(found[1]) > 600
+
+
+def private_mib(pid: int) -> float:
+    """Memory that would come free if the process ended."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def test_a_worker_takes_little_memory_of_its_own(daemon: RunningDaemon) -> None:
+    for protocol in ("HTTP binary", "gRPC"):
+        port, connect = PROTOCOLS[protocol]
+        client = connect(getattr(daemon, port))
+        for model, width in (("affine", 16), ("mlp", 256)):
+            client(model, np.ones((64, width), np.float32))
+    private = {name: private_mib(pid) for name, pid in daemon.workers().items()}
+    print(", ".join(f"{name}: {mib:.0f} MiB" for name, mib in private.items()))
+    assert max(private.values()) < PRIVATE_MIB_PER_WORKER
+
+
+def test_several_workers_on_one_slice(demo_models: None) -> None:
+    with running("--layout", "1g.10gb", "--workers-per-slice", "3", "--drain-delay-secs", "0") as daemon:
+        assert sorted(daemon.workers()) == ["gpu0/1g.10gb@0", "gpu0/1g.10gb@0#1", "gpu0/1g.10gb@0#2"]
+        client = http_binary(daemon.http)
+        x = np.ones((1, 16), np.float32)
+        np.testing.assert_array_equal(client("affine", x).as_numpy("y"), 2 * x + 1)
+        metrics = request(daemon.metrics, "GET", "/metrics").body.decode()
+        assert len(re.findall(r'migserve_slice_state\{[^}]*state="ready"[^}]*\} 1\.0', metrics)) == 3
+
+
+def test_fourteen_emulated_slices_on_two_simulated_gpus(tmp_path: Path) -> None:
+    """They sleep instead of computing, so their rate is that of their table, whatever this machine can do."""
+    repositories.emulated(tmp_path / "model", 100, max_batch=1)
+    layout = "+".join(["1g.10gb"] * 7)
+    with running("--gpu", "sim:A100-80GBx2", "--layout", layout, "--model-repository", str(tmp_path)) as daemon:
+        assert len(daemon.workers()) == 14
+
+        def start() -> Any:
+            return lambda _: infer(daemon.http, "model", {"inputs": [X16]})
+
+        in_threads(28, range(140), start)
+        text = request(daemon.metrics, "GET", "/metrics").body.decode()
+        counts = re.findall(r"migserve_compute_seconds_count\{[^}]*\} (\d+)", text)
+        assert len(counts) == 14, "every slice has had work"
+        assert sum(map(int, counts)) == 140
+        assert min(map(int, counts)) >= 7, "and about the same"
+
+
+X16 = {"name": "x", "datatype": "FP32", "shape": [1, 16], "data": [1] * 16}
+
+
+def test_nothing_is_left_behind_by_requests(daemon: RunningDaemon) -> None:
+    """Arena, queue and connections are as before, after good ones and bad ones."""
+    picture = (MODELS / "digits" / "three.png").read_bytes()
+
+    def start() -> Any:
+        def send(number: int) -> None:
+            bodies: list[tuple[str, Any]] = [
+                ("affine", {"inputs": [X16]}),
+                ("affine", {"inputs": [X16 | {"data": [1]}]}),
+                ("affine", {"inputs": [X16], "parameters": {"slo_ms": 0.001}}),
+                ("digits", picture),
+                ("digits", picture[:-40]),
+                ("nope", {}),
+            ]
+            infer(daemon.http, *bodies[number % len(bodies)])
+
+        return send
+
+    in_threads(8, range(300), start)
+    metrics = request(daemon.metrics, "GET", "/metrics").body.decode()
+    assert "migserve_arena_used_bytes 0.0" in metrics
+    pending = re.findall(r"nv_inference_pending_request_count\{[^}]*\} ([\d.]+)", metrics)
+    assert set(pending) == {"0.0"}
