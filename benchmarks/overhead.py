@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.breakdown import Part, breakdown
-from tests.harness import RunningDaemon, running
+from tests.harness import running
 
 RESULTS = Path(__file__).parent / "results" / "overhead.md"
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -50,7 +50,7 @@ class Cell:
     rates: list[float] = field(default_factory=list)
     p50s_us: list[float] = field(default_factory=list)
     p99s_us: list[float] = field(default_factory=list)
-    daemon_us: list[float] = field(default_factory=list)  # CPU time a request
+    server_us: list[float] = field(default_factory=list)  # CPU time a request, of the daemon or the echo
     worker_us: list[float] = field(default_factory=list)
 
 
@@ -81,19 +81,19 @@ def json_body(width: int, **parameters: float) -> bytes:
 
 
 @contextmanager
-def echo() -> Iterator[int]:
-    """The port of a running echo."""
+def echo() -> Iterator[tuple[int, int]]:
+    """Process id and port of a running echo."""
     with subprocess.Popen([sys.executable, "-m", "benchmarks.echo"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
-            yield int(process.stdout.readline())
+            yield process.pid, int(process.stdout.readline())
         finally:
             process.terminate()
 
 
-def measure(cell: Cell, address: str, seconds: int, daemon: RunningDaemon) -> None:
+def measure(cell: Cell, address: str, seconds: int, server: int, workers: list[int]) -> None:
     """One run of wrk; adds to the cell's figures. Any answer but 200 ends the benchmark."""
-    before = cpu_seconds(daemon)
+    before = cpu_seconds(server), sum(map(cpu_seconds, workers))
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(lua(cell))
         script.flush()
@@ -107,9 +107,8 @@ def measure(cell: Cell, address: str, seconds: int, daemon: RunningDaemon) -> No
     cell.rates.append(float(found(r"Requests/sec:\s+([\d.]+)", output)))
     cell.p50s_us.append(microseconds(found(r"\s50%\s+(\S+)", output)))
     cell.p99s_us.append(microseconds(found(r"\s99%\s+(\S+)", output)))
-    daemon_s, worker_s = (now - then for now, then in zip(cpu_seconds(daemon), before, strict=True))
-    cell.daemon_us.append(1e6 * daemon_s / requests)
-    cell.worker_us.append(1e6 * worker_s / requests)
+    cell.server_us.append(1e6 * (cpu_seconds(server) - before[0]) / requests)
+    cell.worker_us.append(1e6 * (sum(map(cpu_seconds, workers)) - before[1]) / requests)
 
 
 def lua(cell: Cell) -> str:
@@ -131,14 +130,10 @@ def microseconds(text: str) -> float:
     return float(text.removesuffix(unit)) * {"us": 1.0, "ms": 1e3, "s": 1e6}[unit]
 
 
-def cpu_seconds(daemon: RunningDaemon) -> tuple[float, float]:
-    """CPU time of the daemon, and of its workers, so far."""
-
-    def of(pid: int) -> float:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
-
-    return of(daemon.process.pid), sum(map(of, daemon.workers().values()))
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
 
 
 def private_mib(pid: int) -> float:
@@ -176,7 +171,7 @@ def cell_table(measured: list[Cell]) -> Table:
             f"{p50:,.0f}",
             f"{p50_ratio:.2f}" if own else "",
             f"{statistics.median(cell.p99s_us):,.0f}",
-            f"{statistics.median(cell.daemon_us):.1f}" if own else "",
+            f"{statistics.median(cell.server_us):.1f}",
             f"{statistics.median(cell.worker_us):.1f}" if own else "",
         )
     return table
@@ -206,11 +201,15 @@ def main(
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is missing; install it with: sudo make system-tools")
     measured = cells()
-    with running("--layout", "7g.80gb") as daemon, echo() as echo_port:
+    with running("--layout", "7g.80gb") as daemon, echo() as (echo_pid, echo_port):
+        workers = list(daemon.workers().values())
         for _ in track(range(rounds), description="measuring"):
             for cell in measured:
-                measure(cell, f"127.0.0.1:{echo_port}" if cell.name == "echo" else daemon.http, seconds, daemon)
-        memory = [private_mib(pid) for pid in daemon.workers().values()]
+                if cell.name == "echo":
+                    measure(cell, f"127.0.0.1:{echo_port}", seconds, echo_pid, [])
+                else:
+                    measure(cell, daemon.http, seconds, daemon.process.pid, workers)
+        memory = [private_mib(pid) for pid in workers]
     cores = len(os.sched_getaffinity(0))
     machine = f"{cores} cores, {platform.processor() or platform.machine()}, Python {platform.python_version()}"
     console = Console(record=True, width=140)
@@ -218,6 +217,10 @@ def main(
     console.print(cell_table(measured))
     console.print(f"Private memory of the worker: {max(memory):.0f} MiB")
     console.print(part_table(breakdown()))
+    console.print(
+        "Not listed: sockets, waiting, waking the other process, and caches that went cold meanwhile. The echo's "
+        "own column\nshows what those cost without us; a request that comes alone pays for them most."
+    )
     if write:
         RESULTS.write_text(f"# Overhead of a request\n\n`make bench-overhead`\n\n```\n{console.export_text()}```\n")
 
