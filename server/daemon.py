@@ -41,6 +41,7 @@ DEFAULT_SIMULATION = "A100-80GB"
 GPU_READ_INTERVAL_S = 5.0
 # For idle workers to end by themselves.
 STOP_SECONDS = 5.0
+KEEP_ALIVE_SECONDS = 75
 GC_THRESHOLDS = (20_000, 20, 50)
 
 
@@ -303,6 +304,7 @@ class Daemon:
             lifespan="off",
             proxy_headers=False,
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             access_log=False,
             log_config=None,
             timeout_graceful_shutdown=int(self.settings.exit_timeout_secs) + 1,

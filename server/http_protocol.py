@@ -12,17 +12,14 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
-
-Headers = list[tuple[bytes, bytes]]
 
 
 class Reply(NamedTuple):
-    """A whole HTTP response. `headers` must name the body's length, and hold nothing that would need escaping."""
+    """A whole HTTP response. `head`: header lines, each with its CRLF, the body's length among them."""
 
     status: int
-    headers: Headers
+    head: bytes
     body: bytes
 
 
@@ -78,6 +75,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         app: Any = self.app
         self._direct: DirectApp | None = app if hasattr(app, "begin") else None
+        self._answered_at = 0.0
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -88,9 +86,15 @@ class HttpProtocol(HttpToolsProtocol):
 
     # ---- parser callbacks ----
 
+    def on_message_begin(self) -> None:
+        self.url = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.expect_100_continue = False
+
     def on_headers_complete(self) -> None:
         exchange = self._exchange()
         if exchange is None:
+            self._make_scope()
             super().on_headers_complete()
             return
         self.cycle = exchange  # type: ignore[assignment]  # it is what uvicorn asks of a cycle
@@ -115,16 +119,57 @@ class HttpProtocol(HttpToolsProtocol):
         elif not exchange.response_complete:
             self._begin(exchange)
 
+    def _make_scope(self) -> None:
+        """What uvicorn makes when a message begins, and the short way does without."""
+        kept = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.headers, self.expect_100_continue = kept
+        self.scope["headers"] = self.headers
+
     def _exchange(self) -> _Exchange | None:
         """For a request that may go the short way."""
         if self._direct is None or (self.cycle is not None and not self.cycle.response_complete):
             return None  # a pipelined request waits for its turn in uvicorn's queue
-        if self.expect_100_continue or self.parser.should_upgrade() or self.parser.get_http_version() != "1.1":
+        target = self._direct.target(self.url.partition(b"?")[0])
+        if target is None or self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
             return None
-        if self.parser.get_method() != b"POST":
+        if self.expect_100_continue or self.parser.should_upgrade():
             return None
-        target = self._direct.target(httptools.parse_url(self.url).path)
-        return None if target is None else _Exchange(target, dict(self.headers), self.parser.should_keep_alive())
+        return _Exchange(target, dict(self.headers), self.parser.should_keep_alive())
+
+    # ---- keep-alive ----
+    # uvicorn starts and stops a timer with every request. Here it runs on, and when it ends it looks whether the
+    # connection has been idle all the time.
+
+    def _unset_keepalive_if_required(self) -> None:
+        if self.transport.is_closing():
+            super()._unset_keepalive_if_required()
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self._answered_at = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._look_later(self.timeout_keep_alive)
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        if self.transport.is_closing():
+            return
+        left_s = self._answered_at + self.timeout_keep_alive - self.loop.time()
+        if not self.cycle.response_complete:
+            left_s = self.timeout_keep_alive
+        if left_s > 0:
+            self._look_later(left_s)
+        else:
+            self.transport.close()
+
+    def _look_later(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     # ---- answering ----
 
@@ -152,14 +197,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _write(self, exchange: _Exchange, reply: Reply) -> None:
         """Head and body in one write; then what uvicorn does at the end of a response."""
-        parts = [STATUS_LINE[reply.status]]
-        for name, value in self.server_state.default_headers:
+        parts = [STATUS_LINE[reply.status], reply.head]
+        for name, value in self.server_state.default_headers:  # the date
             parts += (name, b": ", value, b"\r\n")
-        for name, value in reply.headers:
-            parts += (name, b": ", value, b"\r\n")
-        if not exchange.keep_alive:
-            parts.append(b"connection: close\r\n")
-        parts += (b"\r\n", reply.body)
+        parts += (b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n", reply.body)
         self.transport.write(b"".join(parts))
         exchange.response_complete = True
         exchange.cancel = None  # or else the exchange, through what is to be cancelled, holds on to itself

@@ -17,7 +17,7 @@ import structlog
 from server import codec, wire
 from server.codec import DecodedRequest, Tensor
 from server.errors import Fault, ServeError, invalid
-from server.http_protocol import Headers, Reply
+from server.http_protocol import Reply
 from server.metrics import Metrics
 from server.repository import Model, Repository
 from server.service import Cancel, InferenceService, Outcome, now_ns, outputs_of
@@ -29,8 +29,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _PATH = re.compile(rb"/v2/models/([^/]+)(?:/versions/([0-9]+))?/infer")
-_JSON = (b"content-type", b"application/json")
-_BINARY = (b"content-type", b"application/octet-stream")
+_JSON = b"content-type: application/json\r\n"
+_BINARY = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
 # Smaller replies are not worth the time that compressing takes.
 COMPRESS_FROM_BYTES = 1024
 
@@ -84,7 +84,8 @@ class InferRoute:
             answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
             self.begin(target, headers, chunks, answered.set_result)
             reply = await answered
-        await send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
+        headers_out = _header_list(reply.head)
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers_out})
         await send({"type": "http.response.body", "body": reply.body})
 
     def target(self, raw_path: bytes) -> Target | None:
@@ -215,25 +216,25 @@ def _raw(model: Model, chunks: list[bytes], *, binary_outputs: bool) -> DecodedR
 
 def _reply(parts: list[bytes | memoryview], header_length: int | None, accept: bytes | None) -> Reply:
     body = b"".join(parts) if len(parts) > 1 else bytes(parts[0])
-    headers: Headers = []
-    if header_length is None:
-        headers.append(_JSON)
-    else:
-        headers += [_BINARY, (wire.HEADER_LENGTH, b"%d" % header_length)]
+    head = _JSON if header_length is None else _BINARY % header_length
     if accept is not None and len(body) >= COMPRESS_FROM_BYTES:
         encoding = codec.accepted_encoding(accept.decode("latin-1"))
         if encoding is not None:
             body = codec.compress(body, encoding)
-            headers.append((b"content-encoding", encoding.encode()))
-    headers.append((b"content-length", b"%d" % len(body)))
-    return Reply(200, headers, body)
+            head += b"content-encoding: %s\r\n" % encoding.encode()
+    return Reply(200, b"%scontent-length: %d\r\n" % (head, len(body)), body)
 
 
 def _error(error: ServeError) -> Reply:
     body = wire.encode_json({"error": error.message})
-    headers: Headers = [_JSON, (b"content-length", b"%d" % len(body))]
+    head = b"%scontent-length: %d\r\n" % (_JSON, len(body))
     if error.retry_after_header is not None:
-        headers.append((b"retry-after", error.retry_after_header))
+        head += b"retry-after: %s\r\n" % error.retry_after_header
     if error.reason == "encoding":
-        headers.append((b"accept-encoding", b"gzip, deflate"))
-    return Reply(error.fault.http, headers, body)
+        head += b"accept-encoding: gzip, deflate\r\n"
+    return Reply(error.fault.http, head, body)
+
+
+def _header_list(head: bytes) -> list[tuple[bytes, ...]]:
+    """Header lines as ASGI wants them."""
+    return [tuple(line.split(b": ", 1)) for line in head.splitlines()]
