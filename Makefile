@@ -38,6 +38,7 @@ bench-overhead: $(VENV)/dev models ## what a request costs, beside a bare uvicor
 
 check-gpu: $(VENV)/dev models ## the checks that need a GPU with CUDA
 	$(BIN)/pytest tests/gpu -m gpu $(ARGS)
+	$(BIN)/python -m benchmarks.gpu_worker --write
 
 system-tools: ## install what comes from Debian (as root): wrk, Prometheus, and a library of perf_analyzer's
 	apt-get update -qq

@@ -62,10 +62,12 @@ def load(message: Load, device: str) -> Backend:
 
         return EmulatedBackend(source, message.latency_ms or ())
     try:
-        import torch  # noqa: F401  # only to tell a missing torch from a broken model
+        import torch
     except ImportError as error:
         raise ModelLoadError("torch is not installed; install it with: pip install 'migserve[torch]'") from error
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ModelLoadError(f"torch {torch.__version__} sees no CUDA device; is it the CUDA build?")
         from scheduler.backends.cuda import CudaBackend
 
         return CudaBackend(source)

@@ -1,7 +1,7 @@
 """torch models on the one CUDA device that the worker sees.
 
 Three streams: while one batch computes, the next is copied in and the one before is copied out. Host memory
-is pinned, or else copies would not overlap anything. Not yet run on every GPU generation: `make check-gpu`.
+is pinned, or else copies would not overlap anything. It has never been run on a GPU yet: `make check-gpu` will tell.
 """
 
 from __future__ import annotations

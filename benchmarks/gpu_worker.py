@@ -1,0 +1,79 @@
+"""What the CUDA worker gains by staging a batch while another runs, and what it takes of memory. Needs a GPU.
+
+.venv/bin/python -m benchmarks.gpu_worker            prints the table
+.venv/bin/python -m benchmarks.gpu_worker --write    also keeps it, in benchmarks/results/gpu_worker.md
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from scheduler.channel import ModelSource
+
+RESULTS = Path(__file__).parent / "results" / "gpu_worker.md"
+MODELS = Path(__file__).parent.parent / "models"
+BATCHES = 200
+ROUNDS = 7
+
+
+def rate(model: Any, parts: list[memoryview], shape: tuple[int, ...], depth: int) -> float:
+    """Items a second with up to `depth` batches under way: gathered, copied in, computed, copied out."""
+    under_way: list[Any] = []
+    begin = time.perf_counter()
+    for _ in range(BATCHES):
+        under_way.append(model.start([model.join(parts, shape, np.dtype("float32"))]))
+        if len(under_way) == depth:
+            model.finish(under_way.pop(0))
+    for started in under_way:
+        model.finish(started)
+    return BATCHES * shape[0] / (time.perf_counter() - begin)
+
+
+def main(write: Annotated[bool, typer.Option("--write", help="Keep the table.")] = False) -> None:
+    """Measures, and prints the table."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this needs a GPU, and torch in its CUDA build")
+    from scheduler.backends.cuda import CudaBackend
+
+    table = Table(title="Items/s of one worker: one batch at a time, and one running with one staged")
+    for column in ("model", "batch", "one at a time", "with one staged", "gain"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    with torch.inference_mode():
+        for name in track(("affine", "mlp", "digits"), description="measuring"):
+            model = CudaBackend(ModelSource("k", name, 1, "torch_export", str(MODELS / name / "1" / "model.pt2")))
+            for batch in (1, 8, 64):
+                shape = (batch, *model.signature.inputs[0].dims)
+                parts = [memoryview(np.ones(shape[1:], np.float32).tobytes())] * batch
+                rate(model, parts, shape, 2)
+                pairs = [(rate(model, parts, shape, 1), rate(model, parts, shape, 2)) for _ in range(ROUNDS)]
+                alone, staged = (statistics.median(column) for column in zip(*pairs, strict=True))
+                gain = statistics.median(b / a for a, b in pairs)
+                table.add_row(name, str(batch), f"{alone:,.0f}", f"{staged:,.0f}", f"{gain:.2f}")
+    console = Console(record=True, width=120)
+    device = torch.cuda.get_device_properties(0)
+    console.print(
+        f"{device.name}, {device.multi_processor_count} SMs, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    )
+    console.print(table)
+    reserved, free = torch.cuda.memory_reserved() / 2**20, torch.cuda.mem_get_info()
+    console.print(
+        f"Device memory: {reserved:.0f} MiB in torch's pool, {(free[1] - free[0]) / 2**20:.0f} MiB in use in all"
+    )
+    if write:
+        RESULTS.write_text(
+            f"# The CUDA worker\n\n`python -m benchmarks.gpu_worker`\n\n```\n{console.export_text()}```\n"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
