@@ -8,8 +8,8 @@ ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 FROM ${PYTHON_IMAGE} AS builder
 # cuda: the wheels of torch bring CUDA with them; the driver comes from the NVIDIA container toolkit.
 ARG VARIANT=cpu
-RUN python3 -m venv /opt/migserve
-ENV PATH=/opt/migserve/bin:$PATH
+RUN python3 -m venv /venv
+ENV PATH=/venv/bin:$PATH
 WORKDIR /src
 # The dependencies without our sources, so that a change of ours does not download torch again.
 COPY pyproject.toml README.md constraints-cpu.txt ./
@@ -30,8 +30,8 @@ RUN pip install --no-cache-dir '.[torch,demo]' && migserve demo-models --out /mo
 FROM ${PYTHON_IMAGE} AS runtime
 # By number, so that Kubernetes can see that it is not root. With a name, since torch asks for one.
 RUN useradd --uid 10001 --user-group --no-log-init --create-home migserve && mkdir /models
-COPY --from=builder /opt/migserve /opt/migserve
-ENV PATH=/opt/migserve/bin:$PATH \
+COPY --from=builder /venv /venv
+ENV PATH=/venv/bin:$PATH \
     MIGSERVE_MODEL_REPOSITORY='["/models"]' \
     MIGSERVE_HTTP_ADDRESS=0.0.0.0 \
     MIGSERVE_GRPC_ADDRESS=0.0.0.0 \

@@ -89,28 +89,28 @@ class SimulatedNvml:
         self._gpus = list(gpus)
         self._sessions = 0
 
-    def nvmlInit(self) -> None:  # noqa: N802 - pynvml's name, like all below
+    def nvmlInit(self) -> None:
         self._sessions += 1
 
-    def nvmlShutdown(self) -> None:  # noqa: N802
+    def nvmlShutdown(self) -> None:
         self._check()
         self._sessions -= 1
 
-    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+    def nvmlSystemGetDriverVersion(self) -> str:
         self._check()
         return "simulated"
 
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+    def nvmlDeviceGetCount(self) -> int:
         self._check()
         return len(self._gpus)
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> SimulatedGpu:  # noqa: N802
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> SimulatedGpu:
         self._check()
         if not 0 <= index < len(self._gpus):
             raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
         return self._gpus[index]
 
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Any:  # noqa: N802
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Any:
         self._check()
         devices: list[SimulatedGpu | SimulatedMigDevice] = [
             *self._gpus,
@@ -121,46 +121,46 @@ class SimulatedNvml:
                 return device
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
 
-    def nvmlDeviceGetUUID(self, handle: Any) -> str:  # noqa: N802
+    def nvmlDeviceGetUUID(self, handle: Any) -> str:
         self._check()
         return str(handle.uuid)
 
-    def nvmlDeviceGetName(self, handle: Any) -> str:  # noqa: N802
+    def nvmlDeviceGetName(self, handle: Any) -> str:
         self._check()
         if isinstance(handle, SimulatedMigDevice):
             return f"{handle.gpu.name} MIG {handle.placed.profile.name}"
         return str(handle.name)
 
-    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:  # noqa: N802
+    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:
         self._check()
         mig = isinstance(handle, SimulatedMigDevice)
         total = (handle.placed.profile.memory_mib if mig else handle.model.memory_mib) * MIB
         return pynvml.c_nvmlMemory_t(total=total, free=total, used=0)
 
-    def nvmlDeviceGetMigMode(self, handle: SimulatedGpu) -> list[int]:  # noqa: N802
+    def nvmlDeviceGetMigMode(self, handle: SimulatedGpu) -> list[int]:
         self._check()
         return [pynvml.NVML_DEVICE_MIG_ENABLE, pynvml.NVML_DEVICE_MIG_ENABLE]
 
-    def nvmlDeviceGetMaxMigDeviceCount(self, handle: SimulatedGpu) -> int:  # noqa: N802
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: SimulatedGpu) -> int:
         self._check()
         return handle.model.max_mig_devices
 
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: SimulatedGpu, index: int) -> Any:  # noqa: N802
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: SimulatedGpu, index: int) -> Any:
         self._check()
         devices = _mig_devices(handle)
         if index >= len(devices):
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return devices[index]
 
-    def nvmlDeviceGetGpuInstanceId(self, handle: SimulatedMigDevice) -> int:  # noqa: N802
+    def nvmlDeviceGetGpuInstanceId(self, handle: SimulatedMigDevice) -> int:
         self._check()
         return handle.gi_id
 
-    def nvmlDeviceGetComputeInstanceId(self, handle: SimulatedMigDevice) -> int:  # noqa: N802
+    def nvmlDeviceGetComputeInstanceId(self, handle: SimulatedMigDevice) -> int:
         self._check()
         return 0
 
-    def nvmlDeviceGetAttributes_v2(self, handle: SimulatedMigDevice) -> Any:  # noqa: N802
+    def nvmlDeviceGetAttributes_v2(self, handle: SimulatedMigDevice) -> Any:
         self._check()
         profile = handle.placed.profile
         return pynvml.c_nvmlDeviceAttributes(
@@ -170,14 +170,14 @@ class SimulatedNvml:
             memorySizeMB=profile.memory_mib,
         )
 
-    def nvmlDeviceGetGpuInstanceById(self, handle: SimulatedGpu, gi_id: int) -> Any:  # noqa: N802
+    def nvmlDeviceGetGpuInstanceById(self, handle: SimulatedGpu, gi_id: int) -> Any:
         self._check()
         for device in _mig_devices(handle):
             if device.gi_id == gi_id:
                 return device
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
 
-    def nvmlGpuInstanceGetInfo(self, instance: SimulatedMigDevice) -> Any:  # noqa: N802
+    def nvmlGpuInstanceGetInfo(self, instance: SimulatedMigDevice) -> Any:
         self._check()
         place = instance.placed.placement
         return pynvml.c_nvmlGpuInstanceInfo_t(
@@ -186,16 +186,16 @@ class SimulatedNvml:
             placement=pynvml.c_nvmlGpuInstancePlacement_t(start=place.start, size=place.size),
         )
 
-    def nvmlDeviceGetUtilizationRates(self, handle: Any) -> Any:  # noqa: N802
+    def nvmlDeviceGetUtilizationRates(self, handle: Any) -> Any:
         self._refuse()
 
-    def nvmlDeviceGetPowerUsage(self, handle: Any) -> Any:  # noqa: N802
+    def nvmlDeviceGetPowerUsage(self, handle: Any) -> Any:
         self._refuse()
 
-    def nvmlDeviceGetEnforcedPowerLimit(self, handle: Any) -> Any:  # noqa: N802
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: Any) -> Any:
         self._refuse()
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> Any:  # noqa: N802
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> Any:
         self._refuse()
 
     def _check(self) -> None:

@@ -7,16 +7,12 @@ dies too often stays out, with the reason.
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from typing import Any, NamedTuple, Protocol
 
@@ -24,10 +20,11 @@ import structlog
 
 from partitioner import latency
 from partitioner.geometry import Slice
-from scheduler import channel, worker
+from scheduler import channel, spawn
 from scheduler.arena import Arena, Descriptor, SharedMemory
 from scheduler.channel import Done, Failed, Load, Loaded, LoadFailed, ModelSource, Ready, RunBatch, Unload
 from scheduler.tensors import Signature
+from scheduler.worker import WorkerStart
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +38,7 @@ LONGEST_PAUSE_S = 5.0
 # A model whose loading has killed this many workers is given up.
 CRASHES_PER_LOAD = 2
 START_TIMEOUT_S = 60.0
+KILL_TIMEOUT_S = 1.0
 
 
 class ModelUnservableError(RuntimeError):
@@ -126,14 +124,13 @@ class Fleet:
         self._arena = arena
         self._threads = threads_per_worker
         self._batch_timeout_s = batch_timeout_s
-        self._context = get_context("forkserver")
-        self._context.set_forkserver_preload(["scheduler.preload"])
         places = [(where, index) for where in slices for index in range(workers_per_slice)]
         self.workers = [
             Worker(worker_id, where, index, SharedMemory("migserve-outbox", outbox_bytes))
             for worker_id, (where, index) in enumerate(places)
         ]
-        self._models: dict[str, ModelSource] = {}
+        self._models: dict[str, ModelSource] = {}  # wanted
+        self._proven: set[str] = set()  # of these, what some worker has loaded without dying of it
         self._measured: dict[tuple[str, str], Points] = {}  # (model key, kind of worker)
         self._listener: Listener | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -184,9 +181,11 @@ class Fleet:
                 groups.setdefault(each.measured_as, []).append(each)
         if not groups:
             raise ModelUnservableError(f"no slice has one of the MIG profiles {', '.join(source.mig_profiles)}")
+        self._models[source.key] = source
         results = await asyncio.gather(*(self._load_group(source, group) for group in groups.values()))
         loaded = [result for result in results if isinstance(result, Loaded)]
         if not loaded:
+            self._forget(source.key)
             raise ModelUnservableError("; ".join(sorted({str(result) for result in results})))
         tables = {kind: self._measured[source.key, kind] for kind in groups if (source.key, kind) in self._measured}
         return LoadedModel(loaded[0].signature, tables)
@@ -205,6 +204,7 @@ class Fleet:
 
     def _forget(self, key: str) -> None:
         self._models.pop(key, None)
+        self._proven.discard(key)
         for measured in [measured for measured in self._measured if measured[0] == key]:
             del self._measured[measured]
 
@@ -220,8 +220,7 @@ class Fleet:
                 continue
             if isinstance(result, LoadFailed):
                 return result.detail
-            # Only now do restarting workers load it too: what kills workers must not do so over and over.
-            self._models[source.key] = source
+            self._proven.add(source.key)
             await asyncio.gather(*(self._load_on_again(source, each) for each in group if each is not first))
             return result
         return reason
@@ -244,7 +243,9 @@ class Fleet:
         each.loading[source.key] = future
         self._send(each, Load(source, self._known_latency(source, each)))
         result: Loaded | LoadFailed = await future
-        if isinstance(result, Loaded):
+        if source.key not in self._models:
+            self._send(each, Unload(source.key))  # unloaded while a restarted worker was loading it
+        elif isinstance(result, Loaded):
             if source.latency_ms is None:
                 self._measured.setdefault((source.key, each.measured_as), result.latency_ms)
             each.serving.add(source.key)
@@ -262,20 +263,17 @@ class Fleet:
     async def _bring_up(self, each: Worker) -> None:
         """Starts the process of a worker and waits until it says that it is ready."""
         ours, theirs = channel.pair()
-        start = worker.WorkerStart(
+        start = WorkerStart(
             name=each.where.mig_profile or f"gpu{each.where.gpu_index}",
             device_uuid=None if each.where.simulated else each.where.device_uuid,
             threads=self._threads,
         )
-        arguments = (start, theirs, Descriptor(self._arena.fd), Descriptor(each.outbox.fd))
-        process = self._context.Process(target=worker.main, args=arguments, daemon=True)
+        memory = Descriptor(self._arena.fd), Descriptor(each.outbox.fd)
         loop = asyncio.get_running_loop()
         each.state, each.process, each.channel, each.ready = State.STARTING, None, ours, loop.create_future()
         each.starts += 1
         try:
-            await asyncio.to_thread(_start_process, process)
-            each.process = process
-            theirs.close()
+            each.process = await asyncio.to_thread(spawn.start, start, theirs, *memory)
             loop.add_reader(ours.fileno(), self._on_readable, each)
             await asyncio.wait_for(asyncio.shield(each.ready), START_TIMEOUT_S)
         except TimeoutError:
@@ -284,16 +282,20 @@ class Fleet:
             self._lose(each, f"cannot be started: {error}")
         except _DiedError:
             pass  # dealt with where it was noticed
+        finally:
+            theirs.close()
 
     async def _restart(self, each: Worker) -> None:
-        """Brings a dead worker back, with all its models."""
+        """Brings a dead worker back; when it is up it loads its models."""
         recent = [at for at in each.crashes if at > time.monotonic() - CRASH_WINDOW_S]
         await asyncio.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** max(len(recent) - 1, 0)))
         await self._bring_up(each)
 
     async def _reload_models(self, each: Worker) -> None:
         for source in list(self._models.values()):
-            if not source.mig_profiles or each.where.mig_profile in source.mig_profiles:
+            # Only what is proven: a model that kills workers must not do so over and over.
+            wanted = source.key in self._proven and source.key in self._models
+            if wanted and (not source.mig_profiles or each.where.mig_profile in source.mig_profiles):
                 await self._load_on_again(source, each)
 
     async def _watch(self) -> None:
@@ -345,9 +347,8 @@ class Fleet:
             return
         self._close_channel(each)
         if each.process is not None:
-            each.process.kill()
-            each.process.join(1.0)
-            detail = detail or _how_it_ended(each.process.exitcode)
+            how = spawn.end(each.process, KILL_TIMEOUT_S)
+            detail = detail or how
         each.crashes.append(time.monotonic())
         out = len(each.crashes) == CRASHES and each.crashes[0] > time.monotonic() - CRASH_WINDOW_S
         each.state = State.OUT if out else State.RESTARTING
@@ -397,34 +398,3 @@ class Fleet:
 
 def _by_gpcs(latency_ms: dict[int, Points]) -> dict[int, dict[int, float]]:
     return {gpcs: dict(points) for gpcs, points in latency_ms.items()}
-
-
-def _how_it_ended(exitcode: int | None) -> str:
-    if exitcode is None:
-        return "hangs, and was given up"
-    if exitcode < 0:
-        return f"killed by {signal.Signals(-exitcode).name}"
-    return f"ended with exit code {exitcode}"
-
-
-def _start_process(process: ForkServerProcess) -> None:
-    with _without_main_module():
-        process.start()
-
-
-@contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Keeps multiprocessing from importing the daemon's main module, the command line, in every worker."""
-    main = sys.modules["__main__"]
-    with _starting:
-        spec, path = main.__spec__, main.__dict__.pop("__file__", None)
-        main.__spec__ = None
-        try:
-            yield
-        finally:
-            main.__spec__ = spec
-            if path is not None:
-                main.__file__ = path
-
-
-_starting = threading.Lock()

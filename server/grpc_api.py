@@ -73,13 +73,13 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
 
     # ---- health and metadata ----
 
-    async def ServerLive(self, request: Any, context: Context) -> Any:  # noqa: N802 - gRPC's names, like all below
+    async def ServerLive(self, request: Any, context: Context) -> Any:
         return service_pb2.ServerLiveResponse(live=True)
 
-    async def ServerReady(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def ServerReady(self, request: Any, context: Context) -> Any:
         return service_pb2.ServerReadyResponse(ready=not self._health.not_ready())
 
-    async def ModelReady(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def ModelReady(self, request: Any, context: Context) -> Any:
         try:
             model = self._repository.get(request.name, request.version)
             ready = bool(self._repository.servers(model))
@@ -89,20 +89,20 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
             ready = False
         return service_pb2.ModelReadyResponse(ready=ready)
 
-    async def ServerMetadata(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def ServerMetadata(self, request: Any, context: Context) -> Any:
         return service_pb2.ServerMetadataResponse(name=self._name, version=self._version, extensions=wire.EXTENSIONS)
 
-    async def ModelMetadata(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def ModelMetadata(self, request: Any, context: Context) -> Any:
         model = await self._model(request.name, request.version, context)
         versions = [str(each.version) for each in self._repository.versions(model.name)]
         return json_format.ParseDict(model_metadata(model, versions), service_pb2.ModelMetadataResponse())
 
-    async def ModelConfig(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def ModelConfig(self, request: Any, context: Context) -> Any:
         model = await self._model(request.name, request.version, context)
         config = json_format.ParseDict(model_config(model), model_config_pb2.ModelConfig())
         return service_pb2.ModelConfigResponse(config=config)
 
-    async def ModelStatistics(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def ModelStatistics(self, request: Any, context: Context) -> Any:
         if request.name:
             await self._model(request.name, request.version, context)
         names = [request.name] if request.name else self._repository.names()
@@ -116,11 +116,11 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
 
     # ---- repository ----
 
-    async def RepositoryIndex(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def RepositoryIndex(self, request: Any, context: Context) -> Any:
         entries = repository_index(self._repository, ready_only=request.ready)
         return json_format.ParseDict({"models": entries}, service_pb2.RepositoryIndexResponse())
 
-    async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
         try:
             if request.parameters:
                 raise ServeError(Fault.UNSUPPORTED, "load takes no parameters here: the model's files say it all")
@@ -129,7 +129,7 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
             await _abort(context, error)
         return service_pb2.RepositoryModelLoadResponse()
 
-    async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:
         try:
             await self._repository.unload(request.model_name)
         except ServeError as error:
@@ -138,13 +138,13 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
 
     # ---- inference ----
 
-    async def ModelInfer(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def ModelInfer(self, request: Any, context: Context) -> Any:
         try:
             return await self._infer(request, context.time_remaining())
         except ServeError as error:
             return await _abort(context, error)
 
-    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:  # noqa: N802
+    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         """Answers in the order of the requests, which run side by side."""
         running: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(STREAM_WINDOW)
         reader = asyncio.create_task(self._read_stream(requests, running))
@@ -220,7 +220,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # u
     def __init__(self, health: Health) -> None:
         self._health = health
 
-    async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
+    async def Check(self, request: Any, context: Context) -> Any:
         status = health_pb2.HealthCheckResponse.ServingStatus
         return health_pb2.HealthCheckResponse(status=status.NOT_SERVING if self._health.not_ready() else status.SERVING)
 

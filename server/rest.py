@@ -11,7 +11,7 @@ from server import wire
 from server.errors import Fault, ServeError, invalid
 from server.metrics import Metrics, statistics
 from server.model_config import model_config, model_metadata
-from server.repository import ModelState, Repository
+from server.repository import Model, ModelState, Repository
 
 
 class Health(Protocol):
@@ -32,6 +32,17 @@ def router(repository: Repository, metrics: Metrics, health: Health, name: str, 
     async def server_metadata() -> dict[str, Any]:
         return {"name": name, "version": version, "extensions": wire.EXTENSIONS}
 
+    routes.include_router(_health_routes(health))
+    routes.include_router(_statistics_routes(repository, metrics))  # first: "stats" is not a model
+    routes.include_router(_model_routes(repository))
+    routes.include_router(_repository_routes(repository))
+    routes.include_router(metrics_router(metrics))
+    return routes
+
+
+def _health_routes(health: Health) -> APIRouter:
+    routes = APIRouter()
+
     @routes.get("/v2/health/live")
     async def live() -> dict[str, Any]:
         return {"live": True}
@@ -46,17 +57,30 @@ def router(repository: Repository, metrics: Metrics, health: Health, name: str, 
             body["slices_out"] = health.slices_out()
         return JSONResponse(body, 503 if reasons else 200)
 
-    # Before the routes with a model in them: "stats" is not a model.
+    return routes
+
+
+def _statistics_routes(repository: Repository, metrics: Metrics) -> APIRouter:
+    routes = APIRouter()
+
+    def stats(model: Model) -> dict[str, Any]:
+        return statistics(*model.id, metrics.stats(*model.id))
+
     @routes.get("/v2/models/stats")
     async def all_stats() -> dict[str, Any]:
-        models = [model for model in repository.models() if model.state == ModelState.READY]
-        return {"model_stats": [_stats(metrics, model.name, str(model.version)) for model in models]}
+        return {"model_stats": [stats(each) for each in repository.models() if each.state == ModelState.READY]}
 
     @routes.get("/v2/models/{model}/stats")
     @routes.get("/v2/models/{model}/versions/{version}/stats")
     async def model_stats(model: str, version: str | None = None) -> dict[str, Any]:
         found = [repository.get(model, version)] if version else repository.versions(model)
-        return {"model_stats": [_stats(metrics, each.name, str(each.version)) for each in found]}
+        return {"model_stats": [stats(each) for each in found]}
+
+    return routes
+
+
+def _model_routes(repository: Repository) -> APIRouter:
+    routes = APIRouter()
 
     @routes.get("/v2/models/{model}/ready")
     @routes.get("/v2/models/{model}/versions/{version}/ready")
@@ -81,6 +105,18 @@ def router(repository: Repository, metrics: Metrics, health: Health, name: str, 
         versions = [str(each.version) for each in repository.versions(model)]
         return model_metadata(found, versions)
 
+    @routes.post("/v2/models/{model}/infer")
+    @routes.post("/v2/models/{model}/versions/{version}/infer")
+    async def infer(model: str, version: str | None = None) -> Response:
+        """Inference. For the documentation, and for 405: requests are answered by server/infer.py, in front of this."""
+        raise ServeError(Fault.NOT_FOUND, "no inference here")
+
+    return routes
+
+
+def _repository_routes(repository: Repository) -> APIRouter:
+    routes = APIRouter()
+
     @routes.post("/v2/repository/index")
     async def index(request: Request) -> list[dict[str, str]]:
         body = await _json_body(request)
@@ -100,13 +136,6 @@ def router(repository: Repository, metrics: Metrics, health: Health, name: str, 
         await repository.unload(model)
         return Response()
 
-    @routes.post("/v2/models/{model}/infer")
-    @routes.post("/v2/models/{model}/versions/{version}/infer")
-    async def infer(model: str, version: str | None = None) -> Response:
-        """Inference. For the documentation, and for 405: requests are answered by server/infer.py, in front of this."""
-        raise ServeError(Fault.NOT_FOUND, "no inference here")
-
-    routes.include_router(metrics_router(metrics))
     return routes
 
 
@@ -132,10 +161,6 @@ def repository_index(repository: Repository, *, ready_only: bool) -> list[dict[s
             entry["reason"] = model.reason
         entries.append(entry)
     return entries
-
-
-def _stats(metrics: Metrics, model: str, version: str) -> dict[str, Any]:
-    return statistics(model, version, metrics.stats(model, version))
 
 
 async def _json_body(request: Request) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_an_unknown_gpu_is_refused_naming_those_there_are(spec: str) -> None:
 
 def test_without_a_driver_the_message_says_what_to_do() -> None:
     class NoDriver(SimulatedNvml):
-        def nvmlInit(self) -> None:  # noqa: N802
+        def nvmlInit(self) -> None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     with pytest.raises(NvmlUnavailableError, match="--gpu sim:A100-80GB"):
@@ -72,7 +72,7 @@ def test_without_a_driver_the_message_says_what_to_do() -> None:
 class TwoHoles(SimulatedNvml):
     """A driver that lists its MIG devices at indices 1, 3, 5, as after others were destroyed."""
 
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: object, index: int) -> object:  # noqa: N802
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: object, index: int) -> object:
         if index % 2 == 0:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return super().nvmlDeviceGetMigDeviceHandleByIndex(handle, index // 2)  # type: ignore[arg-type]
@@ -84,12 +84,12 @@ def test_holes_in_the_enumeration_are_passed_over() -> None:
 
 
 class MigOff(SimulatedNvml):
-    def nvmlDeviceGetMigMode(self, handle: object) -> list[int]:  # noqa: N802
+    def nvmlDeviceGetMigMode(self, handle: object) -> list[int]:
         return [0, 0]
 
 
 class NoMig(SimulatedNvml):
-    def nvmlDeviceGetMigMode(self, handle: object) -> list[int]:  # noqa: N802
+    def nvmlDeviceGetMigMode(self, handle: object) -> list[int]:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
 
@@ -101,7 +101,7 @@ def test_a_gpu_without_mig_is_served_whole(driver: type[SimulatedNvml]) -> None:
 
 
 class Unprivileged(SimulatedNvml):
-    def nvmlDeviceGetGpuInstanceById(self, handle: object, gi_id: int) -> object:  # noqa: N802
+    def nvmlDeviceGetGpuInstanceById(self, handle: object, gi_id: int) -> object:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
 
 
