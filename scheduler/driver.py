@@ -30,6 +30,7 @@ from scheduler.messages import (
     BatchDone,
     BatchFailed,
     Cancelled,
+    Drains,
     Reason,
     Refuse,
     Request,
@@ -206,6 +207,9 @@ class Driver:
         for batch_id in batch_ids:
             self._put_back(self._running.pop(batch_id))
         self._feed(WorkerLost(worker_id, comes_back, detail))
+
+    def drains(self, worker_id: int) -> None:
+        self._feed(Drains(worker_id))
 
     def serves(self, worker_id: int, key: str, latency_ns: tuple[int, ...]) -> None:
         self._feed(Serves(worker_id, key, latency_ns))

@@ -149,7 +149,5 @@ class Wake(Command, frozen=True):
     at_ns: int
 
 
-AnyEvent = (
-    Arrived | Cancelled | WorkerUp | Serves | StopsServing | Drains | WorkerLost | BatchDone | BatchFailed | Tick
-)
+AnyEvent = Arrived | Cancelled | WorkerUp | Serves | StopsServing | Drains | WorkerLost | BatchDone | BatchFailed | Tick
 AnyCommand = Run | Answer | Refuse | Wake
