@@ -18,7 +18,6 @@ from partitioner.geometry import (
     Placement,
     check,
     maximal_multisets,
-    parse_layout,
     place,
 )
 from partitioner.transition import arrange, cheapest_assignment, transition
