@@ -28,5 +28,8 @@ class Tenants(Protocol):
     async def admit(self, slices: Sequence[Slice]) -> None:
         """Has new slices lived on; returns when they work. Raises TenantsError if they cannot."""
 
+    def homes(self) -> list[Slice]:
+        """Slices that are lived on now."""
+
     def unserved(self) -> list[str]:
         """Models that lived somewhere, and that now live nowhere: reasons to undo the change."""

@@ -139,6 +139,10 @@ class Fleet:
             raise TenantsError(f"no worker came up on {'; '.join(down)}")
         await self._loader.introduce(new)
 
+    def homes(self) -> list[Slice]:
+        """Slices that have workers now."""
+        return list(dict.fromkeys(each.where for each in self.workers))
+
     def unserved(self) -> list[str]:
         """Names of models that should be served, and are not served by anybody now."""
         return self._loader.unserved(self.workers)
