@@ -12,6 +12,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 class IllegalLayoutError(ValueError):
@@ -175,7 +176,7 @@ def check(layout: Sequence[PlacedProfile], gpu: GpuModel) -> None:
     for placed in layout:
         _check_place(placed, gpu)
     in_order = sorted(layout, key=lambda placed: placed.placement.start)
-    for left, right in zip(in_order, in_order[1:], strict=False):
+    for left, right in pairwise(in_order):
         if left.placement.overlaps(right.placement):
             raise IllegalLayoutError(
                 f"{_at(left)} and {_at(right)} overlap on the grid of {gpu.name}; move or leave out one of them"
