@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Callable
 
 from scheduler.domain import Batch, BatchTable, Pool, Query, Worker
 from scheduler.messages import (
@@ -34,7 +35,7 @@ from scheduler.messages import (
     WorkerLost,
     WorkerUp,
 )
-from scheduler.policies import Policy
+from scheduler.policies import Policy, Waiting
 from scheduler.policies.elsa import Elsa
 
 CRASHES_PER_REQUEST = 2
@@ -43,12 +44,19 @@ STAGE_AHEAD_NS = 2_000_000
 
 
 class SchedulerCore:
-    """One instance a daemon, and one a simulation. `max_queued`: waiting requests a model."""
+    """One instance a daemon, and one a simulation.
 
-    def __init__(self, max_queued: int = 4096, policy: type[Policy] = Elsa) -> None:
+    `max_queued`: waiting requests a model. `policy`: makes the policy for a pool. `refuse_late`: whether a new
+    request that the policy expects to end after its due time is refused, or served late.
+    """
+
+    def __init__(
+        self, max_queued: int = 4096, policy: Callable[[Pool], Policy] = Elsa, *, refuse_late: bool = True
+    ) -> None:
         self._pool = Pool()
         self._policy = policy(self._pool)
         self._max_queued = max_queued
+        self._refuse_late = refuse_late
         self._queries: dict[int, Query] = {}
         self._waiting: Counter[str] = Counter()  # queued or parked, by model
         self._queued = 0  # in the policy's queues
@@ -109,7 +117,7 @@ class SchedulerCore:
                 self._commands.append(Refuse(request.id, Reason.EXPIRED))
                 return
             heapq.heappush(self._expiries, (request.expires_ns, request.id))
-        query = self._queries[request.id] = Query(request)
+        query = self._queries[request.id] = Query(request, now_ns)
         self._place(now_ns, query)
 
     def _cancelled(self, event: Cancelled) -> None:
@@ -196,13 +204,13 @@ class SchedulerCore:
         query.worker_id = None
         if model in self._pool.serving:
             worker, late_ns = self._policy.choose(now_ns, query)
-            if late_ns > 0 and not again:
+            if late_ns > 0 and self._refuse_late and not again:
                 self._refuse(query, Reason.SLO_UNREACHABLE, retry_after_ns=late_ns)
                 return
-            if not worker.in_flight and not self._policy.waiting_items(worker):
+            if worker is not None:
                 self._start(now_ns, worker, [query])
                 return
-            self._policy.add(query, worker)
+            self._policy.add(now_ns, query)
             self._queued += 1
         elif any(model in models for models in self._coming_back.values()):
             self._parked.setdefault(model, {})[query.request.id] = query
@@ -235,12 +243,12 @@ class SchedulerCore:
         """
         if not worker.in_flight:
             return True
-        waiting = self._policy.waiting_items(worker)
+        waiting = self._policy.waiting(worker)
         stage_ns = worker.free_at_ns - STAGE_AHEAD_NS
-        if waiting and now_ns < stage_ns and waiting < max(table.knee for table in worker.tables.values()):
+        if waiting is Waiting.SOME and now_ns < stage_ns:
             self._wake_at(stage_ns)
             return False
-        return waiting > 0
+        return waiting is not Waiting.NOTHING
 
     def _start(self, now_ns: int, worker: Worker, queries: list[Query]) -> None:
         batch_id = self._next_batch_id
@@ -254,7 +262,7 @@ class SchedulerCore:
             query.worker_id = worker.id
             items += query.request.items
             ids.append(query.request.id)
-        worker.start(now_ns, batch_id, Batch(queries, table.ns[min(items, table.max_batch)]))
+        self._pool.start(now_ns, worker, batch_id, Batch(queries, table.time_ns(items)))
         if len(worker.in_flight) >= worker.depth:
             del self._roomy[worker.id]
         self._commands.append(Run(worker.id, batch_id, model, tuple(ids)))
@@ -262,7 +270,7 @@ class SchedulerCore:
     def _finish(self, now_ns: int, worker_id: int, batch_id: int) -> Batch:
         worker = self._pool.workers[worker_id]
         self._roomy[worker_id] = worker
-        return worker.finish(now_ns, batch_id)
+        return self._pool.finish(now_ns, worker, batch_id)
 
     # ---- ending ----
 
