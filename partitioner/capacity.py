@@ -89,9 +89,7 @@ def capacities(
     return Capacities(tuple(classes), gangs)
 
 
-def best_gang(
-    table: GangTable, query_class: QueryClass, gpcs: int, max_processes: int, limit_ms: float
-) -> Gang | None:
+def best_gang(table: GangTable, query_class: QueryClass, gpcs: int, max_processes: int, limit_ms: float) -> Gang | None:
     """The gang with the highest rate within `limit_ms`; of equal ones the one with fewer processes, smaller batches."""
     fitting = [
         gang
