@@ -82,6 +82,9 @@ class Nobody:
     def homes(self) -> list[Slice]:
         return []
 
+    def pids(self) -> list[int]:
+        return []
+
     def unserved(self) -> list[str]:
         return []
 
@@ -147,7 +150,7 @@ class Reconfigurer:
     # ---- forward ----
 
     async def _change(self, gpu: Gpu, profiles: Sequence[MigProfile]) -> GpuChange:
-        why_not = await self._call(self._door.refusal, gpu.uuid)
+        why_not = await self._call(self._door.refusal, gpu.uuid, self._tenants.pids())
         if why_not is not None:
             raise RefusedChangeError(f"GPU {gpu.index} is not changed: {why_not}")
         if gpu.model is None:
