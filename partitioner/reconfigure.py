@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from partitioner.geometry import Layout, MigProfile, PlacedProfile, Slice
 from partitioner.intent import Intent, IntentFile
 from partitioner.nvml import Gpu, NvmlDoor
-from partitioner.nvml_errors import NvmlError
+from partitioner.nvml_errors import MachineBusyError, NvmlError
 from partitioner.tenants import Tenants, TenantsError
 from partitioner.transition import Round, Transition, arrange, transition
 
@@ -119,7 +120,7 @@ class Reconfigurer:
         the outcome.
         """
         async with self._changing:
-            with self._door.exclusive():
+            with self._exclusive():
                 changes = await self.changes(wanted)
                 for each in changes:
                     await self._remove_orphans(each.gpu.uuid)
@@ -140,7 +141,7 @@ class Reconfigurer:
         if intent is None:
             return None
         async with self._changing:
-            with self._door.exclusive():
+            with self._exclusive():
                 for uuid in intent.before:
                     await self._remove_orphans(uuid)
                 outcome = await self._finish(intent)
@@ -242,6 +243,14 @@ class Reconfigurer:
             return None
 
     # ---- the GPU ----
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        try:
+            with self._door.exclusive():
+                yield
+        except MachineBusyError as error:
+            raise RefusedChangeError(str(error)) from error
 
     async def _is(self, layouts: Mapping[str, Layout]) -> bool:
         try:

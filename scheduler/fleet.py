@@ -76,7 +76,8 @@ class Fleet:
         """Starts every worker process; returns when all are up or have failed to be."""
         self._told = listener
         self._loader = Loader(self._send, listener)
-        await asyncio.gather(*(self._bring_up(each) for each in self._add(slices)))
+        async with self._changing:
+            await asyncio.gather(*(self._bring_up(each) for each in self._add(slices)))
         self._spawn(self._watch())
 
     async def stop(self, timeout_s: float) -> None:
