@@ -214,7 +214,7 @@ class Machine:
         self._by_uuid = {gpu.uuid: gpu for gpu in self.gpus}
         self.states = {gpu.uuid: gpu.first_state() for gpu in self.gpus}
         if state_file is not None:
-            with self._file_lock():
+            with self.lock, self._file_lock():
                 if state_file.exists():
                     self.refresh()
                 else:
