@@ -229,13 +229,14 @@ class Machine:
         self._on_change.append(on_change)
 
     @contextmanager
-    def change(self, gpu_uuid: str) -> Iterator[GpuState]:
+    def change(self, gpu_uuid: str, *, tell: bool = True) -> Iterator[GpuState]:
         """The state of a GPU, to be changed; written to the file, and told, if nothing is raised."""
         with self.lock, self._file_lock():
             self.refresh()
             yield self.states[gpu_uuid]
             self._save()
-            self._tell(gpu_uuid)
+            if tell:
+                self._tell(gpu_uuid)
 
     def refresh(self) -> None:
         """Takes over what other processes have changed."""
