@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from partitioner.cuts import cuts, layout_counts, plain_profiles
+from partitioner.cuts import cuts, layout_counts, slice_profiles
 from partitioner.geometry import GpuModel, Layout
 from partitioner.latency import LatencyTable, measured_knee, monotone_knees, per_batch
 from partitioner.plans import ModelDemand, ModelShare, Plan, PlanError, PlannedSlice
@@ -129,7 +129,7 @@ def plan(
     missing = [demand.model for demand in demands if demand.model not in tables]
     if missing:
         raise PlanError(f"no latency table for {', '.join(missing)}; there are {', '.join(sorted(tables))}")
-    sizes = [profile.gpcs for profile in plain_profiles(gpu)]
+    sizes = [profile.gpcs for profile in slice_profiles(gpu)]
     works = [work(demand, tables[demand.model], sizes, max_batch) for demand in demands]
     busy_gpcs = sum(each.busy_gpcs for each in works)
     count = gpus or max(1, math.ceil(busy_gpcs / PLANNED_UTILISATION / gpu.compute_slices))
