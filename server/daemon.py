@@ -23,8 +23,9 @@ from preprocess.pool import PreprocessPool
 from scheduler.arena import Arena
 from scheduler.core import SchedulerCore
 from scheduler.driver import Driver
-from scheduler.fleet import Fleet, State
+from scheduler.fleet import Fleet
 from scheduler.journal import Header, JournalWriter
+from scheduler.staff import State
 from server import grpc_api, rest
 from server.app import create_app
 from server.http_protocol import HttpProtocol
@@ -130,7 +131,7 @@ class Daemon:
         self.repository = Repository(settings.model_repository, self.fleet, self.driver)
         self._pool = PreprocessPool(settings.preprocess_threads or os.cpu_count() or 1)
         self.service = InferenceService(self.driver, self.arena, self._pool, self.metrics)
-        self.metrics.watch(self.fleet.workers, self.gpus, self._models_now, lambda: (self.arena.used, self.arena.size))
+        self.metrics.watch(self.fleet, lambda: self.gpus, self._models_now, lambda: (self.arena.used, self.arena.size))
         self.ports: dict[str, int] = {}  # by protocol, once it listens
         self._http: list[_HttpServer] = []
         self._serving: list[asyncio.Task[None]] = []

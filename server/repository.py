@@ -16,7 +16,9 @@ import structlog
 
 from scheduler.channel import ModelSource
 from scheduler.driver import Driver
-from scheduler.fleet import Fleet, ModelUnservableError, Worker
+from scheduler.fleet import Fleet
+from scheduler.loading import ModelUnservableError
+from scheduler.staff import Worker
 from scheduler.tensors import InputLayout, Signature
 from server.errors import Fault, ServeError
 from server.model_files import ModelFileError, ServingFile, read_model, versions_to_serve
