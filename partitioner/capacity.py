@@ -107,12 +107,12 @@ def fluid_bound(capacities: Capacities, gpu: GpuModel) -> float:
     return _Builder(capacities, gpu, apart=(), fluid=True).fewest().gpus
 
 
-def fewest_gpus(capacities: Capacities, gpu: GpuModel, apart: Collection[str]) -> Allotment:
+def fewest_gpus(capacities: Capacities, gpu: GpuModel, apart: Collection[str] = ()) -> Allotment:
     """The least whole GPUs that serve every class; models `apart` get whole slices. Raises InfeasibleError."""
     return _Builder(capacities, gpu, apart=apart, fluid=False).fewest()
 
 
-def most_headroom(capacities: Capacities, gpu: GpuModel, gpus: int, apart: Collection[str]) -> Allotment:
+def most_headroom(capacities: Capacities, gpu: GpuModel, gpus: int, apart: Collection[str] = ()) -> Allotment:
     """The layouts of `gpus` GPUs under which all rates can grow the most; models `apart` get whole slices.
 
     Raises InfeasibleError.

@@ -1,4 +1,4 @@
-"""The ways to cut a GPU that a planner chooses between: one MIG profile a slice size, every maximal multiset of them. Pure."""
+"""The ways to cut a GPU that a planner chooses between: one MIG profile a slice size, all maximal multisets. Pure."""
 
 from __future__ import annotations
 

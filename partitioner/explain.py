@@ -85,8 +85,8 @@ def unreachable(setting: Setting, slo_share: float) -> str:
     quickest_ms, gpcs = min(times)
     return (
         f"no number of {setting.gpu.name} meets this demand: {binding.model} needs at least {quickest_ms:.3g} ms for a "
-        f"query of {items} (on {gpcs} GPCs), and may take {slo_share:.0%} of its SLO of {binding.slo_ms:g} ms; an SLO of "
-        f"{math.ceil(quickest_ms / slo_share)} ms is within reach"
+        f"query of {items} (on {gpcs} GPCs), and may take {slo_share:.0%} of its SLO of {binding.slo_ms:g} ms; "
+        f"an SLO of {math.ceil(quickest_ms / slo_share)} ms is within reach"
     )
 
 
@@ -143,9 +143,9 @@ def _shared(setting: Setting, found: Found) -> list[str]:
     lines = [f"{idle} of {len(slices)} slices have nothing to do."] if idle else []
     if shared:
         lines.append(
-            f"{len(shared)} of {len(slices)} slices serve up to {max(shared)} models in turn. All their processes stay in "
-            f"the slice's memory; one whose memory was not measured counts as the slice it was measured in, "
-            f"divided by the processes that ran there."
+            f"{len(shared)} of {len(slices)} slices serve up to {max(shared)} models in turn. All their processes stay "
+            f"in the slice, and one gang at a time has working memory. Where memory was not measured, a process is "
+            f"taken to need its part of the smallest slice that so many of them were measured in."
         )
     return lines
 

@@ -1,7 +1,7 @@
 """The exact planner: an integer programme over GPU layouts, then slices shared by wrapping. Pure.
 
-Ours, after an exploration on ParvaGPU's scenarios (SC'24). For each number of GPUs, from the fluid bound upwards, and for
-each share of the SLO that a batch may take:
+Ours, after an exploration on ParvaGPU's scenarios (SC'24). For each number of GPUs, from the fluid bound upwards, and
+for each share of the SLO that a batch may take:
  1 every rate is raised by what keeps bursts short (`with_bursts`);
  2 the programme of `capacity.py` finds the layouts with the most headroom;
  3 `sharing.py` says who works on which slice, and how much headroom is left under the rules of sharing;

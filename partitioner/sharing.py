@@ -2,9 +2,9 @@
 
 Wrapping: the times of all classes on slices of one size are laid end to end, longest SLO first, and cut at every whole
 number. So a slice serves few models, mostly one, and neighbours have similar SLOs. Then every class gets the best gang
-that its slice allows: within a share of its own SLO, within a share of the shortest SLO beside it (so that nobody blocks
-the slice for too long), and within the slice's memory: all processes' weights, and the working memory of one gang. A last programme, over these slices
-alone, says who serves how much, and how much headroom there really is.
+that its slice allows: within a share of its own SLO, within a share of the shortest SLO beside it (so that nobody
+blocks the slice for too long), and within the slice's memory: all processes' weights, and the working memory of one
+gang. A last programme, over these slices alone, says who serves how much, and how much headroom there really is.
 """
 
 from __future__ import annotations
