@@ -226,11 +226,9 @@ def test_a_fault_at_every_call_leaves_the_old_layout_or_the_new_one(late: bool) 
     """Each call fails once, with each call another code; the next test draws all that is left out here."""
     before, after = "4g.40gb+2g.20gb+1g.10gb", "4g.40gb+1g.10gb+1g.10gb+1g.10gb"
     codes = list(CODES.values())
-    results: list[Result | None] = []
-    count = calls_of(before, after)
-    for nth in range(1, count + 1):
-        results.append(check_fault(before, after, nth, codes[nth % len(codes)], late=late))
-    assert {None, Result.APPLIED, Result.RESTORED} <= set(results)
+    every = range(1, calls_of(before, after) + 1)
+    results = {check_fault(before, after, nth, codes[nth % len(codes)], late=late) for nth in every}
+    assert {None, Result.APPLIED, Result.RESTORED} <= results
 
 
 LAYOUTS = ["+".join(each.name for each in multiset) for multiset in maximal_multisets(A100)]
