@@ -76,6 +76,77 @@ def serve(
     raise typer.Exit(commands.serve(config, flags))
 
 
+layout_app = typer.Typer(
+    help="Show, change, check or export how GPUs are cut.\n\n**migserve layout apply 3g.40gb+3g.40gb** cuts every GPU so; "
+    "what can stay is not touched\n\n**migserve layout apply 0=7g.80gb 1=off** one by one; off switches MIG off\n\n"
+    "**migserve layout apply --file config.yaml --config all-balanced --dry-run** prints the steps of a file in "
+    "mig-parted's form\n\nWhile a daemon serves on a GPU, ask it instead: POST /admin/layout.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(layout_app, name="layout")
+
+_Gpu = Annotated[str, typer.Option(help="As of **serve**.")]
+_State = Annotated[Path | None, typer.Option(help="As of **serve**: the file that simulated GPUs live on in.")]
+_File = Annotated[Path | None, typer.Option(help="A layout file in mig-parted's form.")]
+_Config = Annotated[str | None, typer.Option(help="The config in the file; its only one by default.")]
+_Layouts = Annotated[list[str] | None, typer.Argument(help="For every GPU, or GPU=LAYOUT.", metavar="[LAYOUT]...")]
+
+
+@layout_app.command("show")
+def layout_show(
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Draw the GPUs as they are cut now."""
+    from server import layout_command as do
+
+    raise typer.Exit(do.show(do.Machine(gpu, simulation_state), as_json=json))
+
+
+@layout_app.command("apply")
+def layout_apply(
+    layouts: _Layouts = None,
+    file: _File = None,
+    config: _Config = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print the steps.")] = False,
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+) -> None:
+    """Cut GPUs: MIG is switched on, slices that can stay do, the rest is destroyed and created. Undone on failure."""
+    from server import layout_command as do
+
+    wish = do.Wish(file, config, layouts or [])
+    raise typer.Exit(do.apply(do.Machine(gpu, simulation_state), wish, dry_run=dry_run))
+
+
+@layout_app.command("assert")
+def layout_assert(
+    layouts: _Layouts = None,
+    file: _File = None,
+    config: _Config = None,
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+) -> None:
+    """Check that every GPU is cut so; exit code 1 if not."""
+    from server import layout_command as do
+
+    raise typer.Exit(do.check(do.Machine(gpu, simulation_state), do.Wish(file, config, layouts or [])))
+
+
+@layout_app.command("export")
+def layout_export(
+    name: Annotated[str, typer.Option(help="What to call the config.")] = "current",
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+) -> None:
+    """Print the GPUs as a layout file in mig-parted's form."""
+    from server import layout_command as do
+
+    raise typer.Exit(do.write(do.Machine(gpu, simulation_state), name))
+
+
 @app.command()
 def gpus(
     gpu: Annotated[str, typer.Option(help="As of **serve**.")] = "auto",
