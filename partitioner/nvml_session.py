@@ -29,6 +29,9 @@ _CODES = {
 _MOST_PROFILES = 64
 _REV1 = pynvml.NVML_COMPUTE_INSTANCE_PROFILE_1_SLICE_REV1
 
+# How many kinds every driver from R525 on knows: only after these can INVALID_ARGUMENT mean that there are no more.
+_LEAST_PROFILES = {"nvmlDeviceGetGpuInstanceProfileInfo": 10, "nvmlGpuInstanceGetComputeInstanceProfileInfo": 8}
+
 
 def address(handle: Any) -> int:
     """What to know a handle by: handles themselves compare by identity and are not hashable."""
@@ -106,8 +109,11 @@ class NvmlSession:
 
     def mig_mode(self, gpu: Any) -> tuple[bool, bool] | None:
         """(current, pending), or None where there is no MIG."""
-        mode = self.supported("nvmlDeviceGetMigMode", gpu)
-        return None if mode is None else (bool(mode[0]), bool(mode[1]))
+        try:
+            mode = self.call("nvmlDeviceGetMigMode", gpu)
+        except NotSupportedError:
+            return None
+        return bool(mode[0]), bool(mode[1])
 
     def mig_devices(self, gpu: Any) -> Iterator[Any]:
         """Handles of the MIG devices: those of compute instances. Holes between them are passed over."""
@@ -140,8 +146,8 @@ class NvmlSession:
                 continue
             except StaleError:
                 self.call(probe, target)
-                if enum == 0:
-                    raise
+                if enum < _LEAST_PROFILES[name]:
+                    raise  # not the end of the list: it would be taken for all that there is
                 return
 
     def _info(self, name: str, *args: Any) -> Any:

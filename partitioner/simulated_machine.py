@@ -255,7 +255,8 @@ class Machine:
     def _tell(self, gpu_uuid: str) -> None:
         for on_change in self._on_change:
             on_change(gpu_uuid)
-        self.changed.notify_all()
+        with self.changed:
+            self.changed.notify_all()
 
     def _load(self) -> dict[str, GpuState]:
         assert self._file is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 
 from scheduler.domain import BatchTable, Query
@@ -35,8 +36,8 @@ class BucketQueue:
         self._sweep()
         return self._heap[0][:2] if self._heap else None
 
-    def take(self, now_ns: int, table: BatchTable) -> list[Query]:
-        """Queries for one batch that starts now: up to the knee of the table.
+    def take(self, start_ns: int, table: BatchTable) -> list[Query]:
+        """Queries for one batch that starts then: up to the knee of the table.
 
         The first one always goes, whatever its size. More join it while the batch stays within the knee and
         the estimate still meets the earliest due time among those that could be met so far.
@@ -48,7 +49,7 @@ class BucketQueue:
             query = self._heap[0][2]
             if query.queued:
                 total = items + query.request.items
-                end_ns = now_ns + table.ns[min(total, table.max_batch)]
+                end_ns = start_ns + table.time_ns(total)
                 if batch and (total > table.knee or (due_ns is not None and end_ns > due_ns)):
                     break
                 self.discard(query)
@@ -71,3 +72,46 @@ class BucketQueue:
     def _sweep(self) -> None:
         while self._heap and not self._heap[0][2].queued:
             heapq.heappop(self._heap)
+
+
+class Line:
+    """Waiting queries of one model, sorted by priority, then a key of the policy's, then arrival.
+
+    `entries` may be read: (priority, key, request id, query). `items` counts them.
+    """
+
+    __slots__ = ("_keys", "entries", "items")
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, int, int, Query]] = []
+        self.items = 0
+        self._keys: dict[int, int] = {}  # by request id
+
+    def __contains__(self, query: Query) -> bool:
+        return query.request.id in self._keys
+
+    def push(self, query: Query, key: int) -> None:
+        request = query.request
+        query.queued = True
+        self.items += request.items
+        self._keys[request.id] = key
+        bisect.insort(self.entries, (request.priority, key, request.id, query))
+
+    def first(self, count: int) -> list[tuple[int, int, int, Query]]:
+        return self.entries[:count]
+
+    def remove(self, query: Query) -> None:
+        request = query.request
+        query.queued = False
+        self.items -= request.items
+        place = (request.priority, self._keys.pop(request.id), request.id)
+        del self.entries[bisect.bisect_left(self.entries, place)]
+
+    def take(self, batch: list[Query]) -> list[Query]:
+        """Removes these and returns them."""
+        for query in batch:
+            self.remove(query)
+        return batch
+
+    def drain(self) -> list[Query]:
+        return self.take([entry[3] for entry in self.entries])

@@ -6,13 +6,14 @@ Rules:
 3. When a worker dies, what waited for it is placed anew; what ran on it runs again, alone. A request whose
    worker dies a second time is refused by itself.
 4. When the model raises on a batch of several, each of them runs again alone, so that only the culprit fails.
-5. While every worker that has a model is being restarted, its requests are parked, not refused.
+5. While every worker that has a model is being restarted or replaced, its requests are parked, not refused.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Callable
 
 from scheduler.domain import Batch, BatchTable, Pool, Query, Worker
 from scheduler.messages import (
@@ -23,6 +24,7 @@ from scheduler.messages import (
     BatchDone,
     BatchFailed,
     Cancelled,
+    Drains,
     Reason,
     Refuse,
     Run,
@@ -33,7 +35,7 @@ from scheduler.messages import (
     WorkerLost,
     WorkerUp,
 )
-from scheduler.policies import Policy
+from scheduler.policies import Policy, Waiting
 from scheduler.policies.elsa import Elsa
 
 CRASHES_PER_REQUEST = 2
@@ -42,17 +44,24 @@ STAGE_AHEAD_NS = 2_000_000
 
 
 class SchedulerCore:
-    """One instance a daemon, and one a simulation. `max_queued`: waiting requests a model."""
+    """One instance a daemon, and one a simulation.
 
-    def __init__(self, max_queued: int = 4096, policy: type[Policy] = Elsa) -> None:
+    `max_queued`: waiting requests a model. `policy`: makes the policy for a pool. `refuse_late`: whether a new
+    request that the policy expects to end after its due time is refused, or served late.
+    """
+
+    def __init__(
+        self, max_queued: int = 4096, policy: Callable[[Pool], Policy] = Elsa, *, refuse_late: bool = True
+    ) -> None:
         self._pool = Pool()
         self._policy = policy(self._pool)
         self._max_queued = max_queued
+        self._refuse_late = refuse_late
         self._queries: dict[int, Query] = {}
         self._waiting: Counter[str] = Counter()  # queued or parked, by model
         self._queued = 0  # in the policy's queues
         self._parked: dict[str, dict[int, Query]] = {}
-        self._coming_back: dict[int, set[str]] = {}  # models of workers that are being restarted
+        self._coming_back: dict[int, set[str]] = {}  # models of workers that are being restarted or replaced
         self._expiries: list[tuple[int, int]] = []
         self._wake_ns: int | None = None
         self._roomy: dict[int, Worker] = {}
@@ -82,6 +91,8 @@ class SchedulerCore:
                 self._serves(now_ns, event)
             case StopsServing():
                 self._stops_serving(now_ns, event)
+            case Drains():
+                self._drains(now_ns, event)
             case WorkerLost():
                 self._worker_lost(now_ns, event)
             case Tick():
@@ -106,7 +117,7 @@ class SchedulerCore:
                 self._commands.append(Refuse(request.id, Reason.EXPIRED))
                 return
             heapq.heappush(self._expiries, (request.expires_ns, request.id))
-        query = self._queries[request.id] = Query(request)
+        query = self._queries[request.id] = Query(request, now_ns)
         self._place(now_ns, query)
 
     def _cancelled(self, event: Cancelled) -> None:
@@ -151,6 +162,15 @@ class SchedulerCore:
             self._place_again(now_ns, evicted)
         self._give_up_parked(now_ns, event.model)
 
+    def _drains(self, now_ns: int, event: Drains) -> None:
+        worker = self._pool.workers[event.worker_id]
+        models = set(worker.tables)
+        self._coming_back[worker.id] = models
+        evicted = self._policy.evict(worker)
+        for model in models:
+            self._pool.withdraw(worker, model)
+        self._place_again(now_ns, evicted)
+
     def _worker_lost(self, now_ns: int, event: WorkerLost) -> None:
         models = self._coming_back.pop(event.worker_id, set())
         worker = self._pool.workers.get(event.worker_id)
@@ -184,13 +204,13 @@ class SchedulerCore:
         query.worker_id = None
         if model in self._pool.serving:
             worker, late_ns = self._policy.choose(now_ns, query)
-            if late_ns > 0 and not again:
+            if late_ns > 0 and self._refuse_late and not again:
                 self._refuse(query, Reason.SLO_UNREACHABLE, retry_after_ns=late_ns)
                 return
-            if not worker.in_flight and not self._policy.waiting_items(worker):
+            if worker is not None:
                 self._start(now_ns, worker, [query])
                 return
-            self._policy.add(query, worker)
+            self._policy.add(now_ns, query)
             self._queued += 1
         elif any(model in models for models in self._coming_back.values()):
             self._parked.setdefault(model, {})[query.request.id] = query
@@ -223,12 +243,12 @@ class SchedulerCore:
         """
         if not worker.in_flight:
             return True
-        waiting = self._policy.waiting_items(worker)
+        waiting = self._policy.waiting(worker)
         stage_ns = worker.free_at_ns - STAGE_AHEAD_NS
-        if waiting and now_ns < stage_ns and waiting < max(table.knee for table in worker.tables.values()):
+        if waiting is Waiting.SOME and now_ns < stage_ns:
             self._wake_at(stage_ns)
             return False
-        return waiting > 0
+        return waiting is not Waiting.NOTHING
 
     def _start(self, now_ns: int, worker: Worker, queries: list[Query]) -> None:
         batch_id = self._next_batch_id
@@ -242,7 +262,7 @@ class SchedulerCore:
             query.worker_id = worker.id
             items += query.request.items
             ids.append(query.request.id)
-        worker.start(now_ns, batch_id, Batch(queries, table.ns[min(items, table.max_batch)]))
+        self._pool.start(now_ns, worker, batch_id, Batch(queries, table.time_ns(items)))
         if len(worker.in_flight) >= worker.depth:
             del self._roomy[worker.id]
         self._commands.append(Run(worker.id, batch_id, model, tuple(ids)))
@@ -250,7 +270,7 @@ class SchedulerCore:
     def _finish(self, now_ns: int, worker_id: int, batch_id: int) -> Batch:
         worker = self._pool.workers[worker_id]
         self._roomy[worker_id] = worker
-        return worker.finish(now_ns, batch_id)
+        return self._pool.finish(now_ns, worker, batch_id)
 
     # ---- ending ----
 

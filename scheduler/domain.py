@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
+from itertools import accumulate
 
 from partitioner import latency
 from scheduler.messages import Request
 
 
 class BatchTable:
-    """Estimated time of a batch of one model on one worker: `ns[b]` for b items, `ns[0]` = 0."""
+    """Estimated time of a batch of one model on one worker: `ns[b]` for b items, `ns[0]` = 0.
 
-    __slots__ = ("knee", "max_batch", "ns")
+    `knee`: PARIS's, with 80 % of the peak throughput. `peak`: the smallest batch with all of it.
+    `best_per_ns[b]`: most items a ns of any batch up to b.
+    """
+
+    __slots__ = ("best_per_ns", "knee", "max_batch", "ns", "peak")
 
     def __init__(self, latency_ns: Sequence[int]) -> None:
         self.ns = (0, *latency_ns)
         self.max_batch = len(latency_ns)
         self.knee = latency.knee(latency_ns)
+        per_ns = [batch / max(ns, 1) for batch, ns in enumerate(self.ns)]
+        self.best_per_ns = list(accumulate(per_ns, max))
+        self.peak = per_ns.index(self.best_per_ns[-1])
+
+    def time_ns(self, items: int) -> int:
+        """Of one batch; what is larger than the table counts as its last row."""
+        return self.ns[items] if items <= self.max_batch else self.ns[-1]
+
+    def largest_within(self, ns: float) -> int:
+        """The largest batch that takes no longer; 0 if none."""
+        return bisect.bisect_right(self.ns, ns) - 1 if ns >= 0 else 0
 
     def backlog_ns(self, items: int) -> int:
         """Time to work off `items` items in batches of the knee."""
@@ -27,10 +44,11 @@ class BatchTable:
 class Query:
     """One unfinished request. `bucket`: only queries of one bucket may share a batch."""
 
-    __slots__ = ("batch_id", "bucket", "crashes", "gone", "queued", "request", "worker_id")
+    __slots__ = ("arrived_ns", "batch_id", "bucket", "crashes", "gone", "queued", "request", "worker_id")
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, arrived_ns: int) -> None:
         self.request = request
+        self.arrived_ns = arrived_ns
         self.crashes = 0
         self.gone = False  # ended (client gone) while its batch still runs
         self.queued = False  # waiting in the policy's queues
@@ -81,22 +99,40 @@ class Worker:
 
 
 class Pool:
-    """Who is up and who serves what; `serving[model]` runs from small slices to large ones."""
+    """Who is up and who serves what; `serving[model]` runs from small slices to large ones.
+
+    `idle`: workers with nothing under way. `changes` counts every change of what is served.
+    """
 
     def __init__(self) -> None:
         self.workers: dict[int, Worker] = {}
         self.serving: dict[str, list[Worker]] = {}
+        self.idle: dict[int, Worker] = {}
+        self.changes = 0
 
     def add(self, worker: Worker) -> None:
         self.workers[worker.id] = worker
+        self.idle[worker.id] = worker
 
     def remove(self, worker: Worker) -> None:
         for model in list(worker.tables):
             self.withdraw(worker, model)
         del self.workers[worker.id]
+        self.idle.pop(worker.id, None)
+
+    def start(self, now_ns: int, worker: Worker, batch_id: int, batch: Batch) -> None:
+        worker.start(now_ns, batch_id, batch)
+        self.idle.pop(worker.id, None)
+
+    def finish(self, now_ns: int, worker: Worker, batch_id: int) -> Batch:
+        batch = worker.finish(now_ns, batch_id)
+        if not worker.in_flight:
+            self.idle[worker.id] = worker
+        return batch
 
     def serve(self, worker: Worker, model: str, table: BatchTable) -> None:
         self.withdraw(worker, model)
+        self.changes += 1
         worker.tables[model] = table
         servers = [*self.serving.get(model, ()), worker]
         self.serving[model] = sorted(servers, key=lambda w: (w.gpcs, w.id))
@@ -104,6 +140,7 @@ class Pool:
     def withdraw(self, worker: Worker, model: str) -> None:
         if worker.tables.pop(model, None) is None:
             return
+        self.changes += 1
         self.serving[model].remove(worker)
         if not self.serving[model]:
             del self.serving[model]

@@ -30,6 +30,7 @@ from scheduler.messages import (
     BatchDone,
     BatchFailed,
     Cancelled,
+    Drains,
     Reason,
     Refuse,
     Request,
@@ -154,6 +155,7 @@ class Driver:
         self._outputs: dict[int, BatchOutputs] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._given_up = ""  # why, once no request is taken any more
+        self._arrivals: Counter[tuple[str, int, tuple[int, ...]]] = Counter()
 
     # ---- requests ----
 
@@ -165,6 +167,7 @@ class Driver:
         """
         pending = self._pending[request.id] = Pending(request, offset, arrival_ns, on_end)
         self._unfinished[request.model] += 1
+        self._arrivals[request.model, request.items, request.dims] += 1
         if self._given_up:
             self._refuse(pending, RefusedError(Reason.UNAVAILABLE, 0.0, self._given_up))
         else:
@@ -186,6 +189,11 @@ class Driver:
             self._refuse(pending, RefusedError(Reason.UNAVAILABLE, 0.0, why))
             self._feed(Cancelled(pending.request.id))
 
+    def take_arrivals(self) -> Counter[tuple[str, int, tuple[int, ...]]]:
+        """How many requests came since the last call, by model, items and values of the varying axes."""
+        arrivals, self._arrivals = self._arrivals, Counter()
+        return arrivals
+
     def unfinished(self, model: str = "") -> int:
         """Requests that have not ended, of one model or in all."""
         return self._unfinished[model] if model else len(self._pending)
@@ -206,6 +214,9 @@ class Driver:
         for batch_id in batch_ids:
             self._put_back(self._running.pop(batch_id))
         self._feed(WorkerLost(worker_id, comes_back, detail))
+
+    def drains(self, worker_id: int) -> None:
+        self._feed(Drains(worker_id))
 
     def serves(self, worker_id: int, key: str, latency_ns: tuple[int, ...]) -> None:
         self._feed(Serves(worker_id, key, latency_ns))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from partitioner.nvml_types import Gpu
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
 from partitioner.geometry import Slice
-from partitioner.nvml import Gpu
 
 WIDTH = 64
 _COLOURS = ["blue", "magenta", "cyan", "green", "yellow", "red", "white"]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from scheduler.batching import BucketQueue
 from scheduler.domain import Pool, Query, Worker
+from scheduler.policies import Waiting
 
 BucketKey = tuple[str, tuple[int, ...], int]
 
@@ -35,7 +36,13 @@ class Elsa:
         self._pool = pool
         self._lanes: dict[int, _Lane] = {}
 
-    def choose(self, now_ns: int, query: Query) -> tuple[Worker, int]:
+    def choose(self, now_ns: int, query: Query) -> tuple[Worker | None, int]:
+        worker, late_ns = self._bind(now_ns, query)
+        query.worker_id = worker.id
+        return (worker if not worker.in_flight and not self._waiting_items(worker) else None), late_ns
+
+    def _bind(self, now_ns: int, query: Query) -> tuple[Worker, int]:
+        """The worker that ELSA's rule names, and by how many ns the query would be late there."""
         due_ns = query.request.due_ns
         workers = self._pool.serving[query.request.model]
         best = workers[0]
@@ -50,22 +57,23 @@ class Elsa:
                 best, best_ns = worker, finish_ns
         return best, 0 if due_ns is None else max(best_ns - due_ns, 0)
 
-    def add(self, query: Query, worker: Worker) -> None:
+    def add(self, now_ns: int, query: Query) -> None:
+        worker = self._worker(query)
         lane = self._lane(worker)
         bucket = lane.buckets.get(query.bucket)
         if bucket is None:
             bucket = lane.buckets[query.bucket] = BucketQueue()
         bucket.push(query)
-        query.worker_id = worker.id
         self._recount(lane, worker, query.bucket)
 
-    def waiting_items(self, worker: Worker) -> int:
-        lane = self._lanes.get(worker.id)
-        return 0 if lane is None else sum(bucket.items for bucket in lane.buckets.values())
+    def waiting(self, worker: Worker) -> Waiting:
+        items = self._waiting_items(worker)
+        if items and items >= max(table.knee for table in worker.tables.values()):
+            return Waiting.FULL
+        return Waiting.SOME if items else Waiting.NOTHING
 
     def discard(self, query: Query) -> None:
-        assert query.worker_id is not None  # a query that waits is bound
-        worker = self._pool.workers[query.worker_id]
+        worker = self._worker(query)
         lane = self._lanes[worker.id]
         lane.buckets[query.bucket].discard(query)
         self._recount(lane, worker, query.bucket)
@@ -75,7 +83,7 @@ class Elsa:
         if lane is None or not lane.buckets:
             return []
         key = next(iter(lane.buckets)) if len(lane.buckets) == 1 else min(lane.buckets, key=_by_head(lane))
-        batch = lane.buckets[key].take(now_ns, worker.tables[key[0]])
+        batch = lane.buckets[key].take(max(now_ns, worker.free_at_ns), worker.tables[key[0]])
         self._recount(lane, worker, key)
         return batch
 
@@ -97,6 +105,14 @@ class Elsa:
             for worker in self._pool.serving.get(model, ())
         ]
         return min(waits, default=0)
+
+    def _waiting_items(self, worker: Worker) -> int:
+        lane = self._lanes.get(worker.id)
+        return 0 if lane is None else sum(bucket.items for bucket in lane.buckets.values())
+
+    def _worker(self, query: Query) -> Worker:
+        assert query.worker_id is not None  # it was chosen for
+        return self._pool.workers[query.worker_id]
 
     def _finish_ns(self, now_ns: int, worker: Worker, query: Query) -> int:
         """T_wait + T_est from now on, as a point in time."""

@@ -1,0 +1,314 @@
+"""The scheduler's own core in virtual time: a heap keyed by time and serial number. Pure, seeded.
+
+What is simulated is what runs: arrivals, workers and their ends are told to a SchedulerCore, and its commands
+are carried out. Only the workers are made up: a batch takes the time of its table times a random factor.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from scheduler.core import SchedulerCore
+from scheduler.domain import Pool
+from scheduler.messages import (
+    DEFAULT_PRIORITY,
+    Answer,
+    AnyCommand,
+    AnyEvent,
+    Arrived,
+    BatchDone,
+    Refuse,
+    Request,
+    Run,
+    Serves,
+    StopsServing,
+    Tick,
+    Wake,
+    WorkerLost,
+    WorkerUp,
+)
+from scheduler.policies import Policy
+from scheduler.policies.late import LateBinding
+from scheduler.report import Report, Span, Tally, summarise
+from scheduler.workload import Arrival
+
+NS_PER_MS = 1_000_000
+BLOCK = 4096
+
+
+class SimulationError(ValueError):
+    """Something simulated that cannot be: the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimSlice:
+    """A slice with one worker; `tables[model][b - 1]`: milliseconds of a batch of b items.
+
+    A gang of k processes that share the slice is one worker too: b counts the items of all of them.
+    """
+
+    name: str
+    gpcs: int
+    tables: Mapping[str, Sequence[float]]
+    depth: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Service times over the table's: log-normal with mean 1, and a tail.
+
+    `sigma`: of the logarithm. `tail_share` of the batches take longer by an exponential share with mean `tail_mean`.
+    """
+
+    sigma: float = 0.03
+    tail_share: float = 0.01
+    tail_mean: float = 0.25
+
+    def factors(self, seed: int) -> Iterator[float]:
+        """Endless."""
+        generator = np.random.default_rng(seed)
+        while True:
+            body = generator.lognormal(-(self.sigma**2) / 2, self.sigma, BLOCK)
+            in_tail = generator.random(BLOCK) < self.tail_share
+            yield from (body * (1 + in_tail * generator.exponential(self.tail_mean, BLOCK))).tolist()
+
+
+EXACT = Noise(0.0, 0.0, 0.0)
+
+
+class Change(Enum):
+    """What can happen to a slice."""
+
+    FAIL = "fail"  # its worker dies; what ran is lost
+    FAIL_FOR_GOOD = "fail for good"  # and nobody expects it back
+    DRAIN = "drain"  # takes nothing new; what runs is let finish
+    BACK = "back"  # from any of these
+    SPEED = "speed"  # service times are multiplied by the factor from now on
+
+
+@dataclass(frozen=True, slots=True)
+class SliceEvent:
+    """A change of one slice, by its name, at a time. `factor`: for SPEED only."""
+
+    at_ns: int
+    slice_name: str
+    change: Change
+    factor: float = 1.0
+
+
+def simulate(
+    slices: Sequence[SimSlice],
+    arrivals: Iterable[Arrival],
+    policy: Callable[[Pool], Policy] = LateBinding,
+    *,
+    slo_ms: Mapping[str, float] | None = None,
+    seed: int = 0,
+    noise: Noise = Noise(),
+    events: Iterable[SliceEvent] = (),
+    priority: Mapping[str, int] | None = None,
+    timeout_ms: Mapping[str, float] | None = None,
+    max_queued: int = 4096,
+    refuse_late: bool = True,
+    timeline: bool = False,
+) -> Report:
+    """Runs `arrivals` (sorted by time) through a core over `slices`, until everything has ended.
+
+    `slo_ms`, `priority`, `timeout_ms`: by model, where it has one. The same arguments give the same report.
+    Raises SimulationError where requests are left that nothing will ever end.
+    """
+    core = SchedulerCore(max_queued, policy, refuse_late=refuse_late)
+    simulation = _Simulation(core, slices, noise.factors(seed), timeline)
+    simulation.demands = _Demands(slo_ms or {}, priority or {}, timeout_ms or {})
+    simulation.schedule(events)
+    simulation.run(arrivals)
+    return summarise(simulation.tallies, simulation.busy_ns, simulation.batches, simulation.now_ns, simulation.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class _Demands:
+    """What the requests of each model ask for."""
+
+    slo_ms: Mapping[str, float]
+    priority: Mapping[str, int]
+    timeout_ms: Mapping[str, float]
+
+    def request(self, number: int, arrival: Arrival) -> Request:
+        slo_ms, timeout_ms = self.slo_ms.get(arrival.model), self.timeout_ms.get(arrival.model)
+        return Request(
+            number,
+            arrival.model,
+            arrival.items,
+            (arrival.length,) if arrival.length else (),
+            None if slo_ms is None else arrival.at_ns + int(slo_ms * NS_PER_MS),
+            None if timeout_ms is None else arrival.at_ns + int(timeout_ms * NS_PER_MS),
+            self.priority.get(arrival.model, DEFAULT_PRIORITY),
+        )
+
+
+@dataclass(slots=True)
+class _Worker:
+    """The made-up worker of a slice. `life` tells its batches from those of one that has died."""
+
+    where: SimSlice
+    life: int = 0
+    up: bool = True
+    serves: bool = True
+    speed: float = 1.0
+    free_ns: int = 0
+
+    def time_ns(self, model: str, items: int) -> float:
+        table = self.where.tables[model]
+        largest = len(table)
+        ms = table[items - 1] if items <= largest else table[-1] * items / largest
+        return ms * self.speed * NS_PER_MS
+
+
+_Due = tuple[int, int, AnyEvent | SliceEvent, int]  # when, serial, what, life of the worker
+
+
+@dataclass(slots=True)
+class _Simulation:
+    core: SchedulerCore
+    slices: Sequence[SimSlice]
+    factors: Iterator[float]
+    keeps_timeline: bool
+    demands: _Demands = field(default_factory=lambda: _Demands({}, {}, {}))
+    now_ns: int = 0
+    batches: int = 0
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    busy_ns: dict[str, int] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    _workers: list[_Worker] = field(default_factory=list)
+    _heap: list[_Due] = field(default_factory=list)
+    _serial: int = 0
+    _wake_ns: int = -1
+    _open: dict[int, Arrival] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for worker_id, where in enumerate(self.slices):
+            self._workers.append(_Worker(where))
+            self.busy_ns[where.name] = 0
+            self._bring_up(worker_id)
+        if len(self.busy_ns) < len(self.slices):
+            raise SimulationError("two slices have the same name")
+
+    def schedule(self, events: Iterable[SliceEvent]) -> None:
+        for event in events:
+            if event.slice_name not in self.busy_ns:
+                raise SimulationError(f"no slice is called {event.slice_name!r}; there are {', '.join(self.busy_ns)}")
+            self._push(event.at_ns, event, 0)
+
+    def run(self, arrivals: Iterable[Arrival]) -> None:
+        heap = self._heap
+        for number, arrival in enumerate(arrivals, start=1):
+            at_ns = arrival.at_ns
+            while heap and heap[0][0] <= at_ns:
+                self._happen(*heapq.heappop(heap))
+            self._arrive(at_ns, number, arrival)
+        while heap:
+            self._happen(*heapq.heappop(heap))
+        if self._open:
+            models = sorted({arrival.model for arrival in self._open.values()})
+            raise SimulationError(f"{len(self._open)} requests of {', '.join(models)} never end: is a slice awaited?")
+
+    # ---- what happens ----
+
+    def _arrive(self, at_ns: int, number: int, arrival: Arrival) -> None:
+        if at_ns < self.now_ns:
+            raise SimulationError(f"arrival {number} is before the one above; sort them by time")
+        tally = self.tallies.get(arrival.model)
+        if tally is None:
+            tally = self.tallies[arrival.model] = Tally(self.demands.slo_ms.get(arrival.model))
+        tally.sent += 1
+        self._open[number] = arrival
+        self.now_ns = at_ns
+        self._tell(Arrived(self.demands.request(number, arrival)))
+
+    def _happen(self, at_ns: int, _serial: int, what: AnyEvent | SliceEvent, life: int) -> None:
+        if isinstance(what, BatchDone):
+            if self._workers[what.worker_id].life == life:
+                self.now_ns = at_ns
+                self._tell(what)
+        elif isinstance(what, Tick):
+            if self._wake_ns == at_ns:
+                self._wake_ns = -1
+                self.now_ns = at_ns
+                self._tell(what)
+        elif isinstance(what, SliceEvent):
+            self.now_ns = at_ns
+            self._change(what)
+
+    def _change(self, event: SliceEvent) -> None:
+        worker_id = list(self.busy_ns).index(event.slice_name)
+        worker = self._workers[worker_id]
+        match event.change:
+            case Change.SPEED:
+                worker.speed = event.factor
+            case Change.DRAIN:
+                worker.serves = False
+                for model in worker.where.tables:
+                    self._tell(StopsServing(worker_id, model))
+            case Change.BACK:
+                if not (worker.up and worker.serves):
+                    self._bring_up(worker_id)
+            case Change.FAIL | Change.FAIL_FOR_GOOD:
+                if worker.up:
+                    # What it had not finished is not counted as work.
+                    self.busy_ns[worker.where.name] -= max(worker.free_ns - self.now_ns, 0)
+                    worker.life += 1
+                    worker.up, worker.free_ns = False, 0
+                self._tell(WorkerLost(worker_id, event.change is Change.FAIL, "simulated failure"))
+
+    def _bring_up(self, worker_id: int) -> None:
+        worker = self._workers[worker_id]
+        if not worker.up or self.now_ns == 0:
+            self._tell(WorkerUp(worker_id, worker.where.gpcs, worker.where.depth))
+        worker.up = worker.serves = True
+        for model, table in worker.where.tables.items():
+            self._tell(Serves(worker_id, model, tuple(int(ms * NS_PER_MS) for ms in table)))
+
+    # ---- what the core wants ----
+
+    def _tell(self, event: AnyEvent) -> None:
+        for command in self.core.handle(self.now_ns, event):
+            self._carry_out(command)
+
+    def _carry_out(self, command: AnyCommand) -> None:
+        if isinstance(command, Run):
+            self._run(command)
+        elif isinstance(command, Answer):
+            now_ns = self.now_ns
+            for request_id in command.request_ids:
+                arrival = self._open.pop(request_id)
+                tally = self.tallies[arrival.model]
+                tally.latencies_ns.append(now_ns - arrival.at_ns)
+                tally.items.append(arrival.items)
+        elif isinstance(command, Refuse):
+            arrival = self._open.pop(command.request_id)
+            self.tallies[arrival.model].refuse(command.reason, arrival.items)
+        elif isinstance(command, Wake):
+            self._wake_ns = command.at_ns
+            self._push(command.at_ns, Tick(), 0)
+
+    def _run(self, run: Run) -> None:
+        worker = self._workers[run.worker_id]
+        items = 0
+        for request_id in run.request_ids:
+            items += self._open[request_id].items
+        time_ns = int(worker.time_ns(run.model, items) * next(self.factors))
+        start_ns = max(self.now_ns, worker.free_ns)
+        worker.free_ns = start_ns + time_ns
+        self.batches += 1
+        self.busy_ns[worker.where.name] += time_ns
+        if self.keeps_timeline:
+            self.spans.append(Span(worker.where.name, start_ns, worker.free_ns, run.model, items))
+        self._push(worker.free_ns, BatchDone(run.worker_id, run.batch_id), worker.life)
+
+    def _push(self, at_ns: int, what: AnyEvent | SliceEvent, life: int) -> None:
+        self._serial += 1
+        heapq.heappush(self._heap, (at_ns, self._serial, what, life))
