@@ -59,7 +59,9 @@ def best_by_size(demand: ModelDemand, table: GangTable, max_processes: int) -> d
     """Step 1: the highest throughput of each size that has any."""
     best = {}
     for gpcs in SIZES:
-        rates = [_rate(gang) for gang in table.gangs(gpcs, max_processes) if gang.latency_ms < SLO_SHARE * demand.slo_ms]
+        rates = [
+            _rate(gang) for gang in table.gangs(gpcs, max_processes) if gang.latency_ms < SLO_SHARE * demand.slo_ms
+        ]
         if rates:
             best[gpcs] = max(rates)
     if not best:
