@@ -54,7 +54,7 @@ class QueryClass:
 
 
 def burst_s(demand: ModelDemand) -> float:
-    """ln(100) v / (2 rate), for one late query in 100; v: mean square of items per query over the square of the mean."""
+    """ln(100) v / (2 rate), for one late query in 100; v: mean square of items per query by the square of the mean."""
     square = sum(share * items**2 for items, share in demand.items.items())
     return math.log(ONE_IN) / (2 * demand.rate_per_s) * square / demand.items_per_query**2
 

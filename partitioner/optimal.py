@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from partitioner import capacity, explain, sharing
-from partitioner.capacity import Capacities
+from partitioner.capacity import Allotment, Capacities
 from partitioner.cuts import slice_profiles
 from partitioner.gangs import GangTable
 from partitioner.geometry import GpuModel
@@ -99,6 +99,7 @@ class _Search:
         self._sizes = [profile.gpcs for profile in slice_profiles(gpu)]
         self._shares = (choices.slo_share,) if choices.slo_share else SLO_SHARES
         self._models = frozenset(demand.model for demand in demands)
+        self._found_least: dict[float, Allotment] = {}
         possible = {share: self._capacities(share) for share in self._shares}
         # A share under which some class cannot be served at all is no choice.
         self._capacities_of = {
@@ -149,8 +150,14 @@ class _Search:
 
     def _least_gpus(self, share: float) -> float:
         if self._choices.exclusive:
-            return capacity.fewest_gpus(self._capacities_of[share], self._gpu, self._models).gpus
+            return self._least(share).gpus
         return capacity.fluid_bound(self._capacities_of[share], self._gpu)
+
+    def _least(self, share: float) -> Allotment:
+        """The fewest GPUs with exclusive slices."""
+        if share not in self._found_least:
+            self._found_least[share] = capacity.fewest_gpus(self._capacities_of[share], self._gpu, self._models)
+        return self._found_least[share]
 
     def _candidate(self, gpus: int, share: float) -> Candidate:
         apart = self._models if self._choices.exclusive else frozenset()
@@ -170,6 +177,10 @@ class _Search:
             allotment = capacity.most_headroom(possible, self._gpu, gpus, apart)
         except InfeasibleError:
             return Candidate(share, [], Balance({}, 0.0)), None
+        if allotment.headroom < 1 and self._choices.exclusive:
+            # The search for the most headroom may give up early; what is known to be enough is not given away.
+            least = self._least(share)
+            allotment = least if least.gpus == gpus else allotment
         staffed = sharing.staffed(allotment, Rules(self._tables, self._choices.max_processes, share))
         slices = [each for gpu in staffed for each in gpu]
         found = Candidate(share, staffed, sharing.balance(slices, possible.classes))

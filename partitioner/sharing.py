@@ -86,9 +86,8 @@ def _classes(allotment: Allotment, gpcs: int, count: int) -> list[dict[QueryClas
     found: list[dict[QueryClass, float]] = []
     for (model, size), slices in sorted(allotment.whole.items()):
         if size == gpcs:
-            times = allotment.time.items()
-            own = {each: time / slices for (each, there), time in times if there == gpcs and each.model == model}
-            found += [own] * slices
+            there = [(each, time) for (each, at), time in allotment.time.items() if at == gpcs and each.model == model]
+            found += [{each: time / slices for each, time in there}] * slices
     apart = {model for model, _ in allotment.whole}
     times = [(each, time) for (each, size), time in allotment.time.items() if size == gpcs and each.model not in apart]
     return found + _wrapped(times, count - len(found))
