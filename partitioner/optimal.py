@@ -215,6 +215,8 @@ def _planned(staffed: StaffedSlice, index: int, balance: Balance) -> PlannedSlic
     shares: dict[str, ModelShare] = {}
     for each, gang in sorted(staffed.gangs.items(), key=lambda pair: (pair[0].model, pair[0].items)):
         rate = balance.portions.get((index, each), 0.0) * each.rate_per_s
+        if not rate:
+            continue
         before = shares.get(each.model, ModelShare(each.model, 0, 0, 0.0, 0.0))
         shares[each.model] = ModelShare(
             each.model,

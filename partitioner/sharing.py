@@ -20,6 +20,8 @@ from partitioner.programme import Programme
 
 # A gang on a shared slice takes at most this share of the shortest SLO there.
 BLOCKING_SHARE = 0.5
+# Less than this portion of a class's queries is not worth its processes.
+LEAST_PORTION = 1e-3
 # A class that would have less than this share of a slice's time is left out there.
 LEAST_SHARE = 0.01
 
@@ -167,4 +169,4 @@ def balance(slices: Sequence[StaffedSlice], classes: Sequence[QueryClass]) -> Ba
     for terms in served.values():
         total = sum(values[time] * rate for time, rate in terms.items())
         portions.update({where[time]: values[time] * rate / total for time, rate in terms.items() if total > 0})
-    return Balance({key: portion for key, portion in portions.items() if portion > 1e-6}, values[factor])
+    return Balance({key: portion for key, portion in portions.items() if portion > LEAST_PORTION}, values[factor])
