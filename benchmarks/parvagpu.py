@@ -59,9 +59,8 @@ def best_by_size(demand: ModelDemand, table: GangTable, max_processes: int) -> d
     """Step 1: the highest throughput of each size that has any."""
     best = {}
     for gpcs in SIZES:
-        rates = [
-            gang.items_per_s for gang in table.gangs(gpcs, max_processes) if gang.latency_ms < SLO_SHARE * demand.slo_ms
-        ]
+        limit_ms = SLO_SHARE * demand.slo_ms
+        rates = [gang.items_per_s for gang in table.gangs(gpcs, max_processes) if gang.latency_ms < limit_ms]
         if rates:
             best[gpcs] = max(rates)
     if not best:

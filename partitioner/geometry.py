@@ -9,6 +9,7 @@ memory slices, 7g all 8, 1g with double memory 2; a 1g of an RTX PRO 6000 takes 
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,16 @@ class Slice:
             return f"gpu{self.gpu_index}"
         part = f".{self.ci_id}" if self.ci_id else ""
         return f"gpu{self.gpu_index}/{self.mig_profile}@{self.start}{part}"
+
+
+def conventional_name(enum: int, gpcs: int, memory_mib: int, gpu_memory_mib: int) -> str:
+    """The name of a MIG profile, for drivers that tell none: its share of the GPU's memory in eighths, in GB.
+
+    The rule is go-nvlib's. Names that a driver tells may differ from it, and change between drivers.
+    """
+    eighths = math.ceil(memory_mib / gpu_memory_mib * 8)
+    gigabytes = math.floor(eighths / 8 * math.ceil(gpu_memory_mib / 1024) + 0.5)
+    return f"{gpcs}g.{gigabytes}gb{_ATTRIBUTES.get(enum, '')}"
 
 
 def parse_layout(text: str, gpu: GpuModel) -> Layout:

@@ -7,6 +7,10 @@ class NvmlUnavailableError(RuntimeError):
     """NVML cannot be used. The message says why and what to do next."""
 
 
+class MachineBusyError(RuntimeError):
+    """Another process is changing the GPUs of this machine."""
+
+
 class NvmlError(RuntimeError):
     """A call that NVML refused. `code` is NVML's name for the reason (`IN_USE`), `hint` says what to do next."""
 

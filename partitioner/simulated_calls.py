@@ -24,7 +24,7 @@ def api(*, session: bool = True) -> Callable[[Callable[Concatenate[S, P], R]], C
     def decorate(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
         @wraps(function)
         def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            if any(isinstance(value, str) for value in kwargs.values()):
+            if kwargs and any(isinstance(value, str) for value in kwargs.values()):
                 raise WouldCrashError("pynvml encodes strings only where they are positional arguments")
             with self._machine.lock:
                 fault = self._faults.due(function.__name__)

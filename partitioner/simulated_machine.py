@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ class WouldCrashError(TypeError):
     """An argument that pynvml hands on as it is, and that would crash a process with the real driver."""
 
 
+@cache
+def _uuid(name: str) -> str:
+    return str(uuid.uuid5(_NAMESPACE, name))
+
+
 @dataclass(frozen=True, slots=True)
 class SimulatedGpu:
     """One GPU of a simulated machine, as it is before anybody changed it."""
@@ -52,7 +58,7 @@ class SimulatedGpu:
 
     @property
     def uuid(self) -> str:
-        return f"GPU-{uuid.uuid5(_NAMESPACE, f'{self.model.name}/{self.index}')}"
+        return f"GPU-{_uuid(f'{self.model.name}/{self.index}')}"
 
     @property
     def name(self) -> str:
@@ -60,7 +66,7 @@ class SimulatedGpu:
 
     def mig_uuid(self, gi_id: int, ci_id: int) -> str:
         """Name-based, as the driver's: the same (GPU, GI, CI) gets the same UUID again."""
-        return f"MIG-{uuid.uuid5(_NAMESPACE, f'{self.uuid}/{gi_id}/{ci_id}')}"
+        return f"MIG-{_uuid(f'{self.uuid}/{gi_id}/{ci_id}')}"
 
     def first_state(self) -> GpuState:
         state = GpuState(self.model, self.mig_enabled, self.mig_enabled)
@@ -205,9 +211,10 @@ class Machine:
         self._file = state_file
         self._seen: tuple[int, int] | None = None
         self._on_change: list[Callable[[str], None]] = []
+        self._by_uuid = {gpu.uuid: gpu for gpu in self.gpus}
         self.states = {gpu.uuid: gpu.first_state() for gpu in self.gpus}
         if state_file is not None:
-            with self._file_lock():
+            with self.lock, self._file_lock():
                 if state_file.exists():
                     self.refresh()
                 else:
@@ -215,20 +222,21 @@ class Machine:
 
     def gpu(self, gpu_uuid: str) -> SimulatedGpu:
         """Raises KeyError."""
-        return next(gpu for gpu in self.gpus if gpu.uuid == gpu_uuid)
+        return self._by_uuid[gpu_uuid]
 
     def watch(self, on_change: Callable[[str], None]) -> None:
         """`on_change(gpu_uuid)` is called, under the lock, when its instances or its mode have changed."""
         self._on_change.append(on_change)
 
     @contextmanager
-    def change(self, gpu_uuid: str) -> Iterator[GpuState]:
+    def change(self, gpu_uuid: str, *, tell: bool = True) -> Iterator[GpuState]:
         """The state of a GPU, to be changed; written to the file, and told, if nothing is raised."""
         with self.lock, self._file_lock():
             self.refresh()
             yield self.states[gpu_uuid]
             self._save()
-            self._tell(gpu_uuid)
+            if tell:
+                self._tell(gpu_uuid)
 
     def refresh(self) -> None:
         """Takes over what other processes have changed."""
@@ -247,7 +255,8 @@ class Machine:
     def _tell(self, gpu_uuid: str) -> None:
         for on_change in self._on_change:
             on_change(gpu_uuid)
-        self.changed.notify_all()
+        with self.changed:
+            self.changed.notify_all()
 
     def _load(self) -> dict[str, GpuState]:
         assert self._file is not None

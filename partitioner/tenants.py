@@ -31,5 +31,8 @@ class Tenants(Protocol):
     def homes(self) -> list[Slice]:
         """Slices that are lived on now."""
 
+    def pids(self) -> list[int]:
+        """Their processes: what else runs on a GPU is foreign, and keeps it from being changed."""
+
     def unserved(self) -> list[str]:
         """Models that lived somewhere, and that now live nowhere: reasons to undo the change."""

@@ -7,9 +7,11 @@ dies too often stays out, with the reason.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -39,11 +41,10 @@ class Fleet:
 
     def __init__(
         self,
-        slices: Sequence[Slice],
         arena: Arena,
         *,
         workers_per_slice: int = 1,
-        threads_per_worker: int = 1,
+        threads_per_worker: int | None = None,
         outbox_bytes: int = 256 * 1024 * 1024,
         batch_timeout_s: float = 60.0,
     ) -> None:
@@ -54,7 +55,6 @@ class Fleet:
         self._batch_timeout_s = batch_timeout_s
         self.places: list[tuple[Slice, int]] = []  # by worker id: slice and index on it, of all that ever were
         self._workers: dict[int, Worker] = {}
-        self._add(slices)
         self._retired: list[int] = []  # during a re-cut: workers whose models are expected elsewhere
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -65,18 +65,19 @@ class Fleet:
         """Those that there are now."""
         return list(self._workers.values())
 
-    def pids_on(self, device_uuid: str) -> list[int]:
-        """Worker processes that hold a device now."""
-        processes = [each.process for each in self.workers if each.where.device_uuid == device_uuid]
-        return [process.pid for process in processes if process is not None and process.pid and process.is_alive()]
+    def pids(self, device_uuid: str | None = None) -> list[int]:
+        """Worker processes that are alive now, all or those that hold one device."""
+        places = [each for each in self.workers if device_uuid in (None, each.where.device_uuid)]
+        return [each.pid for each in places if each.pid is not None and _alive(each.pid)]
 
     # ---- life ----
 
-    async def start(self, listener: Listener) -> None:
+    async def start(self, listener: Listener, slices: Sequence[Slice]) -> None:
         """Starts every worker process; returns when all are up or have failed to be."""
         self._told = listener
         self._loader = Loader(self._send, listener)
-        await asyncio.gather(*(self._bring_up(each) for each in self.workers))
+        async with self._changing:
+            await asyncio.gather(*(self._bring_up(each) for each in self._add(slices)))
         self._spawn(self._watch())
 
     async def stop(self, timeout_s: float) -> None:
@@ -184,7 +185,7 @@ class Fleet:
         start = WorkerStart(
             name=each.where.mig_profile or f"gpu{each.where.gpu_index}",
             device_uuid=None if each.where.simulated else each.where.device_uuid,
-            threads=self._threads,
+            threads=self._threads or _threads(len(self._workers)),
         )
         memory = Descriptor(self._arena.fd), Descriptor(each.outbox.fd)
         loop = asyncio.get_running_loop()
@@ -299,3 +300,16 @@ class Fleet:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _threads(workers: int) -> int:
+    """Of one operation in a CPU worker: the cores, shared out, but for one that the daemon itself needs."""
+    return max(1, ((os.cpu_count() or 1) - 1) // workers)
+
+
+def _alive(pid: int) -> bool:
+    """Of a child that may not have been waited for yet: a zombie holds nothing. May be asked from any thread."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

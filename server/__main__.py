@@ -19,7 +19,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_PANELS = {"served": "What is served", "gpus": "On which GPUs", "limits": "Limits", "operation": "Operation"}
+_PANELS = {
+    "served": "What is served",
+    "gpus": "On which GPUs",
+    "limits": "Limits",
+    "planning": "Layouts and planning",
+    "operation": "Operation",
+}
 
 
 def _with_settings(command: Any) -> Any:

@@ -22,7 +22,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from partitioner.geometry import Slice
-from partitioner.nvml import Gpu, GpuReadings
+from partitioner.nvml_types import Gpu, GpuReadings
+from partitioner.reconfigure import Outcome, Result
 from scheduler.driver import BatchRecord
 from scheduler.fleet import Fleet
 from scheduler.messages import Reason
@@ -133,6 +134,8 @@ class Metrics(Collector):
         self._readings: dict[str, GpuReadings] = {}
         self._models_now: Callable[[], Iterable[tuple[ModelId, bool, bool, int]]] = lambda: ()
         self._arena: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._recuts: Counter[str] = Counter()
+        self._recut_seconds = 0.0
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -159,6 +162,11 @@ class Metrics(Collector):
             self._readings.pop(uuid, None)
         else:
             self._readings[uuid] = readings
+
+    def recut(self, outcome: Outcome, seconds: float) -> None:
+        """A change of layouts has ended."""
+        self._recuts[outcome.result] += 1
+        self._recut_seconds += seconds
 
     # ---- observing ----
 
@@ -231,6 +239,11 @@ class Metrics(Collector):
         yield from self._collect_histograms()
         yield from self._collect_workers()
         yield from self._collect_gpus()
+        recuts = CounterMetricFamily("migserve_recuts", "Changes of layouts, by how they ended", labels=["result"])
+        for result in (Result.APPLIED, Result.RESTORED, Result.NEAREST):
+            recuts.add_metric([result], self._recuts[result])
+        yield recuts
+        yield CounterMetricFamily("migserve_recut_seconds", "Time that they took in all", value=self._recut_seconds)
         used, size = self._arena()
         yield GaugeMetricFamily("migserve_arena_used_bytes", "Arena memory in slots", value=used)
         yield GaugeMetricFamily("migserve_arena_size_bytes", "Arena memory in all", value=size)

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from partitioner.geometry import GpuModel, Slice
-from partitioner.nvml import Gpu
+from partitioner.nvml_types import Gpu
 from partitioner.plans import Plan, PlannedSlice
 
 WIDTH = 64

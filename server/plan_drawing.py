@@ -15,7 +15,7 @@ from partitioner.plans import Plan, PlannedSlice
 GRID_PX, ROW_PX, LEFT_PX, TOP_PX, MARGIN_PX = 800, 64, 72, 56, 16
 COLOURS = (
     "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2",
-    "#edc948", "#9c755f", "#ff9da7", "#86bcb6", "#8cd17d", "#bab0ac",
+    "#edc948", "#9c755f", "#ff9da7", "#d37295", "#a0cbe8", "#bab0ac",
 )  # fmt: skip
 IDLE, INK, PAPER = "#ececec", "#222222", "#ffffff"
 
