@@ -164,6 +164,53 @@ def gpus(
 
 
 @app.command()
+def plan(
+    demand: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV with the columns model,rate_per_s,slo_ms; also `scenario`, and `items` (1:0.7 4:0.3: shares of "
+            "queries by how many items they carry). Without it: six scenarios that come along.",
+        ),
+    ] = None,
+    scenario: Annotated[str | None, typer.Option(help="Which scenario of the demand file, such as S3.")] = None,
+    planner: Annotated[
+        str, typer.Option(help="`optimal`: the fewest GPUs that keep every SLO; `paris`: slices sized by the queries.")
+    ] = "optimal",
+    gpu: Annotated[str, typer.Option(help="Which GPU, by its name in the catalogue.")] = "A100-80GB",
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many there are; by default as few as possible.")] = None,
+    max_processes: Annotated[int, typer.Option(min=1, help="Processes of a model side by side in a slice.")] = 1,
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="A slice serves one model only.")] = False,
+    slo_share: Annotated[
+        float | None, typer.Option(min=0.01, max=0.99, help="Share of the SLO that a batch may take; else chosen.")
+    ] = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="Latency table, CSV or JSON; by default the one measured on an A100-80GB.")
+    ] = None,
+    skip_suspects: Annotated[
+        bool, typer.Option("--skip-suspects", help="Leave out points of the table that look like errors.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Draw the plan to this .svg or .png file, too.")] = None,
+) -> None:
+    """Plan how to cut GPUs for a demand, and which slice serves what. Nothing is changed.
+
+    **migserve plan --scenario S3 --max-processes 5** plans for eleven models at once
+
+    **migserve plan --demand demand.csv --gpu H100-80GB --gpus 4 --out plan.svg** uses four GPUs as well as can be
+
+    **migserve plan --demand demand.csv --planner paris --gpus 2** cuts as PARIS does
+
+    A slice that shows `resnet50 32x2 85%` spends 85 % of its time on resnet50: 2 batches of up to 32, side by side.
+    """
+    from partitioner.optimal import Choices
+    from server import plan_command
+
+    choices = Choices(max_processes, exclusive, slo_share, gpus)
+    request = plan_command.Request(demand, scenario, planner, gpu, latency_table, skip_suspects, json, out, choices)
+    raise typer.Exit(plan_command.run(request))
+
+
+@app.command()
 def demo_models(
     out: Annotated[Path, typer.Option(help="Folder to make them in; models that are there stay.")] = Path("models"),
 ) -> None:
