@@ -119,7 +119,7 @@ def _targets(
     possible = tuple(each for each in can.classes if any(each == of for of, _ in can.gangs))
     if not possible:
         return []
-    allotment = most_headroom(Capacities(possible, can.gangs), gpu, gpus, exclusive=False)
+    allotment = most_headroom(Capacities(possible, can.gangs), gpu, gpus)
     return [[placed.profile for placed in layout] for layout, count in allotment.layouts for _ in range(round(count))]
 
 

@@ -6,13 +6,14 @@ best gang that was measured there and ends within a share of the SLO.
 The programme: y[l] GPUs are cut by layout l; x[c, s] slices of size s (fractions allowed) work for class c;
     sum over c of x[c, s] <= sum over l of y[l] * slices(l, s)          for each size s
     sum over s of x[c, s] * capacity(c, s) >= factor * rate(c)          for each class c
-With exclusive slices, n[m, s] whole slices belong to model m and bound its classes' x. Either the sum of y is the least
+Models that are kept apart own n[m, s] whole slices, which bound their classes' x. Either the sum of y is the least
 for factor 1, or the sum of y is given and the factor, the headroom, is the most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from partitioner.cuts import cuts, layout_counts
@@ -103,27 +104,30 @@ def best_gang(table: GangTable, query_class: QueryClass, gpcs: int, max_processe
 
 def fluid_bound(capacities: Capacities, gpu: GpuModel) -> float:
     """GPUs needed where GPUs, slices and their time may be divided at will. Raises InfeasibleError."""
-    return _Builder(capacities, gpu, exclusive=False, fluid=True).fewest().gpus
+    return _Builder(capacities, gpu, apart=(), fluid=True).fewest().gpus
 
 
-def fewest_gpus(capacities: Capacities, gpu: GpuModel, *, exclusive: bool) -> Allotment:
-    """The least whole GPUs that serve every class; shares of slices' time are fluid. Raises InfeasibleError."""
-    return _Builder(capacities, gpu, exclusive=exclusive, fluid=False).fewest()
+def fewest_gpus(capacities: Capacities, gpu: GpuModel, apart: Collection[str] = ()) -> Allotment:
+    """The least whole GPUs that serve every class; models `apart` get whole slices. Raises InfeasibleError."""
+    return _Builder(capacities, gpu, apart=apart, fluid=False).fewest()
 
 
-def most_headroom(capacities: Capacities, gpu: GpuModel, gpus: int, *, exclusive: bool) -> Allotment:
-    """The layouts of `gpus` GPUs under which all rates can grow the most. Raises InfeasibleError."""
-    return _Builder(capacities, gpu, exclusive=exclusive, fluid=False).headroom(gpus)
+def most_headroom(capacities: Capacities, gpu: GpuModel, gpus: int, apart: Collection[str] = ()) -> Allotment:
+    """The layouts of `gpus` GPUs under which all rates can grow the most; models `apart` get whole slices.
+
+    Raises InfeasibleError.
+    """
+    return _Builder(capacities, gpu, apart=apart, fluid=False).headroom(gpus)
 
 
 class _Builder:
-    """The programme; `exclusive` gives models whole slices, `fluid` divides GPUs."""
+    """The programme; models `apart` get whole slices, `fluid` divides GPUs."""
 
-    def __init__(self, capacities: Capacities, gpu: GpuModel, *, exclusive: bool, fluid: bool) -> None:
+    def __init__(self, capacities: Capacities, gpu: GpuModel, *, apart: Collection[str], fluid: bool) -> None:
         self._capacities = capacities
         self._cuts = cuts(gpu)
         self._sizes = sorted({gpcs for layout in self._cuts for gpcs, _ in layout_counts(layout)})
-        self._exclusive = exclusive
+        self._apart = apart
         self._fluid = fluid
         self._programme = Programme()
 
@@ -136,33 +140,37 @@ class _Builder:
     def headroom(self, gpus: int) -> Allotment:
         self._variables(gpu_cost=0.0)
         factor = self._programme.variable(cost=-1.0)
-        self._programme.constrain(dict.fromkeys(self._gpus, 1.0), high=gpus)
+        self._programme.constrain(dict.fromkeys(self._gpus, 1.0), low=gpus, high=gpus)
         for each in self._capacities.classes:
             self._programme.constrain({**self._served(each), factor: -each.rate_per_s}, low=0.0)
         return self._solve(factor)
 
     def _variables(self, gpu_cost: float) -> None:
-        programme, classes = self._programme, self._capacities.classes
+        programme = self._programme
         self._gpus = [programme.variable(gpu_cost, integer=not self._fluid) for _ in self._cuts]
-        alone = {each for each in classes if sum(each.model == other.model for other in classes) == 1}
         # A class that is its model's only one uses all that the model has: one variable is enough.
+        models = Counter(each.model for each in self._capacities.classes)
+        alone = {model for model in self._apart if models[model] == 1}
         self._time = {
-            (each, gpcs): programme.variable(integer=self._exclusive and each in alone)
-            for each, gpcs in self._capacities.gangs
+            (each, gpcs): programme.variable(integer=each.model in alone) for each, gpcs in self._capacities.gangs
         }
-        self._whole = {}
-        if self._exclusive:
-            self._whole = {(each.model, gpcs): time for (each, gpcs), time in self._time.items() if each in alone}
-            for model, gpcs in sorted({(each.model, gpcs) for each, gpcs in self._time if each not in alone}):
-                whole = self._whole[model, gpcs] = programme.variable(integer=True)
-                used = {time: 1.0 for (each, size), time in self._time.items() if (each.model, size) == (model, gpcs)}
-                programme.constrain({**used, whole: -1.0}, high=0.0)
+        self._whole = {(each.model, gpcs): time for (each, gpcs), time in self._time.items() if each.model in alone}
+        several = {(each.model, gpcs) for each, gpcs in self._time if each.model in self._apart} - self._whole.keys()
+        for model, gpcs in sorted(several):
+            whole = self._whole[model, gpcs] = programme.variable(integer=True)
+            used = {time: 1.0 for (each, size), time in self._time.items() if (each.model, size) == (model, gpcs)}
+            programme.constrain({**used, whole: -1.0}, high=0.0)
         for gpcs in self._sizes:
-            taken = self._whole if self._exclusive else self._time
-            terms = {variable: 1.0 for (_, size), variable in taken.items() if size == gpcs}
-            there = [dict(layout_counts(layout)).get(gpcs, 0) for layout in self._cuts]
-            terms |= {gpus: -float(count) for gpus, count in zip(self._gpus, there, strict=True) if count}
-            programme.constrain(terms, high=0.0)
+            self._fit(gpcs)
+
+    def _fit(self, gpcs: int) -> None:
+        """What is taken of a slice size is there."""
+        taken = [variable for (_, size), variable in self._whole.items() if size == gpcs]
+        taken += [time for (each, size), time in self._time.items() if size == gpcs and each.model not in self._apart]
+        there = [dict(layout_counts(layout)).get(gpcs, 0) for layout in self._cuts]
+        terms = dict.fromkeys(taken, 1.0)
+        terms |= {gpus: -float(count) for gpus, count in zip(self._gpus, there, strict=True) if count}
+        self._programme.constrain(terms, high=0.0)
 
     def _served(self, query_class: QueryClass) -> dict[int, float]:
         return {

@@ -6,6 +6,7 @@ in lat(b, k), so k * b items end together.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -36,9 +37,26 @@ class Gang:
 
 @dataclass(frozen=True, slots=True)
 class GangTable:
-    """What was measured of one model, by slice size in GPCs."""
+    """What was measured of one model, by slice size in GPCs.
+
+    `footprints`: (batch, processes, MiB) of what is known to have fitted: the memory that was measured, or else all
+    the memory of the slice that a measurement was made in.
+    """
 
     by_gpcs: Mapping[int, tuple[Gang, ...]]
+    footprints: tuple[tuple[int, int, float], ...] = ()
+
+    def memory_mib(self, batch: int, processes: int) -> float:
+        """An upper bound of what so many processes with such batches take; 0 where nothing at all is known.
+
+        k' processes with batches of b' have fitted into some memory; k <= k' of them with b <= b' take at most k / k'.
+        """
+        fitted = [
+            mib * processes / others
+            for largest, others, mib in self.footprints
+            if largest >= batch and others >= processes
+        ]
+        return min(fitted, default=0.0)
 
     def gangs(self, gpcs: int, max_processes: int) -> list[Gang]:
         """Measured gangs of a slice; a size that was not measured takes the nearest smaller one, or has none."""
@@ -81,11 +99,24 @@ class GangTable:
 def gang_tables(measurements: Iterable[Measurement], gpu: str = "") -> dict[str, GangTable]:
     """Tables by model, of the rows measured on `gpu` (rows that name no GPU count for every one)."""
     found: dict[str, dict[int, dict[tuple[int, int], Gang]]] = defaultdict(lambda: defaultdict(dict))
+    footprints: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
     for each in measurements:
         if not gpu or not each.gpu or each.gpu == gpu:
             gang = Gang(each.batch, each.processes, each.latency_ms)
             found[each.model][each.gpcs][each.batch, each.processes] = gang
+            memory_mib = each.memory_mib or slice_memory_mib(each.mig_profile)
+            if memory_mib:
+                footprints[each.model].append((each.batch, each.processes, memory_mib))
     return {
-        model: GangTable({gpcs: tuple(gangs[key] for key in sorted(gangs)) for gpcs, gangs in sorted(sizes.items())})
+        model: GangTable(
+            {gpcs: tuple(gangs[key] for key in sorted(gangs)) for gpcs, gangs in sorted(sizes.items())},
+            tuple(footprints[model]),
+        )
         for model, sizes in found.items()
     }
+
+
+def slice_memory_mib(mig_profile: str) -> float:
+    """What the name says: 2g.20gb has 20 GiB. 0 where it says nothing."""
+    match = re.search(r"\.(\d+)gb", mig_profile)
+    return 1024.0 * int(match[1]) if match else 0.0

@@ -1,4 +1,4 @@
-"""Latency tables: time of (model, MIG profile, batch, processes); read and written, interpolated, knees. Pure but for reading.
+"""Latency tables: time of (model, MIG profile, batch, processes); interpolation and knees. Pure but for reading.
 
 File form: CSV with a header, one measurement a row, or JSON `{"measurements": [{...}]}` with the same names.
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pynvml
 
-from partitioner.nvml_errors import NotFoundError, NotSupportedError, NvmlError
-from partitioner.nvml_session import NvmlSession
+from partitioner.nvml_errors import GpuLostError, NotFoundError, NotSupportedError, NvmlError
+from partitioner.nvml_session import NvmlSession, address
 from partitioner.nvml_types import EventKind, GpuEvent
 
 NOT_AN_INSTANCE = 0xFFFFFFFF
@@ -25,9 +25,10 @@ GPM_WINDOW_S = 0.12
 class Events:
     """A queue of events that NVML keeps; nothing is lost between two waits."""
 
-    def __init__(self, session: NvmlSession, handle: Any) -> None:
+    def __init__(self, session: NvmlSession, handle: Any, uuids: dict[int, str]) -> None:
         self._session = session
         self._handle = handle
+        self._uuids = uuids
 
     def wait(self, timeout_s: float) -> GpuEvent | None:
         """The next event, or None after `timeout_s`. Raises GpuLostError."""
@@ -39,11 +40,18 @@ class Events:
             raise
         return GpuEvent(
             kind=_KINDS[int(data.eventType)],
-            gpu_uuid=str(self._session.call("nvmlDeviceGetUUID", data.device)),
+            gpu_uuid=self._uuid(data.device),
             code=int(data.eventData),
             gi_id=_instance_id(data.gpuInstanceId),
             ci_id=_instance_id(data.computeInstanceId),
         )
+
+    def _uuid(self, device: Any) -> str:
+        """A GPU tells its UUID no more when it is lost, just when it has an event to tell."""
+        try:
+            return str(self._session.call("nvmlDeviceGetUUID", device))
+        except GpuLostError:
+            return self._uuids[address(device)]
 
 
 @contextmanager
@@ -51,12 +59,14 @@ def listen(session: NvmlSession) -> Iterator[Events]:
     """Registers on GPUs, never on MIG devices: those are not supported. Unsupported kinds of events are left out."""
     handle = session.call("nvmlEventSetCreate")
     try:
-        for _, gpu, _ in session.gpus():
+        uuids = {}
+        for _, gpu, uuid in session.gpus():
+            uuids[address(gpu)] = uuid
             kinds = session.supported("nvmlDeviceGetSupportedEventTypes", gpu) or 0
             wanted = sum(kind for kind in _KINDS if kinds & kind)
             if wanted:
                 session.call("nvmlDeviceRegisterEvents", gpu, wanted, handle)
-        yield Events(session, handle)
+        yield Events(session, handle, uuids)
     finally:
         session.call("nvmlEventSetFree", handle)
 

@@ -29,6 +29,14 @@ _CODES = {
 _MOST_PROFILES = 64
 _REV1 = pynvml.NVML_COMPUTE_INSTANCE_PROFILE_1_SLICE_REV1
 
+# How many kinds every driver from R525 on knows: only after these can INVALID_ARGUMENT mean that there are no more.
+_LEAST_PROFILES = {"nvmlDeviceGetGpuInstanceProfileInfo": 10, "nvmlGpuInstanceGetComputeInstanceProfileInfo": 8}
+
+
+def address(handle: Any) -> int:
+    """What to know a handle by: handles themselves compare by identity and are not hashable."""
+    return ctypes.cast(handle, ctypes.c_void_p).value or 0
+
 
 def code_name(code: int) -> str:
     """NVML's name of a return code, without NVML_ERROR_."""
@@ -101,8 +109,11 @@ class NvmlSession:
 
     def mig_mode(self, gpu: Any) -> tuple[bool, bool] | None:
         """(current, pending), or None where there is no MIG."""
-        mode = self.supported("nvmlDeviceGetMigMode", gpu)
-        return None if mode is None else (bool(mode[0]), bool(mode[1]))
+        try:
+            mode = self.call("nvmlDeviceGetMigMode", gpu)
+        except NotSupportedError:
+            return None
+        return bool(mode[0]), bool(mode[1])
 
     def mig_devices(self, gpu: Any) -> Iterator[Any]:
         """Handles of the MIG devices: those of compute instances. Holes between them are passed over."""
@@ -116,30 +127,34 @@ class NvmlSession:
 
     def mig_profiles(self, gpu: Any) -> Iterator[tuple[int, Any]]:
         """(enum, info) of every MIG profile. The wheel's own count of them is not trusted."""
-        yield from self._enumerate("nvmlDeviceGetGpuInstanceProfileInfo", gpu)
+        yield from self._enumerate("nvmlDeviceGetUUID", "nvmlDeviceGetGpuInstanceProfileInfo", gpu)
 
     def compute_profiles(self, instance: Any, board: str, profile_id: int) -> list[tuple[int, Any]]:
         """(enum, info) of what a GPU instance can be split into: the same for all of a board and MIG profile."""
         key = (board, profile_id)
         if key not in self._compute_profiles:
-            name = "nvmlGpuInstanceGetComputeInstanceProfileInfo"
-            self._compute_profiles[key] = list(self._enumerate(name, instance, 0))
+            probe, name = "nvmlGpuInstanceGetInfo", "nvmlGpuInstanceGetComputeInstanceProfileInfo"
+            self._compute_profiles[key] = list(self._enumerate(probe, name, instance, 0))
         return self._compute_profiles[key]
 
-    def _enumerate(self, name: str, target: Any, *more: Any) -> Iterator[tuple[int, Any]]:
+    def _enumerate(self, probe: str, name: str, target: Any, *more: Any) -> Iterator[tuple[int, Any]]:
+        """Up to the first INVALID_ARGUMENT; which must not come from a handle that went stale, so `probe` is asked."""
         for enum in range(_MOST_PROFILES):
             try:
                 yield enum, self._info(name, target, enum, *more)
             except NotSupportedError:
                 continue
             except StaleError:
-                if enum == 0:
-                    raise
+                self.call(probe, target)
+                if enum < _LEAST_PROFILES[name]:
+                    raise  # not the end of the list: it would be taken for all that there is
                 return
 
     def _info(self, name: str, *args: Any) -> Any:
         try:
             return self.call(name, *args)
+        except StaleError:
+            return self.call(name, *args)  # the end, if it says so twice
         except NotSupportedError as error:
             if error.code != "FUNCTION_NOT_FOUND":
                 raise

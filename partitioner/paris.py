@@ -17,8 +17,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from partitioner.cuts import cuts, layout_counts, plain_profiles
+from partitioner.cuts import cuts, layout_counts, slice_profiles
 from partitioner.geometry import GpuModel, Layout
 from partitioner.latency import LatencyTable, measured_knee, monotone_knees, per_batch
 from partitioner.plans import ModelDemand, ModelShare, Plan, PlanError, PlannedSlice
@@ -62,7 +63,7 @@ def knees(
 def segments(knees: Mapping[int, int]) -> dict[int, range]:
     """Step 2: the batches of each size, above the knee of the next smaller one up to its own. Some may be empty."""
     sizes = sorted(knees)
-    return {gpcs: range(1 + (knees[below] if below else 0), 1 + knees[gpcs]) for below, gpcs in zip([0, *sizes], sizes)}
+    return {gpcs: range(1 + (knees[below] if below else 0), 1 + knees[gpcs]) for below, gpcs in pairwise([0, *sizes])}
 
 
 def busy_ms(
@@ -129,7 +130,7 @@ def plan(
     missing = [demand.model for demand in demands if demand.model not in tables]
     if missing:
         raise PlanError(f"no latency table for {', '.join(missing)}; there are {', '.join(sorted(tables))}")
-    sizes = [profile.gpcs for profile in plain_profiles(gpu)]
+    sizes = [profile.gpcs for profile in slice_profiles(gpu)]
     works = [work(demand, tables[demand.model], sizes, max_batch) for demand in demands]
     busy_gpcs = sum(each.busy_gpcs for each in works)
     count = gpus or max(1, math.ceil(busy_gpcs / PLANNED_UTILISATION / gpu.compute_slices))
@@ -161,7 +162,7 @@ def _total_counts(works: Sequence[Work], gpcs: int) -> dict[int, float]:
     total: Counter[int] = Counter()
     all_work = sum(each.busy_gpcs for each in works)
     for each in works:
-        total.update(real_counts(each.busy_ms, gpcs * each.busy_gpcs / all_work))  # type: ignore[arg-type]
+        total.update(real_counts(each.busy_ms, gpcs * each.busy_gpcs / all_work))
     return dict(total)
 
 

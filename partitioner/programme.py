@@ -1,4 +1,4 @@
-"""Integer programmes, built term by term and solved by HiGHS (through scipy). Pure; the same input gives the same answer."""
+"""Integer programmes, built term by term and solved by HiGHS, through scipy. Pure: same input, same answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 
 # Good enough: within half a per cent of the optimum, or what the search has found after so many nodes. A limit on nodes
 # keeps the answer the same on any machine; the limit on time is for a machine that is far too slow.
-RELATIVE_GAP, MAX_NODES, TIME_LIMIT_S = 0.005, 3000, 60.0
+RELATIVE_GAP, MAX_NODES, TIME_LIMIT_S = 0.005, 500, 60.0
 
 
 class InfeasibleError(ValueError):

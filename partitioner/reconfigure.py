@@ -6,8 +6,7 @@ A change is recorded on disk before it begins. What a crash leaves behind is fin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,12 +14,16 @@ from typing import Any
 
 from partitioner.geometry import Layout, MigProfile, PlacedProfile, Slice
 from partitioner.intent import Intent, IntentFile
-from partitioner.nvml import Gpu, NvmlDoor
-from partitioner.nvml_errors import MachineBusyError, NvmlError
+from partitioner.nvml import NvmlDoor
+from partitioner.nvml_errors import MachineBusyError, NvmlError, ReadBackError
+from partitioner.nvml_types import Gpu, Instance
 from partitioner.tenants import Tenants, TenantsError
 from partitioner.transition import Round, Transition, arrange, transition
 
 Tell = Callable[[str], None]
+# A reading that contradicts itself is taken again, so often.
+READINGS = 3
+
 Wanted = Mapping[str, Sequence[MigProfile]]
 
 
@@ -66,6 +69,27 @@ class GpuChange:
             if each.create:
                 lines.append(f"{name}: create and admit {_names(each.create)}")
         return lines
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """One GPU now: what the list of MIG devices shows, and what the lists of instances do."""
+
+    gpu: Gpu
+    instances: tuple[Instance, ...]
+
+    @property
+    def consistent(self) -> bool:
+        shown = {(each.gi_id, each.ci_id, each.start) for each in self.gpu.slices if each.gi_id is not None}
+        return shown == {(each.gi_id, ci, each.placement.start) for each in self.instances for ci in each.ci_ids}
+
+    @property
+    def layout(self) -> Layout:
+        return tuple(each.placed for each in self.instances if each.ci_ids)
+
+    def slices_at(self, layout: Sequence[PlacedProfile]) -> list[Slice]:
+        starts = {each.placement.start for each in layout}
+        return [each for each in self.gpu.slices if each.start in starts]
 
 
 class Nobody:
@@ -160,7 +184,7 @@ class Reconfigurer:
             raise RefusedChangeError(
                 f"MIG is off on GPU {gpu.index}; migserve layout apply turns it on while nobody serves"
             )
-        before = await self._layout(gpu.uuid)
+        before = (await self._read(gpu.uuid)).layout
         target = arrange(before, profiles, gpu.model)
         return GpuChange(gpu, before, target, transition(before, target, gpu.model))
 
@@ -188,12 +212,12 @@ class Reconfigurer:
         return Outcome(Result.APPLIED)
 
     async def _round(self, uuid: str, round_: Round) -> None:
-        await self._tenants.drain([each for each in await self._slices(uuid) if _at(each) in _places(round_.destroy)])
+        await self._tenants.drain((await self._read(uuid)).slices_at(round_.destroy))
         for gone in round_.destroy:
             await self._destroy(uuid, gone)
         for new in round_.create:
             await self._create(uuid, new)
-        await self._tenants.admit([each for each in await self._slices(uuid) if _at(each) in _places(round_.create)])
+        await self._tenants.admit((await self._read(uuid)).slices_at(round_.create))
 
     def _check_tenants(self) -> None:
         unserved = self._tenants.unserved()
@@ -207,15 +231,15 @@ class Reconfigurer:
         troubles: list[str] = []
         for uuid, layout in before.items():
             await self._attempt(troubles, self._remove_orphans(uuid))
-            slices = await self._attempt(troubles, self._slices(uuid)) or []
-            going = [each for each in slices if _at(each) not in _places(layout)]
-            await self._attempt(troubles, self._tenants.drain(going))
-            there = await self._attempt(troubles, self._layout(uuid)) or ()
-            for each in there:
-                if each not in layout:
-                    await self._attempt(troubles, self._destroy(uuid, each))
+            there = await self._attempt(troubles, self._read(uuid))
+            if there is None:
+                continue
+            going = [each for each in there.layout if each not in layout]
+            await self._attempt(troubles, self._tenants.drain(there.slices_at(going)))
+            for each in going:
+                await self._attempt(troubles, self._destroy(uuid, each))
             for each in layout:
-                if each not in there:
+                if each not in there.layout:
                     await self._attempt(troubles, self._create(uuid, each))
             await self._attempt(troubles, self._settle(uuid))
         reached = not troubles or await self._is(before)
@@ -224,7 +248,7 @@ class Reconfigurer:
     async def _settle(self, uuid: str) -> None:
         """Has every slice that there is now lived on; those that were drained, or come again, too."""
         homes = self._tenants.homes()
-        await self._tenants.admit([each for each in await self._slices(uuid) if each not in homes])
+        await self._tenants.admit([each for each in (await self._read(uuid)).gpu.slices if each not in homes])
 
     async def _finish(self, intent: Intent) -> Outcome:
         """After a crash: forward if that works, else back."""
@@ -254,18 +278,21 @@ class Reconfigurer:
 
     async def _is(self, layouts: Mapping[str, Layout]) -> bool:
         try:
-            return all([set(await self._layout(uuid)) == set(layout) for uuid, layout in layouts.items()])
+            return all([set((await self._read(uuid)).layout) == set(layout) for uuid, layout in layouts.items()])
         except NvmlError:
             return False
 
-    async def _layout(self, uuid: str) -> Layout:
-        instances = await self._call(self._door.instances, uuid)
-        layout = [PlacedProfile(each.profile, each.placement) for each in instances if each.ci_ids]
-        return tuple(sorted(layout, key=lambda placed: placed.placement.start))
+    async def _read(self, uuid: str) -> _State:
+        """The GPU as NVML shows it in two ways that must agree: a single reading with a flaw could cost a slice.
 
-    async def _slices(self, uuid: str) -> list[Slice]:
-        gpus = await self._call(self._door.gpus)
-        return [each for gpu in gpus if gpu.uuid == uuid for each in gpu.slices]
+        Raises ReadBackError where they go on to differ.
+        """
+        for _ in range(READINGS):
+            gpu = await self._call(self._door.gpu, uuid)
+            state = _State(gpu, tuple(await self._call(self._door.instances, uuid)))
+            if state.consistent:
+                return state
+        raise ReadBackError("reading the GPU", "INCONSISTENT", f"its instances and its MIG devices differ: {state}")
 
     async def _destroy(self, uuid: str, gone: PlacedProfile) -> None:
         for each in await self._call(self._door.instances, uuid):
@@ -279,21 +306,13 @@ class Reconfigurer:
 
     async def _remove_orphans(self, uuid: str) -> None:
         """GPU instances without a compute instance: no process can use them, and no MIG device shows them."""
-        for each in await self._call(self._door.instances, uuid):
+        for each in (await self._read(uuid)).instances:
             if not each.ci_ids:
                 self._tell(f"removing a GPU instance that has no compute instance: {each.profile.name}")
                 await self._call(self._door.destroy, uuid, each.gi_id)
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.to_thread(function, *arguments)
-
-
-def _at(each: Slice) -> tuple[str, int]:
-    return each.mig_profile, each.start
-
-
-def _places(layout: Layout) -> set[tuple[str, int]]:
-    return {(each.profile.name, each.placement.start) for each in layout}
 
 
 def _names(layout: Sequence[PlacedProfile]) -> str:

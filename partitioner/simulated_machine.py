@@ -214,7 +214,7 @@ class Machine:
         self._by_uuid = {gpu.uuid: gpu for gpu in self.gpus}
         self.states = {gpu.uuid: gpu.first_state() for gpu in self.gpus}
         if state_file is not None:
-            with self._file_lock():
+            with self.lock, self._file_lock():
                 if state_file.exists():
                     self.refresh()
                 else:
@@ -229,13 +229,14 @@ class Machine:
         self._on_change.append(on_change)
 
     @contextmanager
-    def change(self, gpu_uuid: str) -> Iterator[GpuState]:
+    def change(self, gpu_uuid: str, *, tell: bool = True) -> Iterator[GpuState]:
         """The state of a GPU, to be changed; written to the file, and told, if nothing is raised."""
         with self.lock, self._file_lock():
             self.refresh()
             yield self.states[gpu_uuid]
             self._save()
-            self._tell(gpu_uuid)
+            if tell:
+                self._tell(gpu_uuid)
 
     def refresh(self) -> None:
         """Takes over what other processes have changed."""
@@ -254,7 +255,8 @@ class Machine:
     def _tell(self, gpu_uuid: str) -> None:
         for on_change in self._on_change:
             on_change(gpu_uuid)
-        self.changed.notify_all()
+        with self.changed:
+            self.changed.notify_all()
 
     def _load(self) -> dict[str, GpuState]:
         assert self._file is not None

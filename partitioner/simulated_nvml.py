@@ -32,6 +32,7 @@ _ARCHITECTURES = {
     "hopper": pynvml.NVML_DEVICE_ARCH_HOPPER,
     "blackwell": pynvml.NVML_DEVICE_ARCH_BLACKWELL,
 }
+FALLEN_OFF_THE_BUS = 79
 NOT_AN_INSTANCE = 0xFFFFFFFF
 
 
@@ -88,8 +89,9 @@ class SimulatedNvml(InstanceCalls, EventCalls):
         return list(self._faults.calls)
 
     def lose(self, gpu_uuid: str) -> None:
-        """The GPU falls off the bus."""
-        with self._machine.change(gpu_uuid) as state:
+        """The GPU falls off the bus, with XID 79, until the next reboot."""
+        self.xid(gpu_uuid, FALLEN_OFF_THE_BUS)
+        with self._machine.change(gpu_uuid, tell=False) as state:
             state.lost = True
 
     def reset_gpu(self, gpu_uuid: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
+from itertools import accumulate
 
 from partitioner import latency
 from scheduler.messages import Request
@@ -12,23 +14,26 @@ class BatchTable:
     """Estimated time of a batch of one model on one worker: `ns[b]` for b items, `ns[0]` = 0.
 
     `knee`: PARIS's, with 80 % of the peak throughput. `peak`: the smallest batch with all of it.
+    `best_per_ns[b]`: most items a ns of any batch up to b.
     """
 
-    __slots__ = ("knee", "max_batch", "ns", "peak")
+    __slots__ = ("best_per_ns", "knee", "max_batch", "ns", "peak")
 
     def __init__(self, latency_ns: Sequence[int]) -> None:
         self.ns = (0, *latency_ns)
         self.max_batch = len(latency_ns)
         self.knee = latency.knee(latency_ns)
-        self.peak = max(range(1, self.max_batch + 1), key=lambda batch: batch / max(self.ns[batch], 1))
+        per_ns = [batch / max(ns, 1) for batch, ns in enumerate(self.ns)]
+        self.best_per_ns = list(accumulate(per_ns, max))
+        self.peak = per_ns.index(self.best_per_ns[-1])
 
     def time_ns(self, items: int) -> int:
         """Of one batch; what is larger than the table counts as its last row."""
         return self.ns[items] if items <= self.max_batch else self.ns[-1]
 
-    def peak_per_ns(self) -> float:
-        """Items a ns, at the most efficient batch."""
-        return self.peak / max(self.ns[self.peak], 1)
+    def largest_within(self, ns: float) -> int:
+        """The largest batch that takes no longer; 0 if none."""
+        return bisect.bisect_right(self.ns, ns) - 1 if ns >= 0 else 0
 
     def backlog_ns(self, items: int) -> int:
         """Time to work off `items` items in batches of the knee."""

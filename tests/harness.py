@@ -108,6 +108,9 @@ class RunningDaemon:
         """Process ids of the workers that came up last, by name."""
         return {line["worker"]: line["pid"] for line in self.events("worker up")}
 
+    def kill_worker(self, name: str) -> None:
+        os.kill(self.workers()[name], signal.SIGKILL)
+
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 

@@ -13,11 +13,17 @@ Rules:
 5. Open work is batched up to the knee. When its oldest has waited a second, one batch of it goes before the
    timely work of its class, as long as this takes no more than a tenth of the slice's time: so it never
    starves, and never takes more than that from those that can still be served in time.
+6. A crowded model (what waits takes its slices, at their best, more than half of the time its last query has)
+   must not be worked off in the small batches that its oldest queries leave time for: it would never recover.
+   If such a batch has less than 90 % of the throughput of the best one for what waits, those oldest ones are
+   given up: they go to the open lane.
 
 Late binding and relative laxity: our own; nothing is ever bound and taken back.
 """
 
 from __future__ import annotations
+
+import bisect
 
 from scheduler.batching import Line
 from scheduler.domain import BatchTable, Pool, Query, Worker
@@ -26,9 +32,12 @@ from scheduler.policies import Waiting
 # How much longer than its table says a batch may take and still end in time, when batches are made.
 GUARD = 1.1
 # How many waiting queries are looked at to make one batch: keeps a decision short however many wait.
-LOOK_AHEAD = 96
+LOOK_AHEAD = 512
+# Rule 6
+CROWDED = 0.5
+EFFICIENT = 0.9
 PATIENCE_NS = 1_000_000_000
-OPEN_SHARE = 0.1
+OPEN_SHARE = 0.05
 
 Rank = tuple[int, int, float, int]
 
@@ -116,6 +125,7 @@ class LateBinding:
             return []
         queue, table = self._queues[model], worker.tables[model]
         if best[1] == _TIMELY:
+            index = self._give_up(start_ns, queue, index, table)
             return _most_efficient(queue.timely, index, start_ns, table)
         return self._take_open(start_ns, worker, queue, table)
 
@@ -138,6 +148,26 @@ class LateBinding:
             queue.timely.remove(query)
             queue.open.push(query, query.request.id)
         return found
+
+    def _give_up(self, start_ns: int, queue: _Queue, index: int, table: BatchTable) -> int:
+        """Rule 6. Returns the place in the line of the query to start the batch with."""
+        entries = queue.timely.entries
+        priority, due_ns = entries[index][:2]
+        last_ns = entries[-1][1] - start_ns
+        if queue.timely.items / queue.peak_per_ns <= CROWDED * last_ns:
+            return index
+        possible = min(queue.timely.items, table.largest_within(last_ns / GUARD), table.peak)
+        wanted = bisect.bisect_left(table.best_per_ns, EFFICIENT * table.best_per_ns[possible])
+        wanted_ns = start_ns + int(table.ns[wanted] * GUARD)
+        if due_ns >= wanted_ns:
+            return index
+        until = bisect.bisect_left(entries, (priority, wanted_ns), index)
+        if until == len(entries) or entries[until][0] != priority:
+            return index
+        for *_, query in list(entries[index:until]):
+            queue.timely.remove(query)
+            queue.open.push(query, query.request.id)
+        return index
 
     def _rank_open(self, start_ns: int, worker: Worker, queue: _Queue) -> Rank:
         priority, _, request_id, query = queue.open.entries[0]
@@ -225,7 +255,7 @@ class LateBinding:
             queue.changes = self._pool.changes
             tables = [worker.tables[model] for worker in self._pool.serving[model]]
             queue.fastest = min(tables, key=lambda table: table.ns[1])
-            queue.peak_per_ns = sum(table.peak_per_ns() for table in tables)
+            queue.peak_per_ns = sum(table.best_per_ns[-1] for table in tables)
         return queue
 
 
