@@ -1,86 +1,172 @@
-"""The only file that speaks NVML. It takes any object with pynvml's functions, real or simulated.
+"""The NVML door: the way in to the driver. It takes any object with pynvml's functions, real or simulated.
 
-Facts it relies on: MIG devices are enumerated with holes (NOT_FOUND means go on, not stop); utilisation is
-not supported where MIG is on, which means unknown, never zero; power and energy exist per GPU only.
+Behind it: `nvml_session.py` (raw calls), `nvml_discovery.py` (what there is), `nvml_changes.py` (changing it),
+`nvml_events.py`. Only these files and the simulated driver speak pynvml, and its errors do not leave them.
+
+Facts they rely on: MIG devices are enumerated with holes; a GPU instance without compute instance is in no such
+list; a mode change may succeed and do nothing; IN_USE may pass; utilisation of an instance is unknown where NVML
+does not support it, never zero; power and energy exist per GPU only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
-from partitioner.catalog import GPU_MODELS
-from partitioner.geometry import Slice
+import pynvml
 
-MIB = 1024 * 1024
-# A whole GPU counts as its largest MIG profile, so that it sorts after every slice.
-WHOLE_GPU_GPCS = 7
+from partitioner import machine, nvml_changes, nvml_discovery, nvml_events
+from partitioner.geometry import GpuModel, MigProfile, Placement
+from partitioner.nvml_errors import MachineBusyError, NotSupportedError, NvmlUnavailableError
+from partitioner.nvml_session import NvmlSession
+from partitioner.nvml_types import Gpu, GpuProcess, GpuReadings, Instance, ModeChange, SliceMemory
 
-
-class NvmlUnavailableError(RuntimeError):
-    """NVML cannot be used. The message says why and what to do next."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU and what can be served on: its MIG instances, or itself where MIG is off."""
-
-    index: int
-    uuid: str
-    name: str
-    memory_mib: int
-    mig_enabled: bool
-    simulated: bool
-    slices: tuple[Slice, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class GpuReadings:
-    """What NVML measures of a whole GPU now. None means that NVML does not say."""
-
-    memory_total_bytes: int | None
-    memory_used_bytes: int | None
-    utilization: float | None
-    power_w: float | None
-    power_limit_w: float | None
-    energy_j: float | None
+__all__ = ["Gpu", "GpuReadings", "Instance", "ModeChange", "NvmlDoor", "NvmlUnavailableError", "real_gpus"]
 
 
 class NvmlDoor:
-    """One NVML session. Blocking: call it from a thread, never from the event loop."""
+    """One NVML session. Blocking: call it from a thread, never from the event loop.
 
-    def __init__(self, nvml: Any, *, simulated: bool = False) -> None:
-        """Opens the session. Raises NvmlUnavailableError."""
-        self._nvml = nvml
+    Every method raises NvmlError (`nvml_errors.py`) where NVML refuses.
+    """
+
+    def __init__(
+        self,
+        nvml: Any,
+        *,
+        simulated: bool = False,
+        lock_path: Path | None = None,
+        root: Path = Path("/"),
+        patience_s: float = 10.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Opens the session. Raises NvmlUnavailableError.
+
+        `lock_path`: of the lock among processes; without it only this door's own threads are kept apart. `root`:
+        where traces of other managers of MIG are looked for. `patience_s`: how long IN_USE is taken for passing.
+        """
+        self._session = NvmlSession(nvml)
         self._simulated = simulated
-        try:
-            nvml.nvmlInit()
-        except nvml.NVMLError as error:
-            raise NvmlUnavailableError(
-                f"no usable NVIDIA driver here ({error}); on a machine without a GPU use --gpu sim:A100-80GB, "
-                f"in a container check that the NVIDIA runtime is on"
-            ) from error
+        self._lock_path = lock_path
+        self._lock = threading.Lock()
+        self._root = root
+        self._patience = nvml_changes.Patience(patience_s, sleep)
+        self._models: dict[str, GpuModel | None] = {}
 
     def close(self) -> None:
-        self._nvml.nvmlShutdown()
+        self._session.call("nvmlShutdown")
 
     def driver_version(self) -> str:
-        return str(self._nvml.nvmlSystemGetDriverVersion())
+        return str(self._session.call("nvmlSystemGetDriverVersion"))
+
+    # ---- what there is ----
 
     def gpus(self) -> list[Gpu]:
-        """Every GPU, in NVML's order, with its slices as they are now."""
-        return [self._gpu(index) for index in range(self._nvml.nvmlDeviceGetCount())]
+        """Every GPU, in NVML's order, with its slices as they are now. Lost ones are left out."""
+        return [
+            nvml_discovery.gpu(self._session, index, handle, uuid, self._model(handle, uuid), self._simulated)
+            for index, handle, uuid in self._session.gpus()
+        ]
+
+    def gpu(self, gpu_uuid: str) -> Gpu:
+        """One of them. Raises NotFoundError or GpuLostError."""
+        self._session.gpu(gpu_uuid)
+        return next(gpu for gpu in self.gpus() if gpu.uuid == gpu_uuid)
+
+    def model(self, gpu_uuid: str) -> GpuModel:
+        """What a GPU can be cut into, in NVML's own names and figures; the catalogue's where NVML is silent.
+
+        Raises NotSupportedError where there is no MIG, or where neither of them knows.
+        """
+        model = self._model(self._session.gpu(gpu_uuid), gpu_uuid)
+        if model is None:
+            raise NotSupportedError("nvmlDeviceGetMigMode", "NOT_SUPPORTED", f"{gpu_uuid} has no MIG that is known")
+        return model
+
+    def _model(self, handle: Any, uuid: str) -> GpuModel | None:
+        if uuid not in self._models:
+            model, lasting = nvml_discovery.model(self._session, handle)
+            if not lasting:
+                return model  # NVML may say more when MIG is on
+            self._models[uuid] = model
+        return self._models[uuid]
+
+    def instances(self, gpu_uuid: str) -> list[Instance]:
+        """Every GPU instance, by start, also those without a compute instance; none while MIG is off.
+
+        Raises NoPermissionError without the right to see them.
+        """
+        gpu = self._session.gpu(gpu_uuid)
+        mode = self._session.mig_mode(gpu)
+        if mode is None or not mode[0]:
+            return []
+        return nvml_discovery.instances(self._session, gpu, self.model(gpu_uuid))
+
+    # ---- changing it ----
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Only one at a time changes GPUs, of all processes on this machine. Raises MachineBusyError."""
+        if not self._lock.acquire(blocking=False):
+            raise MachineBusyError("this process is changing the GPUs already; wait until it has finished")
+        try:
+            if self._lock_path is None:
+                yield
+            else:
+                with machine.exclusive(self._lock_path):
+                    yield
+        finally:
+            self._lock.release()
+
+    def create(self, gpu_uuid: str, profile: MigProfile, placement: Placement) -> Instance:
+        """A slice at `placement`, read back; on failure nothing is left of it. Raises NoRoomError and others."""
+        of = self.model(gpu_uuid)
+        return nvml_changes.create(self._session, gpu_uuid, profile, placement, of, self._patience)
+
+    def destroy(self, gpu_uuid: str, gi_id: int) -> None:
+        """A slice with its compute instances; gone already is done. Raises InUseError, naming who holds it."""
+        nvml_changes.destroy(self._session, gpu_uuid, gi_id, self._patience)
+
+    def set_mig_mode(self, gpu_uuid: str, on: bool) -> ModeChange:
+        """Asks for MIG mode; the answer says whether it holds, and otherwise what it takes."""
+        self._models.pop(gpu_uuid, None)
+        return nvml_changes.set_mode(self._session, gpu_uuid, on)
+
+    # ---- guards ----
+
+    def processes(self, gpu_uuid: str) -> list[GpuProcess]:
+        """What uses a GPU or its instances, as far as NVML lists it."""
+        return nvml_changes.processes(self._session, self._session.gpu(gpu_uuid))
+
+    def refusal(self, gpu_uuid: str, own_pids: Collection[int] = ()) -> str | None:
+        """Why this GPU must not be changed by us; None if it may. `own_pids` are our own workers."""
+        manager = machine.foreign_manager(self._root)
+        if manager is not None:
+            return manager
+        gpu = self._session.gpu(gpu_uuid)
+        virtualization = self._session.supported("nvmlDeviceGetVirtualizationMode", gpu)
+        if virtualization == pynvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU:
+            return f"{gpu_uuid} is a vGPU: it is cut on the host, not in this virtual machine"
+        foreign = [each for each in self.processes(gpu_uuid) if each.pid not in own_pids]
+        if foreign:
+            return f"{gpu_uuid} is used by {', '.join(map(str, foreign))}; end that first, or leave this GPU out"
+        return None
+
+    # ---- measurements and events ----
 
     def readings(self, gpu_uuid: str) -> GpuReadings:
-        """Measurements of one GPU. Raises NVMLError when the GPU is lost."""
-        nvml = self._nvml
-        handle = nvml.nvmlDeviceGetHandleByUUID(gpu_uuid)
-        memory = self._supported(nvml.nvmlDeviceGetMemoryInfo, handle)
-        utilization = self._supported(nvml.nvmlDeviceGetUtilizationRates, handle)
-        power_mw = self._supported(nvml.nvmlDeviceGetPowerUsage, handle)
-        limit_mw = self._supported(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
-        energy_mj = self._supported(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+        """Measurements of one GPU. Raises GpuLostError."""
+        handle = self._session.gpu(gpu_uuid)
+        supported = self._session.supported
+        memory = supported("nvmlDeviceGetMemoryInfo", handle)
+        utilization = supported("nvmlDeviceGetUtilizationRates", handle)
+        power_mw = supported("nvmlDeviceGetPowerUsage", handle)
+        limit_mw = supported("nvmlDeviceGetEnforcedPowerLimit", handle)
+        energy_mj = supported("nvmlDeviceGetTotalEnergyConsumption", handle)
         return GpuReadings(
             memory_total_bytes=None if memory is None else int(memory.total),
             memory_used_bytes=None if memory is None or self._simulated else int(memory.used),
@@ -90,94 +176,26 @@ class NvmlDoor:
             energy_j=None if energy_mj is None else energy_mj / 1e3,
         )
 
-    def _supported(self, call: Callable[..., Any], *args: Any) -> Any:
-        """The call's result, or None where NVML does not support it here or does not permit it."""
-        nvml = self._nvml
-        try:
-            return call(*args)
-        except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission, nvml.NVMLError_FunctionNotFound):
+    def memory(self, device_uuid: str) -> SliceMemory | None:
+        """Of a MIG device; None where NVML does not say. Raises NotFoundError when it is gone."""
+        handle = self._session.call("nvmlDeviceGetHandleByUUID", device_uuid)
+        found = self._session.supported("nvmlDeviceGetMemoryInfo", handle)
+        if found is None:
             return None
+        return SliceMemory(int(found.total), None if self._simulated else int(found.used))
 
-    def _gpu(self, index: int) -> Gpu:
-        nvml = self._nvml
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        uuid, name = str(nvml.nvmlDeviceGetUUID(handle)), str(nvml.nvmlDeviceGetName(handle))
-        memory_mib = int(nvml.nvmlDeviceGetMemoryInfo(handle).total) // MIB
-        mode = self._supported(nvml.nvmlDeviceGetMigMode, handle)
-        mig_enabled = mode is not None and mode[0] == nvml.NVML_DEVICE_MIG_ENABLE
-        if mig_enabled:
-            slices = self._mig_slices(handle, index, uuid, name)
-        else:
-            slices = (self._whole_gpu(index, uuid, name, memory_mib),)
-        return Gpu(index, uuid, name, memory_mib, mig_enabled, self._simulated, slices)
+    def utilization(self, gpu_uuid: str) -> dict[int, float | None]:
+        """Share of SMs busy by GPU instance id, over a tenth of a second, in which this blocks; None: unknown.
 
-    def _whole_gpu(self, index: int, uuid: str, name: str, memory_mib: int) -> Slice:
-        return Slice(
-            gpu_index=index,
-            gpu_uuid=uuid,
-            gpu_name=name,
-            device_uuid=uuid,
-            mig_profile="",
-            gpcs=WHOLE_GPU_GPCS,
-            memory_mib=memory_mib,
-            gi_id=None,
-            ci_id=None,
-            start=0,
-            size=1,
-            grid=1,
-            simulated=self._simulated,
-        )
+        By GPM, which Hopper and later GPUs have; elsewhere all are unknown.
+        """
+        return nvml_events.utilization(self._session, gpu_uuid, self._patience.sleep)
 
-    def _mig_slices(self, gpu: Any, index: int, uuid: str, name: str) -> tuple[Slice, ...]:
-        nvml = self._nvml
-        slices: list[Slice] = []
-        for mig_index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
-            try:
-                handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, mig_index)
-            except nvml.NVMLError_NotFound:
-                continue  # a hole: instances were destroyed, later indices may still exist
-            attributes = nvml.nvmlDeviceGetAttributes_v2(handle)
-            gi_id = int(nvml.nvmlDeviceGetGpuInstanceId(handle))
-            start, size = self._grid_place(gpu, gi_id, slices, int(attributes.gpuInstanceSliceCount))
-            slices.append(
-                Slice(
-                    gpu_index=index,
-                    gpu_uuid=uuid,
-                    gpu_name=name,
-                    device_uuid=str(nvml.nvmlDeviceGetUUID(handle)),
-                    # NVML's own name of a MIG device ends in its MIG profile: "... MIG 1g.10gb".
-                    mig_profile=str(nvml.nvmlDeviceGetName(handle)).rsplit("MIG ", 1)[-1],
-                    gpcs=int(attributes.computeInstanceSliceCount),
-                    memory_mib=int(attributes.memorySizeMB),
-                    gi_id=gi_id,
-                    ci_id=int(nvml.nvmlDeviceGetComputeInstanceId(handle)),
-                    start=start,
-                    size=size,
-                    grid=_grid_width(name),
-                    simulated=self._simulated,
-                )
-            )
-        return tuple(sorted(slices, key=lambda s: s.start))
-
-    def _grid_place(self, gpu: Any, gi_id: int, before: list[Slice], gpcs: int) -> tuple[int, int]:
-        """(start, size) on the memory-slice grid; without the right to ask, side by side in NVML's order."""
-        instance = self._supported(self._nvml.nvmlDeviceGetGpuInstanceById, gpu, gi_id)
-        if instance is None:
-            return max((s.start + s.size for s in before), default=0), gpcs
-        placement = self._nvml.nvmlGpuInstanceGetInfo(instance).placement
-        return int(placement.start), int(placement.size)
+    def events(self) -> AbstractContextManager[nvml_events.Events]:
+        """XID errors and changes of the MIG configuration, of every GPU that there is now; close it by `with`."""
+        return nvml_events.listen(self._session)
 
 
 def real_gpus() -> NvmlDoor:
     """The door to this machine's driver. Raises NvmlUnavailableError."""
-    import pynvml
-
-    return NvmlDoor(pynvml)
-
-
-def _grid_width(gpu_name: str) -> int:
-    """Memory slices across a GPU that NVML calls `gpu_name`; 8 on every data-centre board but a few."""
-    for model in GPU_MODELS.values():
-        if model.name.rsplit("-", 1)[0].replace("-", " ") in gpu_name.replace("-", " "):
-            return model.memory_slices
-    return 8
+    return NvmlDoor(pynvml, lock_path=machine.default_lock_path())

@@ -6,7 +6,7 @@ Rules:
 3. When a worker dies, what waited for it is placed anew; what ran on it runs again, alone. A request whose
    worker dies a second time is refused by itself.
 4. When the model raises on a batch of several, each of them runs again alone, so that only the culprit fails.
-5. While every worker that has a model is being restarted, its requests are parked, not refused.
+5. While every worker that has a model is being restarted or replaced, its requests are parked, not refused.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from scheduler.messages import (
     BatchDone,
     BatchFailed,
     Cancelled,
+    Drains,
     Reason,
     Refuse,
     Run,
@@ -60,7 +61,7 @@ class SchedulerCore:
         self._waiting: Counter[str] = Counter()  # queued or parked, by model
         self._queued = 0  # in the policy's queues
         self._parked: dict[str, dict[int, Query]] = {}
-        self._coming_back: dict[int, set[str]] = {}  # models of workers that are being restarted
+        self._coming_back: dict[int, set[str]] = {}  # models of workers that are being restarted or replaced
         self._expiries: list[tuple[int, int]] = []
         self._wake_ns: int | None = None
         self._roomy: dict[int, Worker] = {}
@@ -90,6 +91,8 @@ class SchedulerCore:
                 self._serves(now_ns, event)
             case StopsServing():
                 self._stops_serving(now_ns, event)
+            case Drains():
+                self._drains(now_ns, event)
             case WorkerLost():
                 self._worker_lost(now_ns, event)
             case Tick():
@@ -158,6 +161,15 @@ class SchedulerCore:
             self._pool.withdraw(worker, event.model)
             self._place_again(now_ns, evicted)
         self._give_up_parked(now_ns, event.model)
+
+    def _drains(self, now_ns: int, event: Drains) -> None:
+        worker = self._pool.workers[event.worker_id]
+        models = set(worker.tables)
+        self._coming_back[worker.id] = models
+        evicted = self._policy.evict(worker)
+        for model in models:
+            self._pool.withdraw(worker, model)
+        self._place_again(now_ns, evicted)
 
     def _worker_lost(self, now_ns: int, event: WorkerLost) -> None:
         models = self._coming_back.pop(event.worker_id, set())

@@ -1,4 +1,4 @@
-"""The worker processes: started, given models, watched, restarted, stopped.
+"""The worker processes: started, watched, restarted, stopped; moved when slices go and others come.
 
 One worker process a slice, or several. A worker that dies is started again with a growing pause; one that
 dies too often stays out, with the reason.
@@ -7,141 +7,77 @@ dies too often stays out, with the reason.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections import deque
-from collections.abc import Coroutine, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from enum import StrEnum
-from multiprocessing.context import ForkServerProcess
-from typing import Any, NamedTuple, Protocol
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import structlog
 
-from partitioner import latency
 from partitioner.geometry import Slice
+from partitioner.tenants import TenantsError
 from scheduler import channel, spawn
 from scheduler.arena import Arena, Descriptor, SharedMemory
-from scheduler.channel import Done, Failed, Load, Loaded, LoadFailed, ModelSource, Ready, RunBatch, Unload
-from scheduler.tensors import Signature
+from scheduler.channel import Done, Failed, Loaded, LoadFailed, ModelSource, Ready, RunBatch
+from scheduler.loading import LoadedModel, Loader
+from scheduler.staff import CRASH_WINDOW_S, CRASHES, DiedError, Listener, State, Worker, resolve
 from scheduler.worker import WorkerStart
 
 log = structlog.get_logger(__name__)
 
-Points = tuple[tuple[int, float], ...]
-
-# A worker that has died this often within the window stays out.
-CRASHES = 5
-CRASH_WINDOW_S = 120.0
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 5.0
-# A model whose loading has killed this many workers is given up.
-CRASHES_PER_LOAD = 2
 START_TIMEOUT_S = 60.0
 KILL_TIMEOUT_S = 1.0
-
-
-class ModelUnservableError(RuntimeError):
-    """No worker could load the model. The message says why."""
-
-
-class State(StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    RESTARTING = "restarting"
-    OUT = "out"
-    STOPPED = "stopped"
-
-
-class LoadedModel(NamedTuple):
-    """A model that at least one worker serves."""
-
-    signature: Signature
-    measured_ms: dict[str, Points]  # by kind of worker; empty where the latencies were given
-
-
-class Listener(Protocol):
-    """Told of what workers do; the driver."""
-
-    def worker_up(self, worker_id: int, where: Slice, depth: int) -> None: ...
-    def worker_lost(self, worker_id: int, detail: str, *, comes_back: bool, batch_ids: list[int]) -> None: ...
-    def serves(self, worker_id: int, key: str, latency_ns: tuple[int, ...]) -> None: ...
-    def stops_serving(self, worker_id: int, key: str) -> None: ...
-    def batch_done(self, worker_id: int, done: Done, outbox: memoryview) -> None: ...
-    def batch_failed(self, worker_id: int, failed: Failed) -> None: ...
-
-
-@dataclass
-class Worker:
-    """One place for a worker process, over all its lives."""
-
-    id: int
-    where: Slice
-    index: int  # among the workers of its slice
-    outbox: SharedMemory
-    state: State = State.STARTING
-    reason: str = ""
-    starts: int = 0
-    crashes: deque[float] = field(default_factory=lambda: deque(maxlen=CRASHES))
-    process: ForkServerProcess | None = None
-    channel: channel.DaemonEnd | None = None
-    ready: asyncio.Future[None] | None = None
-    loading: dict[str, asyncio.Future[Loaded | LoadFailed]] = field(default_factory=dict)
-    serving: set[str] = field(default_factory=set)
-    running: dict[int, float] = field(default_factory=dict)  # batch id -> when it was sent
-
-    @property
-    def name(self) -> str:
-        return self.where.name if self.index == 0 else f"{self.where.name}#{self.index}"
-
-    @property
-    def measured_as(self) -> str:
-        """Workers of one kind share their measured latency tables."""
-        return "cpu" if self.where.simulated else self.where.mig_profile or self.where.gpu_name
-
-    @property
-    def pid(self) -> int | None:
-        return self.process.pid if self.process is not None else None
-
-
-class _DiedError(Exception):
-    """The worker died while something waited for it."""
+# For a worker without work to end by itself.
+END_TIMEOUT_S = 5.0
+RECUT = "its slice was re-cut"
 
 
 class Fleet:
-    """All workers. Every method runs on the event loop's thread."""
+    """All workers. Every method runs on the event loop's thread. For the partitioner it is the tenant of the slices."""
 
     def __init__(
         self,
-        slices: Sequence[Slice],
         arena: Arena,
         *,
         workers_per_slice: int = 1,
-        threads_per_worker: int = 1,
+        threads_per_worker: int | None = None,
         outbox_bytes: int = 256 * 1024 * 1024,
         batch_timeout_s: float = 60.0,
     ) -> None:
         self._arena = arena
+        self._workers_per_slice = workers_per_slice
         self._threads = threads_per_worker
+        self._outbox_bytes = outbox_bytes
         self._batch_timeout_s = batch_timeout_s
-        places = [(where, index) for where in slices for index in range(workers_per_slice)]
-        self.workers = [
-            Worker(worker_id, where, index, SharedMemory("migserve-outbox", outbox_bytes))
-            for worker_id, (where, index) in enumerate(places)
-        ]
-        self._models: dict[str, ModelSource] = {}  # wanted
-        self._proven: set[str] = set()  # of these, what some worker has loaded without dying of it
-        self._measured: dict[tuple[str, str], Points] = {}  # (model key, kind of worker)
-        self._listener: Listener | None = None
+        self.places: list[tuple[Slice, int]] = []  # by worker id: slice and index on it, of all that ever were
+        self._workers: dict[int, Worker] = {}
+        self._retired: list[int] = []  # during a re-cut: workers whose models are expected elsewhere
+        self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
 
+    @property
+    def workers(self) -> list[Worker]:
+        """Those that there are now."""
+        return list(self._workers.values())
+
+    def pids(self, device_uuid: str | None = None) -> list[int]:
+        """Worker processes that are alive now, all or those that hold one device."""
+        places = [each for each in self.workers if device_uuid in (None, each.where.device_uuid)]
+        return [each.pid for each in places if each.pid is not None and _alive(each.pid)]
+
     # ---- life ----
 
-    async def start(self, listener: Listener) -> None:
+    async def start(self, listener: Listener, slices: Sequence[Slice]) -> None:
         """Starts every worker process; returns when all are up or have failed to be."""
-        self._listener = listener
-        await asyncio.gather(*(self._bring_up(each) for each in self.workers))
+        self._told = listener
+        self._loader = Loader(self._send, listener)
+        async with self._changing:
+            await asyncio.gather(*(self._bring_up(each) for each in self._add(slices)))
         self._spawn(self._watch())
 
     async def stop(self, timeout_s: float) -> None:
@@ -152,111 +88,94 @@ class Fleet:
         for each in self.workers:
             each.state = State.STOPPED
             self._close_channel(each)
-        processes = [each.process for each in self.workers if each.process is not None]
         deadline = time.monotonic() + timeout_s
-        for process in processes:
-            await asyncio.to_thread(process.join, max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
-                await asyncio.to_thread(process.join)
         for each in self.workers:
+            await self._end(each, max(0.0, deadline - time.monotonic()))
             each.outbox.close()
 
     def send(self, worker_id: int, batch: RunBatch) -> None:
         """Hands a batch to a worker. If it is gone, its end is noticed and told by itself."""
-        target = self.workers[worker_id]
+        target = self._workers[worker_id]
         target.running[batch.batch_id] = time.monotonic()
         self._send(target, batch)
 
     # ---- models ----
 
     async def load(self, source: ModelSource) -> LoadedModel:
-        """Loads a model on all its workers. Raises ModelUnservableError if none can.
-
-        Of each kind of worker one goes first and measures; the others take over its latency table.
-        """
-        groups: dict[str, list[Worker]] = {}
-        for each in self.workers:
-            if not source.mig_profiles or each.where.mig_profile in source.mig_profiles:
-                groups.setdefault(each.measured_as, []).append(each)
-        if not groups:
-            raise ModelUnservableError(f"no slice has one of the MIG profiles {', '.join(source.mig_profiles)}")
-        self._models[source.key] = source
-        results = await asyncio.gather(*(self._load_group(source, group) for group in groups.values()))
-        loaded = [result for result in results if isinstance(result, Loaded)]
-        if not loaded:
-            self._forget(source.key)
-            raise ModelUnservableError("; ".join(sorted({str(result) for result in results})))
-        tables = {kind: self._measured[source.key, kind] for kind in groups if (source.key, kind) in self._measured}
-        return LoadedModel(loaded[0].signature, tables)
+        """Loads a model on all its workers. Raises ModelUnservableError if none can."""
+        async with self._changing:  # not while slices come and go
+            return await self._loader.load(source, self.workers)
 
     def unload(self, key: str) -> None:
         """Takes a model off every worker. Its requests must have ended."""
-        self._forget(key)
-        for each in self.workers:
-            if key in each.serving:
-                each.serving.discard(key)
-                self._told.stops_serving(each.id, key)
-                self._send(each, Unload(key))
+        self._loader.unload(key, self.workers)
 
     def serving(self, key: str) -> list[Worker]:
         return [each for each in self.workers if key in each.serving and each.state == State.READY]
 
-    def _forget(self, key: str) -> None:
-        self._models.pop(key, None)
-        self._proven.discard(key)
-        for measured in [measured for measured in self._measured if measured[0] == key]:
-            del self._measured[measured]
+    # ---- slices come and go: partitioner.tenants.Tenants ----
 
-    async def _load_group(self, source: ModelSource, group: list[Worker]) -> Loaded | str:
-        """Loads on workers of one kind. Returns one result, or why there is none."""
-        reason = "no worker is up"
-        up = [each for each in group if each.state == State.READY]
-        for first in up[:CRASHES_PER_LOAD]:
+    @asynccontextmanager
+    async def recut(self) -> AsyncIterator[None]:
+        """While slices change. Models that nobody serves meanwhile are expected back: their requests wait."""
+        async with self._changing:
             try:
-                result = await self._load_on(source, first)
-            except _DiedError as died:
-                reason = f"loading it killed the worker on {first.name}: {died}"
-                continue
-            if isinstance(result, LoadFailed):
-                return result.detail
-            self._proven.add(source.key)
-            await asyncio.gather(*(self._load_on_again(source, each) for each in group if each is not first))
-            return result
-        return reason
+                yield
+            finally:
+                for worker_id in self._retired:
+                    self._told.worker_lost(worker_id, RECUT, comes_back=False, batch_ids=[])
+                self._retired.clear()
 
-    async def _load_on_again(self, source: ModelSource, each: Worker) -> None:
-        """Loads what another worker has loaded before; a failure costs this worker only."""
-        try:
-            result = await self._load_on(source, each)
-        except _DiedError:
-            return  # restarting: it will load everything by itself
-        if isinstance(result, LoadFailed):
-            log.warning("model not loaded here", model=source.name, worker=each.name, reason=result.detail)
-            self._told.stops_serving(each.id, source.key)
+    async def drain(self, slices: Sequence[Slice]) -> None:
+        """Lets their workers finish what they run and end. What waited for them goes elsewhere."""
+        going = [each for each in self.workers if each.where in slices]
+        await asyncio.gather(*(self._retire(each) for each in going))
 
-    async def _load_on(self, source: ModelSource, each: Worker) -> Loaded | LoadFailed:
-        """Raises _DiedError when the worker does, or is not up."""
-        if each.state != State.READY:
-            raise _DiedError(each.reason or each.state)
-        future = asyncio.get_running_loop().create_future()
-        each.loading[source.key] = future
-        self._send(each, Load(source, self._known_latency(source, each)))
-        result: Loaded | LoadFailed = await future
-        if source.key not in self._models:
-            self._send(each, Unload(source.key))  # unloaded while a restarted worker was loading it
-        elif isinstance(result, Loaded):
-            if source.latency_ms is None:
-                self._measured.setdefault((source.key, each.measured_as), result.latency_ms)
-            each.serving.add(source.key)
-            times = latency.per_batch(result.latency_ms, max(result.signature.max_batch, 1))
-            self._told.serves(each.id, source.key, tuple(int(ms * 1e6) for ms in times))
-        return result
+    async def admit(self, slices: Sequence[Slice]) -> None:
+        """Starts workers on new slices and gives them their models. Raises TenantsError if one does not come up."""
+        new = self._add(slices)
+        await asyncio.gather(*(self._bring_up(each) for each in new))
+        down = [f"{each.name}: {each.reason}" for each in new if each.state != State.READY]
+        if down:
+            raise TenantsError(f"no worker came up on {'; '.join(down)}")
+        await self._loader.introduce(new)
 
-    def _known_latency(self, source: ModelSource, each: Worker) -> Points | None:
-        if source.latency_ms is not None:
-            return tuple(latency.LatencyTable(_by_gpcs(source.latency_ms)).points(each.where.gpcs))
-        return self._measured.get((source.key, each.measured_as))
+    def homes(self) -> list[Slice]:
+        """Slices that have workers now."""
+        return list(dict.fromkeys(each.where for each in self.workers))
+
+    def unserved(self) -> list[str]:
+        """Names of models that should be served, and are not served by anybody now."""
+        return self._loader.unserved(self.workers)
+
+    def _add(self, slices: Sequence[Slice]) -> list[Worker]:
+        new = []
+        for where in slices:
+            for index in range(self._workers_per_slice):
+                worker = Worker(len(self.places), where, index, SharedMemory("migserve-outbox", self._outbox_bytes))
+                self.places.append((where, index))
+                self._workers[worker.id] = worker
+                new.append(worker)
+        return new
+
+    async def _retire(self, each: Worker) -> None:
+        each.retiring = True
+        if each.restart is not None:
+            await asyncio.wait({each.restart})  # a process that is being started cannot be stopped midway
+        if each.state == State.READY:
+            each.state = State.DRAINING
+            self._told.drains(each.id)
+            if each.running:
+                each.quiet = asyncio.get_running_loop().create_future()
+                await each.quiet
+        each.state, each.reason = State.OUT, RECUT
+        self._close_channel(each)
+        await self._end(each, END_TIMEOUT_S)
+        self._told.worker_lost(each.id, RECUT, comes_back=True, batch_ids=each.let_go(RECUT))
+        self._retired.append(each.id)
+        del self._workers[each.id]
+        each.outbox.close()
+        log.info("worker gone", worker=each.name, pid=each.pid, reason=RECUT)
 
     # ---- processes ----
 
@@ -266,7 +185,7 @@ class Fleet:
         start = WorkerStart(
             name=each.where.mig_profile or f"gpu{each.where.gpu_index}",
             device_uuid=None if each.where.simulated else each.where.device_uuid,
-            threads=self._threads,
+            threads=self._threads or _threads(len(self._workers)),
         )
         memory = Descriptor(self._arena.fd), Descriptor(each.outbox.fd)
         loop = asyncio.get_running_loop()
@@ -280,7 +199,7 @@ class Fleet:
             self._lose(each, f"not up within {START_TIMEOUT_S:.0f} s")
         except OSError as error:
             self._lose(each, f"cannot be started: {error}")
-        except _DiedError:
+        except DiedError:
             pass  # dealt with where it was noticed
         finally:
             theirs.close()
@@ -291,13 +210,6 @@ class Fleet:
         await asyncio.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** max(len(recent) - 1, 0)))
         await self._bring_up(each)
 
-    async def _reload_models(self, each: Worker) -> None:
-        for source in list(self._models.values()):
-            # Only what is proven: a model that kills workers must not do so over and over.
-            wanted = source.key in self._proven and source.key in self._models
-            if wanted and (not source.mig_profiles or each.where.mig_profile in source.mig_profiles):
-                await self._load_on_again(source, each)
-
     async def _watch(self) -> None:
         """Kills workers whose batch takes far too long."""
         while True:
@@ -306,6 +218,15 @@ class Fleet:
             for each in self.workers:
                 if any(sent < limit for sent in each.running.values()):
                     self._lose(each, f"a batch took more than {self._batch_timeout_s:.0f} s")
+
+    async def _end(self, each: Worker, timeout_s: float) -> None:
+        """Waits for the end of a process whose channel is closed, and then kills it."""
+        if each.process is None:
+            return
+        await asyncio.to_thread(each.process.join, timeout_s)
+        if each.process.is_alive():
+            each.process.kill()
+            await asyncio.to_thread(each.process.join)
 
     # ---- what workers say ----
 
@@ -323,21 +244,21 @@ class Fleet:
     def _on_message(self, each: Worker, message: Ready | Loaded | LoadFailed | Done | Failed | None) -> None:
         match message:
             case Done():
-                each.running.pop(message.batch_id, None)
+                each.batch_ended(message.batch_id)
                 self._told.batch_done(each.id, message, each.outbox.memory)
             case Failed():
-                each.running.pop(message.batch_id, None)
+                each.batch_ended(message.batch_id)
                 log.warning("model failed", worker=each.name, detail=message.detail, full=message.full)
                 self._told.batch_failed(each.id, message)
             case Loaded() | LoadFailed():
-                self._resolve(each.loading.pop(message.key, None), message)
+                resolve(each.loading.pop(message.key, None), message)
             case Ready():
                 each.state, each.reason = State.READY, ""
                 log.info("worker up", worker=each.name, pid=each.pid, starts=each.starts)
                 self._told.worker_up(each.id, each.where, message.depth)
                 if each.starts > 1:
-                    self._spawn(self._reload_models(each))
-                self._resolve(each.ready, None)
+                    self._spawn(self._loader.restore(each))
+                resolve(each.ready, None)
             case None:
                 self._lose(each, "")
 
@@ -351,27 +272,16 @@ class Fleet:
             detail = detail or how
         each.crashes.append(time.monotonic())
         out = len(each.crashes) == CRASHES and each.crashes[0] > time.monotonic() - CRASH_WINDOW_S
-        each.state = State.OUT if out else State.RESTARTING
+        stays_out = out or each.retiring
+        each.state = State.OUT if stays_out else State.RESTARTING
         each.reason = f"died {CRASHES} times within {CRASH_WINDOW_S:.0f} s, last: {detail}" if out else detail
-        log.warning("worker lost", worker=each.name, pid=each.pid, reason=each.reason, stays_out=out)
-        batch_ids = list(each.running)
-        each.running.clear()
-        each.serving.clear()
-        for future in [each.ready, *each.loading.values()]:
-            if future is not None and not future.done():
-                future.set_exception(_DiedError(detail))
-                future.exception()  # seen: nobody need wait for it
-        each.loading.clear()
-        self._told.worker_lost(each.id, detail, comes_back=not out, batch_ids=batch_ids)
-        if not out:
-            self._spawn(self._restart(each))
+        log.warning("worker lost", worker=each.name, pid=each.pid, reason=each.reason, stays_out=stays_out)
+        comes_back = each.retiring or not out  # what a retiring one served comes back elsewhere
+        self._told.worker_lost(each.id, detail, comes_back=comes_back, batch_ids=each.let_go(detail))
+        if not stays_out:
+            each.restart = self._spawn(self._restart(each))
 
     # ---- small things ----
-
-    @property
-    def _told(self) -> Listener:
-        assert self._listener is not None  # set by start, before any worker can speak
-        return self._listener
 
     def _send(self, each: Worker, message: channel.ToWorker) -> None:
         if each.channel is None:
@@ -385,16 +295,21 @@ class Fleet:
             each.channel.close()
             each.channel = None
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    @staticmethod
-    def _resolve(future: asyncio.Future[Any] | None, value: Any) -> None:
-        if future is not None and not future.done():
-            future.set_result(value)
+        return task
 
 
-def _by_gpcs(latency_ms: dict[int, Points]) -> dict[int, dict[int, float]]:
-    return {gpcs: dict(points) for gpcs, points in latency_ms.items()}
+def _threads(workers: int) -> int:
+    """Of one operation in a CPU worker: the cores, shared out, but for one that the daemon itself needs."""
+    return max(1, ((os.cpu_count() or 1) - 1) // workers)
+
+
+def _alive(pid: int) -> bool:
+    """Of a child that may not have been waited for yet: a zombie holds nothing. May be asked from any thread."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

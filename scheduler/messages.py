@@ -79,6 +79,16 @@ class StopsServing(Event, frozen=True):
     model: str
 
 
+class Drains(Event, frozen=True):
+    """A worker takes no more work: its slice is about to go, and others will come that serve what it served.
+
+    What waited for it goes elsewhere, or is parked. It is lost when what it runs has ended; `WorkerLost` with
+    `comes_back` keeps its models expected, a second one without it, once the others are up, ends that.
+    """
+
+    worker_id: int
+
+
 class WorkerLost(Event, frozen=True):
     """A worker process is dead. `comes_back`: it is being started again and will serve what it served."""
 
@@ -139,5 +149,5 @@ class Wake(Command, frozen=True):
     at_ns: int
 
 
-AnyEvent = Arrived | Cancelled | WorkerUp | Serves | StopsServing | WorkerLost | BatchDone | BatchFailed | Tick
+AnyEvent = Arrived | Cancelled | WorkerUp | Serves | StopsServing | Drains | WorkerLost | BatchDone | BatchFailed | Tick
 AnyCommand = Run | Answer | Refuse | Wake

@@ -18,7 +18,8 @@ from yaml import YAMLError
 from scheduler.journal import JournalError
 from scheduler.journal import replay as replay_journal
 from server import picture, settings
-from server.daemon import Daemon, Progress, StartError, open_gpus
+from server.daemon import Daemon, Progress
+from server.gpus import StartError, open_gpus
 from server.settings import Settings
 
 UNAVAILABLE, USAGE = 1, 2
@@ -89,8 +90,8 @@ class _Show(Progress):
 
 def show_ready(daemon: Daemon, console: Console) -> None:
     """The layout, where it listens, and a curl line that works."""
-    console.print(picture.layout(daemon.gpus, daemon.serves))
-    if any(gpu.simulated for gpu in daemon.gpus):
+    console.print(picture.layout(daemon.layouts.gpus, daemon.serves))
+    if any(gpu.simulated for gpu in daemon.layouts.gpus):
         console.print("The GPUs are simulated: each slice is a worker process on the CPU.", style="yellow")
     host = daemon.settings.http_address
     host = "localhost" if host in ("0.0.0.0", "127.0.0.1") else host

@@ -16,19 +16,23 @@ import grpc
 import structlog
 import uvicorn
 
-from partitioner.geometry import IllegalLayoutError, Slice
-from partitioner.nvml import Gpu, NvmlDoor, NvmlUnavailableError, real_gpus
-from partitioner.simulated_nvml import SimulatedNvml, parse_gpus
+from partitioner.geometry import Slice
+from partitioner.intent import IntentFile
+from partitioner.nvml_errors import NvmlError
 from preprocess.pool import PreprocessPool
 from scheduler.arena import Arena
 from scheduler.core import SchedulerCore
 from scheduler.driver import Driver
-from scheduler.fleet import Fleet, State
+from scheduler.fleet import Fleet
 from scheduler.journal import Header, JournalWriter
-from server import grpc_api, rest
+from scheduler.staff import State
+from server import admin, grpc_api, rest
 from server.app import create_app
+from server.autopilot import Autopilot
+from server.gpus import StartError, open_gpus
 from server.http_protocol import HttpProtocol
 from server.infer import InferRoute
+from server.layouts import Layouts
 from server.metrics import Metrics
 from server.repository import UNLOADED, ModelState, Repository
 from server.service import InferenceService
@@ -37,16 +41,11 @@ from server.settings import MIB, Settings
 log = structlog.get_logger(__name__)
 
 NAME = "migserve"
-DEFAULT_SIMULATION = "A100-80GB"
 GPU_READ_INTERVAL_S = 5.0
 # For idle workers to end by themselves.
 STOP_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 75
 GC_THRESHOLDS = (20_000, 20, 50)
-
-
-class StartError(RuntimeError):
-    """The daemon cannot start. The message says why and what to do."""
 
 
 class Progress:
@@ -60,32 +59,6 @@ class Progress:
 
     def ready(self, daemon: Daemon) -> None:
         """Requests are served."""
-
-
-def open_gpus(gpu: str, layout: str | None) -> NvmlDoor:
-    """`nvml`, `sim:A100-80GB`, `sim:A100-80GBx4`, or `auto`: NVML where there is a driver. Raises StartError."""
-    try:
-        if gpu in ("nvml", "auto"):
-            try:
-                door = real_gpus()
-            except NvmlUnavailableError:
-                if gpu == "nvml":
-                    raise
-                return _simulated(DEFAULT_SIMULATION, layout)
-            if layout is not None:
-                door.close()
-                raise StartError("--layout cuts simulated GPUs only; on a real one cut it with nvidia-smi mig first")
-            return door
-        kind, _, spec = gpu.partition(":")
-        if kind != "sim" or not spec:
-            raise StartError(f"--gpu {gpu!r} is not known; use nvml, sim:A100-80GB, sim:A100-80GBx4 or auto")
-        return _simulated(spec, layout)
-    except (NvmlUnavailableError, IllegalLayoutError) as error:
-        raise StartError(str(error)) from error
-
-
-def _simulated(spec: str, layout: str | None) -> NvmlDoor:
-    return NvmlDoor(SimulatedNvml(parse_gpus(spec, layout)), simulated=True)
 
 
 class Daemon:
@@ -105,19 +78,14 @@ class Daemon:
                 raise StartError(
                     f"--model-repository {path} is not a folder; `make models` makes demo models in models/"
                 )
-        self._door = open_gpus(settings.gpu, settings.layout)
-        self.gpus: list[Gpu] = self._door.gpus()
-        slices = [each for gpu in self.gpus for each in gpu.slices]
-        if not slices:
-            raise StartError("no slice to serve on: MIG is on, but there are no instances; see nvidia-smi mig -cgi")
         self.arena = Arena(settings.arena_mib * MIB)
         self.fleet = Fleet(
-            slices,
             self.arena,
             workers_per_slice=settings.workers_per_slice,
-            threads_per_worker=settings.threads_per_worker or _threads(len(slices) * settings.workers_per_slice),
+            threads_per_worker=settings.threads_per_worker,
             batch_timeout_s=settings.batch_timeout_secs,
         )
+        self._door = open_gpus(settings.gpu, settings.layout, settings.simulation_state, self.fleet.pids)
         self.metrics = Metrics()
         self._journal = None
         if settings.journal is not None:
@@ -128,9 +96,14 @@ class Daemon:
         core = SchedulerCore(settings.max_queue_size)
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
         self.repository = Repository(settings.model_repository, self.fleet, self.driver)
+        self._state_dir = settings.state_dir.expanduser()
+        self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
+        self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver)
         self._pool = PreprocessPool(settings.preprocess_threads or os.cpu_count() or 1)
-        self.service = InferenceService(self.driver, self.arena, self._pool, self.metrics)
-        self.metrics.watch(self.fleet.workers, self.gpus, self._models_now, lambda: (self.arena.used, self.arena.size))
+        self.service = InferenceService(self.driver, self.arena, self._pool)
+        self.metrics.watch(
+            self.fleet, lambda: self.layouts.gpus, self._models_now, lambda: (self.arena.used, self.arena.size)
+        )
         self.ports: dict[str, int] = {}  # by protocol, once it listens
         self._http: list[_HttpServer] = []
         self._serving: list[asyncio.Task[None]] = []
@@ -189,10 +162,11 @@ class Daemon:
 
     async def _start(self) -> None:
         """Workers and models, unless told to stop first."""
-        for gpu in self.gpus:
+        await self._find_slices()
+        for gpu in self.layouts.gpus:
             layout = [each.name for each in gpu.slices]
             log.info("gpu", index=gpu.index, name=gpu.name, uuid=gpu.uuid, simulated=gpu.simulated, slices=layout)
-        self._progress.workers(len(self.fleet.workers))
+        self._progress.workers(len(self._slices()) * self.settings.workers_per_slice)
         loading = asyncio.create_task(self._load())
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -207,16 +181,30 @@ class Daemon:
         gc.set_threshold(*GC_THRESHOLDS)
         self._started = True
         self._background.append(asyncio.create_task(self._read_gpus()))
+        if self.settings.replan != "off":
+            self._background.append(asyncio.create_task(self._autopilot.run()))
         log.info("serving", **{f"{name}_port": port for name, port in self.ports.items()})
         self._progress.ready(self)
 
+    async def _find_slices(self) -> None:
+        """The GPUs as they are cut, after what a crash in the middle of a re-cut has left is put right."""
+        try:
+            await self.layouts.recover()
+        except (NvmlError, ValueError, OSError) as error:
+            raise StartError(f"a re-cut was cut off, and cannot be put right: {error}") from error
+        if not self._slices():
+            raise StartError("no slice to serve on: MIG is on, but there are no instances; see migserve layout apply")
+
+    def _slices(self) -> list[Slice]:
+        return [each for gpu in self.layouts.gpus for each in gpu.slices]
+
     async def _load(self) -> None:
-        await self.fleet.start(self.driver)
+        await self.fleet.start(self.driver, self._slices())
         await self.repository.load_all(self._progress.model)
 
     async def _read_gpus(self) -> None:
         while True:
-            for gpu in self.gpus:
+            for gpu in self.layouts.gpus:
                 try:
                     self.metrics.gpu_read(gpu.uuid, await asyncio.to_thread(self._door.readings, gpu.uuid))
                 except Exception as error:  # a lost GPU must not end the daemon
@@ -279,6 +267,8 @@ class Daemon:
                 settings.metrics_port,
                 create_app(rest.metrics_router(self.metrics)),
             )
+        if settings.allow_admin:
+            await self._open_admin()
         if settings.allow_grpc:
             servicer = grpc_api.InferenceServicer(self.repository, self.service, self.metrics, self, NAME, self.version)
             self._grpc = grpc_api.create_server(servicer, self)
@@ -290,6 +280,18 @@ class Daemon:
                     "grpc", settings.grpc_address, settings.grpc_port, "in use or not permitted"
                 ) from error
             await self._grpc.start()
+
+    async def _open_admin(self) -> None:
+        settings = self.settings
+        try:
+            token = admin.token(settings.admin_token, self._state_dir)
+        except OSError as error:
+            log.warning(
+                "no admin endpoints: give an --admin-token or a --state-dir that can be written", reason=str(error)
+            )
+            return
+        routes = admin.router(self.layouts, self._autopilot, self, token)
+        await self._open_http("admin", settings.admin_address, settings.admin_port, create_app(routes))
 
     async def _open_http(self, name: str, address: str, port: int, app: Any) -> None:
         try:
@@ -364,11 +366,6 @@ def _port_error(name: str, address: str, port: int, why: str) -> StartError:
         f"--{name}-port {port} on {address} cannot be used: {why}; stop what uses it, or choose another one (0: any "
         f"that is free)"
     )
-
-
-def _threads(workers: int) -> int:
-    """Of one operation in a CPU worker: the cores, shared out, but for one that the daemon itself needs."""
-    return max(1, ((os.cpu_count() or 1) - 1) // workers)
 
 
 def _version() -> str:

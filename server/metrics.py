@@ -22,10 +22,12 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from partitioner.geometry import Slice
-from partitioner.nvml import Gpu, GpuReadings
+from partitioner.nvml_types import Gpu, GpuReadings
+from partitioner.reconfigure import Outcome, Result
 from scheduler.driver import BatchRecord
-from scheduler.fleet import State, Worker
+from scheduler.fleet import Fleet
 from scheduler.messages import Reason
+from scheduler.staff import State, Worker
 
 _MS = 1_000_000
 LATENCY_BOUNDS_NS = [
@@ -113,6 +115,10 @@ class SliceStats:
         self.batch = Histogram(BATCH_BOUNDS)
 
 
+# GPU, GPU instance, MIG profile, worker: a slice that comes again after a re-cut counts on.
+SliceLabels = tuple[str, str, str, str]
+
+
 class Metrics(Collector):
     """Observes the driver, and is scraped. `watch` tells it of what it cannot count itself."""
 
@@ -120,26 +126,30 @@ class Metrics(Collector):
         self._models: dict[ModelId, ModelStats] = defaultdict(ModelStats)
         self._uncounted: list[BatchRecord] = []
         self._wall_offset_ns = time.time_ns() - time.monotonic_ns()
-        self._slices: dict[tuple[ModelId, int], SliceStats] = defaultdict(SliceStats)
+        self._slices: dict[tuple[ModelId, SliceLabels], SliceStats] = defaultdict(SliceStats)
         self._ids: dict[str, ModelId] = {}
-        self._workers: Sequence[Worker] = ()
-        self._gpus: Sequence[Gpu] = ()
+        self._places: Sequence[tuple[Slice, int]] = ()
+        self._workers: Callable[[], Sequence[Worker]] = lambda: ()
+        self._gpus: Callable[[], Sequence[Gpu]] = lambda: ()
         self._readings: dict[str, GpuReadings] = {}
         self._models_now: Callable[[], Iterable[tuple[ModelId, bool, bool, int]]] = lambda: ()
         self._arena: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._recuts: Counter[str] = Counter()
+        self._recut_seconds = 0.0
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
     def watch(
         self,
-        workers: Sequence[Worker],
-        gpus: Sequence[Gpu],
+        fleet: Fleet,
+        gpus: Callable[[], Sequence[Gpu]],
         models_now: Callable[[], Iterable[tuple[ModelId, bool, bool, int]]],
         arena: Callable[[], tuple[int, int]],
     ) -> None:
         """`models_now`: (model, ready, emulated, unfinished requests) of each; `arena`: bytes used and in all."""
-        self._workers, self._gpus, self._models_now, self._arena = workers, gpus, models_now, arena
+        self._places, self._workers = fleet.places, lambda: fleet.workers
+        self._gpus, self._models_now, self._arena = gpus, models_now, arena
 
     def stats(self, model: str, version: str) -> ModelStats:
         """Everything counted of one model version."""
@@ -152,6 +162,11 @@ class Metrics(Collector):
             self._readings.pop(uuid, None)
         else:
             self._readings[uuid] = readings
+
+    def recut(self, outcome: Outcome, seconds: float) -> None:
+        """A change of layouts has ended."""
+        self._recuts[outcome.result] += 1
+        self._recut_seconds += seconds
 
     # ---- observing ----
 
@@ -169,7 +184,7 @@ class Metrics(Collector):
     def _count(self, record: BatchRecord) -> None:
         model = self._id(record.model)
         stats = self._models[model]
-        slice_stats = self._slices[model, record.worker_id]
+        slice_stats = self._slices[model, _slice_labels(*self._places[record.worker_id])]
         started_ns, ended_ns = record.started_ns, record.ended_ns
         for arrival_ns in record.arrivals_ns:
             slice_stats.queue.observe(started_ns - arrival_ns)
@@ -224,6 +239,11 @@ class Metrics(Collector):
         yield from self._collect_histograms()
         yield from self._collect_workers()
         yield from self._collect_gpus()
+        recuts = CounterMetricFamily("migserve_recuts", "Changes of layouts, by how they ended", labels=["result"])
+        for result in (Result.APPLIED, Result.RESTORED, Result.NEAREST):
+            recuts.add_metric([result], self._recuts[result])
+        yield recuts
+        yield CounterMetricFamily("migserve_recut_seconds", "Time that they took in all", value=self._recut_seconds)
         used, size = self._arena()
         yield GaugeMetricFamily("migserve_arena_used_bytes", "Arena memory in slots", value=used)
         yield GaugeMetricFamily("migserve_arena_size_bytes", "Arena memory in all", value=size)
@@ -305,10 +325,9 @@ class Metrics(Collector):
             ),
         ]
         for family, histogram, per_unit in families:
-            for (model, worker_id), stats in self._slices.items():
+            for (model, where), stats in self._slices.items():
                 found = histogram(stats)
-                values = [*model, *_slice_values(self._workers[worker_id])]
-                family.add_metric(values, found.cumulative(per_unit), found.total / per_unit)
+                family.add_metric([*model, *where], found.cumulative(per_unit), found.total / per_unit)
             yield family
 
     def _collect_workers(self) -> Iterator[Metric]:
@@ -318,8 +337,8 @@ class Metrics(Collector):
             "migserve_slice_info", "What a slice is", labels=[*_SLICE_LABELS, "UUID", "gpu_name", "simulated"]
         )
         out = GaugeMetricFamily("migserve_slice_out", "Why a slice is out", labels=[*_SLICE_LABELS, "reason"])
-        for worker in self._workers:
-            values = _slice_values(worker)
+        for worker in self._workers():
+            values = _slice_labels(worker.where, worker.index)
             for each in State:
                 state.add_metric([*values, each], float(worker.state == each))
             restarts.add_metric(values, max(worker.starts - 1, 0))
@@ -346,7 +365,7 @@ class Metrics(Collector):
                     family.add_metric([uuid], value)
             yield family
         info = GaugeMetricFamily("migserve_gpu_info", "What a GPU is", labels=["gpu", "UUID", "name", "simulated"])
-        for gpu in self._gpus:
+        for gpu in self._gpus():
             info.add_metric([str(gpu.index), gpu.uuid, gpu.name, str(gpu.simulated).lower()], 1)
         yield info
 
@@ -355,10 +374,9 @@ class Metrics(Collector):
 _SLICE_LABELS = ["gpu", "GPU_I_ID", "GPU_I_PROFILE", "worker"]
 
 
-def _slice_values(worker: Worker) -> list[str]:
-    where: Slice = worker.where
+def _slice_labels(where: Slice, index: int) -> SliceLabels:
     gi_id = "" if where.gi_id is None else str(where.gi_id)
-    return [str(where.gpu_index), gi_id, where.mig_profile, str(worker.index)]
+    return str(where.gpu_index), gi_id, where.mig_profile, str(index)
 
 
 def statistics(model: str, version: str, stats: ModelStats) -> dict[str, Any]:

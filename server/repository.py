@@ -7,7 +7,7 @@ What Triton has no words for stands in an optional `serving.yaml` beside it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +16,9 @@ import structlog
 
 from scheduler.channel import ModelSource
 from scheduler.driver import Driver
-from scheduler.fleet import Fleet, ModelUnservableError, Worker
+from scheduler.fleet import Fleet
+from scheduler.loading import ModelUnservableError, Points
+from scheduler.staff import Worker
 from scheduler.tensors import InputLayout, Signature
 from server.errors import Fault, ServeError
 from server.model_files import ModelFileError, ServingFile, read_model, versions_to_serve
@@ -50,6 +52,7 @@ class Model:
     state: ModelState = ModelState.LOADING
     reason: str = ""
     signature: Signature = NOTHING
+    measured_ms: Mapping[str, Points] = field(default_factory=dict)  # by kind of worker
     layout: InputLayout = field(default_factory=lambda: InputLayout(NOTHING))
 
     @property
@@ -191,6 +194,7 @@ class Repository:
             model.state, model.reason = ModelState.UNAVAILABLE, str(error)
             raise ServeError(Fault.INVALID, f"model {name} cannot be loaded: {error}") from error
         model.signature = loaded.signature
+        model.measured_ms = loaded.measured_ms
         model.layout = InputLayout(loaded.signature)
         model.state = ModelState.READY
         self._models[name][number] = model

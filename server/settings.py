@@ -48,6 +48,9 @@ class Settings(BaseSettings):
         "slices are workers on the CPU. auto: nvml where there is a driver, else sim:A100-80GB.",
     )
     layout: str | None = _setting(None, "gpus", "How to cut each simulated GPU, for instance 4g.40gb+2g.20gb+1g.10gb.")
+    simulation_state: Path | None = _setting(
+        None, "gpus", "File that simulated GPUs live on in, as real ones do without the daemon. If it exists, it wins."
+    )
     workers_per_slice: int = _setting(1, "gpus", "Worker processes on one slice.", ge=1, le=48)
     threads_per_worker: int | None = _setting(
         None, "gpus", "Threads of one operation in a CPU worker; by default the cores, shared out.", ge=1
@@ -60,6 +63,33 @@ class Settings(BaseSettings):
     batch_timeout_secs: float = _setting(60.0, "limits", "A worker whose batch takes longer is killed.", gt=0)
     preprocess_threads: int | None = _setting(
         None, "limits", "Threads that decode images; by default as many as there are cores.", ge=1
+    )
+
+    replan: Literal["auto", "propose", "off"] = _setting(
+        "off",
+        "planning",
+        "auto: re-cut the GPUs when the traffic asks for another layout and that pays. propose: only say so, at the "
+        "admin endpoint. off: watch nothing.",
+    )
+    planner: Literal["optimal", "paris"] = _setting(
+        "optimal",
+        "planning",
+        "optimal: an exact programme over layouts and SLOs. paris: by sizes of requests, as published.",
+    )
+    replan_interval_secs: float = _setting(10.0, "planning", "How often to think.", gt=0)
+    replan_dwell_secs: float = _setting(60.0, "planning", "No change sooner after another, or after the start.", ge=0)
+    replan_half_life_secs: float = _setting(30.0, "planning", "Traffic so old counts half.", gt=0)
+    allow_admin: bool = _setting(True, "planning", "Serve the admin endpoints: layouts and plans.")
+    admin_address: str = _setting("127.0.0.1", "planning", "Where the admin endpoints are.")
+    admin_port: int = _setting(8003, "planning", "Port of the admin endpoints.", ge=0, le=65535)
+    admin_token: str | None = _setting(
+        None,
+        "planning",
+        "What admin requests must bear. By default made anew, in the state folder's admin-token.",
+        min_length=8,
+    )
+    state_dir: Path = _setting(
+        Path("~/.local/state/migserve"), "planning", "Where a re-cut is recorded while it lasts, and the token is."
     )
 
     strict_readiness: bool = _setting(True, "operation", "Ready only if every model is served.")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +25,16 @@ class RunningDaemon:
 
     def __init__(self, flags: tuple[str, ...]) -> None:
         command = [sys.executable, "-m", "server", "serve", "--log-format", "json"]
-        for name in ("http", "grpc", "metrics"):
+        for name in ("http", "grpc", "metrics", "admin"):
             if f"--{name}-port" not in flags:
                 command += [f"--{name}-port", "0"]
         if "--gpu" not in flags:
             command += ["--gpu", "sim:A100-80GB"]
         if "--model-repository" not in flags:
             command += ["--model-repository", str(MODELS)]
+        self._state = tempfile.TemporaryDirectory(prefix="migserve-test-")
+        if "--state-dir" not in flags:
+            command += ["--state-dir", self._state.name]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MIGSERVE_")}
         self.process = subprocess.Popen(
             [*command, *flags],
@@ -92,9 +96,20 @@ class RunningDaemon:
     def metrics(self) -> str:
         return f"127.0.0.1:{self._port('metrics')}"
 
+    @property
+    def admin(self) -> str:
+        return f"127.0.0.1:{self._port('admin')}"
+
+    @property
+    def admin_token(self) -> str:
+        return (Path(self._state.name) / "admin-token").read_text()
+
     def workers(self) -> dict[str, int]:
         """Process ids of the workers that came up last, by name."""
         return {line["worker"]: line["pid"] for line in self.events("worker up")}
+
+    def kill_worker(self, name: str) -> None:
+        os.kill(self.workers()[name], signal.SIGKILL)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -105,6 +120,7 @@ class RunningDaemon:
         self._reader.join(5.0)
         assert self.process.stderr is not None
         self.process.stderr.close()
+        self._state.cleanup()
         return code
 
 

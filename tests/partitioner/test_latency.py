@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,85 @@ def test_broken_files_are_refused_naming_the_line(tmp_path: Path, text: str, mes
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(LatencyTableError, match="No such file"):
         latency.read_csv(Path("nowhere.csv"), "m")
+
+
+def row(**values: object) -> dict[str, str]:
+    return {"model": "m", "mig_profile": "1g.10gb", **{name: str(value) for name, value in values.items()}}
+
+
+def test_rows_of_several_processes_are_read_and_left_out_of_the_table_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("model,mig_profile,batch,processes,latency_ms\nm,1g.10gb,4,1,8\nm,1g.10gb,4,2,14\n")
+    rows = latency.read_measurements(path)
+    assert [(each.batch, each.processes, each.items, each.latency_ms) for each in rows] == [(4, 1, 4, 8), (4, 2, 8, 14)]
+    assert latency.read_csv(path, "m").points(1) == [(4, 8)]
+
+
+def test_the_slices_rate_is_finer_than_the_latency() -> None:
+    table = latency.from_rows([row(batch=4, latency_ms=8, items_per_s=510)], "m")
+    assert table.points(1) == [(4, pytest.approx(7.843, abs=1e-3))]
+
+
+MEASUREMENTS = st.builds(
+    latency.Measurement,
+    model=st.text('abc,"-', min_size=1),
+    mig_profile=st.sampled_from(["1g.10gb", "2g.20gb"]),
+    gpcs=st.integers(1, 7),
+    batch=st.integers(1, 512),
+    processes=st.integers(1, 8),
+    latency_ms=st.floats(1e-3, 1e6),
+    memory_mib=st.none() | st.floats(1, 1e6),
+    gpu=st.sampled_from(["", "A100-80GB"]),
+    source=st.sampled_from(["", "here"]),
+    seq_len=st.none() | st.integers(1, 512),
+)
+
+
+@given(st.lists(MEASUREMENTS, max_size=5))
+def test_what_is_written_is_read_again(measurements: list[latency.Measurement]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in (("t.csv", latency.to_csv(measurements)), ("t.json", latency.to_json(measurements))):
+            path = Path(folder) / name
+            path.write_text(text)
+            assert latency.read_measurements(path) == measurements
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "model,mig_profile,batch,latency_ms\nm,1g.10gb,1,5\nm,1g.10gb,2,-5\n", "t.csv, line 3: .*positive"),
+        ("t.csv", "model,mig_profile,batch,latency_ms\nm,1g.10gb,1,nan\n", "line 2"),
+        ("t.csv", "model,mig_profile,batch,processes,latency_ms\nm,1g.10gb,1,0.5,3\n", "line 2"),
+        ("t.json", "[]", 'expected JSON of the form {"measurements"'),
+        ("t.json", "{", "expected JSON"),
+        ("t.json", '{"measurements": [{"model": "m"}]}', "t.json, measurement 1"),
+    ],
+)
+def test_broken_tables_are_refused_naming_the_row(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(LatencyTableError, match=message):
+        latency.read_measurements(tmp_path / name)
+
+
+def test_the_suspect_points_of_the_shipped_table() -> None:
+    kept, suspect = latency.without_suspects(latency.shipped_measurements())
+    assert len(kept) + len(suspect) == len(latency.shipped_measurements()) == 1747
+    assert {(each.model, each.gpcs, each.batch, each.processes) for each in suspect} == {
+        ("densenet169", 3, 128, 1),
+        ("densenet169", 4, 128, 1),
+        ("densenet169", 7, 128, 2),
+        ("mobilenetv2", 4, 64, 4),
+        ("mobilenetv2", 4, 128, 3),
+        ("mobilenetv2", 4, 256, 2),
+        ("resnet50", 2, 32, 4),
+    }
+
+
+@given(st.dictionaries(st.integers(1, 7), st.integers(1, 300), min_size=1), st.integers(1, 128))
+def test_monotone_knees_never_fall_and_end_at_the_largest_batch(knees: dict[int, int], max_batch: int) -> None:
+    found = latency.monotone_knees(knees, max_batch)
+    values = [found[gpcs] for gpcs in sorted(found)]
+    assert values == sorted(values)
+    assert values[-1] == max_batch
+    for gpcs in sorted(knees)[:-1]:
+        assert found[gpcs] == min(max_batch, max(knee for size, knee in knees.items() if size <= gpcs))

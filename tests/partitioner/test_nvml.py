@@ -6,6 +6,7 @@ import pytest
 from partitioner.catalog import GPU_MODELS
 from partitioner.geometry import IllegalLayoutError
 from partitioner.nvml import NvmlDoor, NvmlUnavailableError
+from partitioner.nvml_errors import NvmlError
 from partitioner.simulated_nvml import SimulatedNvml, parse_gpus
 
 
@@ -113,5 +114,5 @@ def test_without_privilege_slices_stand_side_by_side() -> None:
 def test_a_call_outside_a_session_fails_as_it_does_in_the_driver() -> None:
     opened = door("A100-80GB")
     opened.close()
-    with pytest.raises(pynvml.NVMLError_Uninitialized):
+    with pytest.raises(NvmlError, match="session was closed"):
         opened.gpus()

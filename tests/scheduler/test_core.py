@@ -17,6 +17,7 @@ from scheduler.messages import (
     BatchDone,
     BatchFailed,
     Cancelled,
+    Drains,
     Reason,
     Refuse,
     Request,
@@ -221,6 +222,38 @@ def test_requests_are_refused_when_the_worker_comes_back_without_the_model() -> 
     assert core.handle(3, StopsServing(0, "m")) == [Refuse(1, Reason.UNAVAILABLE)]
 
 
+def test_what_waits_for_a_draining_worker_moves_to_another() -> None:
+    core = core_with(1, 1)
+    for number in (1, 2, 3, 4):
+        core.handle(0, request(number))
+    assert core.handle(1, Drains(0)) == []
+    assert core.handle(2, BatchDone(0, 1)) == [Answer(1, (1,))]
+    assert core.handle(3, BatchDone(1, 2))[1] == Run(1, 3, "m", (3, 4))
+
+
+def test_requests_wait_while_the_only_slice_is_replaced() -> None:
+    core = core_with(1)
+    core.handle(0, request(1))
+    core.handle(1, request(2))
+    assert core.handle(2, Drains(0)) == []
+    assert core.handle(3, request(3)) == []
+    assert core.handle(4, BatchDone(0, 1)) == [Answer(1, (1,))]
+    assert core.handle(5, WorkerLost(0, True, "its slice was re-cut")) == []
+    assert core.handle(6, request(4)) == []
+    core.handle(7, WorkerUp(1, 1, 1))
+    assert core.handle(8, Serves(1, "m", TABLE)) == [Run(1, 2, "m", (2,))]
+    assert core.handle(9, WorkerLost(0, False, "its slice was re-cut")) == []
+    assert core.handle(10, BatchDone(1, 2)) == [Answer(2, (2,)), Run(1, 3, "m", (3, 4))]
+
+
+def test_requests_are_refused_when_nothing_comes_in_place_of_a_slice() -> None:
+    core = core_with(1)
+    core.handle(0, Drains(0))
+    core.handle(1, request(1))
+    core.handle(2, WorkerLost(0, True, "its slice was re-cut"))
+    assert core.handle(3, WorkerLost(0, False, "its slice was re-cut")) == [Refuse(1, Reason.UNAVAILABLE)]
+
+
 def test_a_model_taken_off_one_worker_moves_its_queue_to_another() -> None:
     core = core_with(1, 1)
     core.handle(0, request(1))
@@ -350,6 +383,12 @@ class World:
                 self.coming_back.add(worker)
             self.tell(WorkerLost(worker, comes_back, "killed"))
 
+    def drain(self, which: int) -> None:
+        if self.serving:
+            worker = sorted(self.serving)[which % len(self.serving)]
+            self.serving.discard(worker)
+            self.tell(Drains(worker))
+
     def bring_up(self, worker: int, gpcs: int) -> None:
         if worker not in self.up:
             self.up.add(worker)
@@ -389,6 +428,7 @@ STEPS = st.one_of(
     st.tuples(st.just("cancel"), st.integers(0, 100)),
     st.tuples(st.just("end_batch"), st.integers(0, 100), st.sampled_from([False, False, False, True])),
     st.tuples(st.just("lose_worker"), st.integers(0, 100), st.booleans()),
+    st.tuples(st.just("drain"), st.integers(0, 100)),
     st.tuples(st.just("bring_up"), st.integers(0, 3), st.sampled_from([1, 2, 4])),
     st.tuples(st.just("pass_time"), st.integers(0, 3 * MS)),
 )

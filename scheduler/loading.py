@@ -1,0 +1,159 @@
+"""Which models the workers have: loaded where they should be, measured once a kind of worker, back after a crash."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import structlog
+
+from partitioner import latency
+from scheduler.channel import Load, Loaded, LoadFailed, ModelSource, ToWorker, Unload
+from scheduler.staff import DiedError, Listener, State, Worker
+from scheduler.tensors import Signature
+
+log = structlog.get_logger(__name__)
+
+Points = tuple[tuple[int, float], ...]
+
+# A model whose loading has killed this many workers is given up.
+CRASHES_PER_LOAD = 2
+
+
+class ModelUnservableError(RuntimeError):
+    """No worker could load the model. The message says why."""
+
+
+class LoadedModel(NamedTuple):
+    """A model that at least one worker serves."""
+
+    signature: Signature
+    measured_ms: dict[str, Points]  # by kind of worker; empty where the latencies were given
+
+
+class Loader:
+    """Loads and unloads. `send` hands a message to a worker; `listener` is told who serves what."""
+
+    def __init__(self, send: Callable[[Worker, ToWorker], None], listener: Listener) -> None:
+        self._send = send
+        self._told = listener
+        self._models: dict[str, ModelSource] = {}  # wanted
+        self._proven: set[str] = set()  # of these, what some worker has loaded without dying of it
+        self._measured: dict[tuple[str, str], Points] = {}  # (model key, kind of worker)
+
+    async def load(self, source: ModelSource, workers: Sequence[Worker]) -> LoadedModel:
+        """Loads a model on all its workers. Raises ModelUnservableError if none can.
+
+        Of each kind of worker one goes first and measures; the others take over its latency table.
+        """
+        groups = _by_kind(source, workers)
+        if not groups:
+            raise ModelUnservableError(f"no slice has one of the MIG profiles {', '.join(source.mig_profiles)}")
+        self._models[source.key] = source
+        results = await asyncio.gather(*(self._load_group(source, group) for group in groups.values()))
+        loaded = [result for result in results if isinstance(result, Loaded)]
+        if not loaded:
+            self._forget(source.key)
+            raise ModelUnservableError("; ".join(sorted({str(result) for result in results})))
+        tables = {kind: self._measured[source.key, kind] for kind in groups if (source.key, kind) in self._measured}
+        return LoadedModel(loaded[0].signature, tables)
+
+    def unload(self, key: str, workers: Sequence[Worker]) -> None:
+        """Takes a model off every worker. Its requests must have ended."""
+        self._forget(key)
+        for each in workers:
+            if key in each.serving:
+                each.serving.discard(key)
+                self._told.stops_serving(each.id, key)
+                self._send(each, Unload(key))
+
+    async def introduce(self, workers: Sequence[Worker]) -> None:
+        """Gives new workers every model that they should have."""
+        for source in self._proven_models():
+            groups = _by_kind(source, workers)
+            await asyncio.gather(*(self._load_group(source, group) for group in groups.values()))
+
+    async def restore(self, each: Worker) -> None:
+        """Gives a restarted worker its models back."""
+        for source in self._proven_models():
+            if source.key in self._models and _wanted(source, each):
+                await self._load_again(source, each)
+
+    def unserved(self, workers: Sequence[Worker]) -> list[str]:
+        """Names of models that some worker could load, and that none has now."""
+        serving = {key for each in workers for key in each.serving}
+        return [source.name for source in self._proven_models() if source.key not in serving]
+
+    def _proven_models(self) -> list[ModelSource]:
+        """Only these are loaded unasked: a model that kills workers must not do so over and over."""
+        return [source for key, source in self._models.items() if key in self._proven]
+
+    def _forget(self, key: str) -> None:
+        self._models.pop(key, None)
+        self._proven.discard(key)
+        for measured in [measured for measured in self._measured if measured[0] == key]:
+            del self._measured[measured]
+
+    async def _load_group(self, source: ModelSource, group: list[Worker]) -> Loaded | str:
+        """Loads on workers of one kind. Returns one result, or why there is none."""
+        reason = "no worker is up"
+        up = [each for each in group if each.state == State.READY]
+        for first in up[:CRASHES_PER_LOAD]:
+            try:
+                result = await self._load_on(source, first)
+            except DiedError as died:
+                reason = f"loading it killed the worker on {first.name}: {died}"
+                continue
+            if isinstance(result, LoadFailed):
+                return result.detail
+            self._proven.add(source.key)
+            await asyncio.gather(*(self._load_again(source, each) for each in group if each is not first))
+            return result
+        return reason
+
+    async def _load_again(self, source: ModelSource, each: Worker) -> None:
+        """Loads what another worker has loaded before; a failure costs this worker only."""
+        try:
+            result = await self._load_on(source, each)
+        except DiedError:
+            return  # restarting: it will load everything by itself
+        if isinstance(result, LoadFailed):
+            log.warning("model not loaded here", model=source.name, worker=each.name, reason=result.detail)
+            self._told.stops_serving(each.id, source.key)
+
+    async def _load_on(self, source: ModelSource, each: Worker) -> Loaded | LoadFailed:
+        """Raises DiedError when the worker does, or is not up."""
+        if each.state != State.READY:
+            raise DiedError(each.reason or each.state)
+        future = asyncio.get_running_loop().create_future()
+        each.loading[source.key] = future
+        self._send(each, Load(source, self._known_latency(source, each)))
+        result: Loaded | LoadFailed = await future
+        if source.key not in self._models:
+            self._send(each, Unload(source.key))  # unloaded while a restarted worker was loading it
+        elif isinstance(result, Loaded):
+            if source.latency_ms is None:
+                self._measured.setdefault((source.key, each.measured_as), result.latency_ms)
+            each.serving.add(source.key)
+            times = latency.per_batch(result.latency_ms, max(result.signature.max_batch, 1))
+            self._told.serves(each.id, source.key, tuple(int(ms * 1e6) for ms in times))
+        return result
+
+    def _known_latency(self, source: ModelSource, each: Worker) -> Points | None:
+        if source.latency_ms is not None:
+            by_gpcs = {gpcs: dict(points) for gpcs, points in source.latency_ms.items()}
+            return tuple(latency.LatencyTable(by_gpcs).points(each.where.gpcs))
+        return self._measured.get((source.key, each.measured_as))
+
+
+def _by_kind(source: ModelSource, workers: Sequence[Worker]) -> dict[str, list[Worker]]:
+    groups: dict[str, list[Worker]] = {}
+    for each in workers:
+        if _wanted(source, each):
+            groups.setdefault(each.measured_as, []).append(each)
+    return groups
+
+
+def _wanted(source: ModelSource, each: Worker) -> bool:
+    return not source.mig_profiles or each.where.mig_profile in source.mig_profiles

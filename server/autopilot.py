@@ -1,0 +1,128 @@
+"""The autopilot's loop: watches the traffic, proposes layouts, and applies those that are worth it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from partitioner import autopilot
+from partitioner.autopilot import Proposal, Rules
+from partitioner.demand import Demand, Kind, Traffic
+from partitioner.geometry import GpuModel, Layout, PlacedProfile, Placement
+from partitioner.latency import LatencyTable
+from partitioner.nvml_errors import NvmlError
+from partitioner.nvml_types import Gpu
+from partitioner.plans import ModelDemand, PlanError
+from partitioner.programme import InfeasibleError
+from partitioner.reconfigure import RefusedChangeError
+from scheduler.driver import Driver
+from server.layouts import Layouts
+from server.repository import Model, ModelState, Repository
+from server.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the autopilot sees and thinks now. `proposal` is None where `note` says why there is none."""
+
+    traffic: Mapping[str, Traffic]
+    proposal: Proposal | None
+    note: str
+
+
+class Autopilot:
+    """`view` is its latest look at things. It changes layouts only where the setting `replan` is `auto`."""
+
+    def __init__(self, settings: Settings, layouts: Layouts, repository: Repository, driver: Driver) -> None:
+        self._settings = settings
+        self._layouts = layouts
+        self._repository = repository
+        self._driver = driver
+        self._started_s = time.monotonic()
+        self._demand = Demand(settings.replan_half_life_secs, self._started_s)
+        self.view = View({}, None, "no traffic seen yet")
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(self._settings.replan_interval_secs)
+            self.observe()
+            if self._settings.replan == "auto" and self.view.proposal is not None and self.view.proposal.worthwhile:
+                await self._change(self.view.proposal)
+
+    def observe(self) -> View:
+        """Takes in what has arrived since the last time, and thinks again."""
+        counts: Counter[Kind] = Counter()
+        for (key, items, dims), count in self._driver.take_arrivals().items():
+            counts[Kind(key.partition("/")[0], items, dims[0] if dims else 0)] += count
+        self._demand.observe(time.monotonic(), counts)
+        traffic = self._demand.traffic()
+        try:
+            self.view = View(traffic, self._propose(traffic), "")
+        except (PlanError, InfeasibleError, _NothingToPlanError) as reason:
+            self.view = View(traffic, None, str(reason))
+        return self.view
+
+    def _propose(self, traffic: Mapping[str, Traffic]) -> Proposal:
+        gpu, current = _machine(self._layouts.gpus)
+        models = {model.name: model for model in self._repository.models() if model.state == ModelState.READY}
+        demands, tables = [], {}
+        for name, seen in traffic.items():
+            model = models.get(name)
+            table = _table(model) if model is not None else None
+            if model is not None and table is not None and model.serving.slo_ms is not None:
+                demands.append(ModelDemand(name, seen.rate_per_s, model.serving.slo_ms, dict(seen.items)))
+                tables[name] = table
+        if not demands:
+            raise _NothingToPlanError(
+                "no model with traffic has both a latency table and an slo_ms in its serving.yaml: nothing to plan by"
+            )
+        rules = Rules(dwell_s=self._settings.replan_dwell_secs, change_s=self._layouts.round_s)
+        changed_s = self._layouts.changed_at_s
+        since_s = time.monotonic() - (self._started_s if changed_s is None else changed_s)
+        return autopilot.propose(demands, tables, gpu, current, self._settings.planner, rules, since_s)
+
+    async def _change(self, proposal: Proposal) -> None:
+        log.info("re-cutting by itself", reason=proposal.reason)
+        wanted = {uuid: [placed.profile for placed in layout] for uuid, layout in proposal.layouts.items()}
+        try:
+            await self._layouts.apply_profiles(wanted)
+        except (RefusedChangeError, NvmlError, OSError) as error:
+            log.warning("re-cut not begun", reason=str(error))
+
+
+class _NothingToPlanError(Exception):
+    """There is nothing that a plan could be made from. The message says why."""
+
+
+def _machine(gpus: list[Gpu]) -> tuple[GpuModel, dict[str, Layout]]:
+    """The one kind of GPU, and how each is cut."""
+    cut = [gpu for gpu in gpus if gpu.mig_enabled and gpu.model is not None]
+    kinds = {gpu.model for gpu in cut if gpu.model is not None}
+    if len(kinds) != 1:
+        names = ", ".join(sorted(kind.name for kind in kinds)) or "none with MIG on"
+        raise _NothingToPlanError(f"planning needs GPUs of one kind with MIG on; there are {names}")
+    gpu = kinds.pop()
+    return gpu, {
+        each.uuid: tuple(PlacedProfile(gpu.profile(s.mig_profile), Placement(s.start, s.size)) for s in each.slices)
+        for each in cut
+    }
+
+
+def _table(model: Model) -> LatencyTable | None:
+    """What is known of a model's times by slice size: given with it, or measured when it was loaded."""
+    if model.source is not None and model.source.latency_ms is not None:
+        return LatencyTable({gpcs: dict(points) for gpcs, points in model.source.latency_ms.items()})
+    measured = {
+        int(kind.partition("g.")[0]): dict(points)
+        for kind, points in model.measured_ms.items()
+        if kind.partition("g.")[0].isdigit()
+    }
+    return LatencyTable(measured) if measured else None

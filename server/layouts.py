@@ -1,0 +1,91 @@
+"""The GPUs as they are cut now, and the one way to change that while the daemon serves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import structlog
+
+from partitioner.geometry import MigProfile, parse_layout
+from partitioner.intent import IntentFile
+from partitioner.nvml import NvmlDoor
+from partitioner.nvml_types import Gpu
+from partitioner.reconfigure import GpuChange, Outcome, Reconfigurer, RefusedChangeError, Result
+from partitioner.tenants import Tenants
+
+log = structlog.get_logger(__name__)
+
+# How much a measured change weighs in the estimate of the next one.
+NEW_WEIGHT = 0.5
+FIRST_CHANGE_S = 3.0
+
+
+class Layouts:
+    """`gpus` is what the last change, or the start, has left. `on_change` is told each outcome and its seconds."""
+
+    def __init__(
+        self,
+        door: NvmlDoor,
+        tenants: Tenants,
+        intents: IntentFile | None,
+        on_change: Callable[[Outcome, float], None],
+    ) -> None:
+        self._door = door
+        self._reconfigurer = Reconfigurer(door, tenants, intents, lambda step: log.info("re-cut", step=step))
+        self._on_change = on_change
+        self.gpus: list[Gpu] = []
+        self.round_s = FIRST_CHANGE_S  # an estimate of what one round of a change takes
+        self.changed_at_s: float | None = None  # monotonic; None: never
+
+    async def recover(self) -> None:
+        """Puts right what a crash in the middle of a re-cut has left. Raises NvmlError, ValueError, OSError."""
+        outcome = await self._reconfigurer.recover()
+        if outcome is not None:
+            log.warning("a re-cut had been cut off", result=outcome.result, reason=outcome.reason)
+        self.gpus = await asyncio.to_thread(self._door.gpus)
+
+    async def changes(self, wanted: Mapping[str, str]) -> list[GpuChange]:
+        """What `apply` would do. `wanted`: layouts (`3g.40gb+3g.40gb`) by GPU, its index or UUID.
+
+        Raises RefusedChangeError, IllegalLayoutError, NvmlError.
+        """
+        return await self._reconfigurer.changes(self._profiles(wanted))
+
+    async def apply(self, wanted: Mapping[str, str]) -> Outcome:
+        """Re-cuts. Raises RefusedChangeError, IllegalLayoutError or NvmlError if it was not begun."""
+        return await self.apply_profiles(self._profiles(wanted))
+
+    async def apply_profiles(self, wanted: Mapping[str, Sequence[MigProfile]]) -> Outcome:
+        """The same, MIG profiles by GPU UUID."""
+        rounds = sum(len(each.transition.rounds) for each in await self._reconfigurer.changes(wanted))
+        began_s = time.monotonic()
+        try:
+            outcome = await self._reconfigurer.apply(wanted)
+        finally:
+            self.gpus = await asyncio.to_thread(self._door.gpus)
+        seconds = time.monotonic() - began_s
+        if outcome.result != Result.UNCHANGED:
+            self.changed_at_s = time.monotonic()
+            self.round_s += NEW_WEIGHT * (seconds / max(rounds, 1) - self.round_s)
+            layouts = {gpu.index: "+".join(each.mig_profile for each in gpu.slices) for gpu in self.gpus}
+            log.info("re-cut done", result=outcome.result, reason=outcome.reason, seconds=seconds, layouts=layouts)
+            self._on_change(outcome, seconds)
+        return outcome
+
+    def _profiles(self, wanted: Mapping[str, str]) -> dict[str, list[MigProfile]]:
+        found = {}
+        for which, layout in wanted.items():
+            gpu = self._gpu(which)
+            if gpu.model is None:
+                raise RefusedChangeError(f"GPU {gpu.index}, {gpu.name}, cannot be cut: it has no MIG")
+            found[gpu.uuid] = [placed.profile for placed in parse_layout(layout, gpu.model)]
+        return found
+
+    def _gpu(self, which: str) -> Gpu:
+        for gpu in self.gpus:
+            if which in (str(gpu.index), gpu.uuid):
+                return gpu
+        known = ", ".join(f"{gpu.index} ({gpu.uuid})" for gpu in self.gpus)
+        raise RefusedChangeError(f"there is no GPU {which!r}; there are {known}")

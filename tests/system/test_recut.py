@@ -1,0 +1,187 @@
+"""The running daemon's layout changed under load, by the admin endpoint: what stays serves on, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import repositories
+from tests.harness import RunningDaemon, running, until
+from tests.system.test_faults import Load, metric, post, x_of
+
+ONES = "+".join(["1g.10gb"] * 7)
+
+
+def admin(daemon: RunningDaemon, path: str, body: Any = None, token: str | None = None) -> tuple[int, Any]:
+    """Status and JSON of an admin request."""
+    headers = {"Authorization": f"Bearer {daemon.admin_token if token is None else token}"}
+    data = None if body is None else json.dumps(body).encode()
+    if data is not None:
+        headers["Content-Type"] = "application/json"
+    request = urllib.request.Request(f"http://{daemon.admin}/admin/{path}", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def cut(daemon: RunningDaemon, *layouts: str) -> Any:
+    status, answer = admin(daemon, "layout", {"gpus": {str(index): layout for index, layout in enumerate(layouts)}})
+    assert (status, answer.get("result")) == (200, "applied"), answer
+    return answer
+
+
+def test_layouts_change_under_load_and_no_request_is_lost(demo_models: None) -> None:
+    with running("--drain-delay-secs", "0") as daemon, Load(daemon.http, clients=16) as load:
+        for layout in (
+            ONES,
+            "7g.80gb",
+            "3g.40gb+3g.40gb",
+            "4g.40gb+1g.10gb+1g.10gb+1g.10gb",
+            "4g.40gb+2g.20gb+1g.10gb",
+        ):
+            load.wait_for_answers(200)
+            answer = cut(daemon, layout)
+            assert sorted(answer["gpus"][0]["layout"].split("+")) == sorted(layout.split("+"))
+            assert all("affine" in each["serves"] for each in answer["gpus"][0]["slices"])
+        load.wait_for_answers(200)
+        assert load.errors == []
+        assert metric(daemon, "migserve_recuts_total", result="applied") == 5
+        lost = daemon.events("worker lost")
+    print(f"{load.sent.total()} sent, {load.right.total()} right, through 5 re-cuts")
+    assert load.right == load.sent
+    assert lost == [], "a drained worker ends by itself"
+
+
+def test_what_stays_is_not_touched(demo_models: None) -> None:
+    with running("--gpu", "sim:A100-80GBx2", "--layout", "4g.40gb+2g.20gb+1g.10gb") as daemon:
+        before = daemon.workers()
+        status, answer = admin(daemon, "layout", {"gpus": {"1": "4g.40gb+1g.10gb+1g.10gb+1g.10gb"}, "dry_run": True})
+        assert (status, answer) == (
+            200,
+            {
+                "result": "dry run",
+                "steps": [
+                    "GPU 1: keeps 4g.40gb@0, 1g.10gb@6",
+                    "GPU 1: drain and destroy 2g.20gb@4; 5 GPCs serve on",
+                    "GPU 1: create and admit 1g.10gb@4, 1g.10gb@5",
+                ],
+            },
+        )
+        assert daemon.workers() == before
+        status, answer = admin(daemon, "layout", {"gpus": {"1": "4g.40gb+1g.10gb+1g.10gb+1g.10gb"}})
+        assert status == 200
+        now = daemon.workers()
+        assert {name: pid for name, pid in now.items() if name in before} == before
+        assert set(now) - set(before) == {"gpu1/1g.10gb@4", "gpu1/1g.10gb@5"}
+        assert [line["worker"] for line in daemon.events("worker gone")] == ["gpu1/2g.20gb@4"]
+
+
+def test_a_running_request_is_finished_before_its_slice_goes_and_others_wait(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "slow", milliseconds=700, items=1)
+    with running("--model-repository", str(tmp_path), "--layout", "7g.80gb") as daemon:
+        answers: list[Any] = []
+
+        def ask() -> None:
+            answers.append(post(daemon.http, "slow", x_of(1))[0])
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        threads[0].start()
+        until(lambda: metric(daemon, "nv_inference_pending_request_count", model="slow") == 1, "it runs")
+        changer = threading.Thread(target=cut, args=(daemon, "3g.40gb+3g.40gb"))
+        changer.start()
+        for thread in threads[1:]:
+            thread.start()
+        for thread in [*threads, changer]:
+            thread.join()
+        assert answers == [200, 200, 200]
+
+
+def test_a_worker_killed_while_it_drains_costs_no_request(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "slow", milliseconds=2000, items=1)
+    with running("--model-repository", str(tmp_path), "--layout", "7g.80gb") as daemon:
+        answers: list[Any] = []
+        asking = threading.Thread(target=lambda: answers.append(post(daemon.http, "slow", x_of(1))[0]))
+        asking.start()
+        until(lambda: metric(daemon, "nv_inference_pending_request_count", model="slow") == 1, "it runs")
+        changer = threading.Thread(target=cut, args=(daemon, "3g.40gb+3g.40gb"))
+        changer.start()
+        until(lambda: metric(daemon, "migserve_slice_state", state="draining") == 1, "it drains")
+        daemon.kill_worker("gpu0/7g.80gb@0")
+        changer.join()
+        asking.join()
+        assert answers == [200]
+
+
+def test_a_model_that_fits_no_new_slice_keeps_the_old_layout(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "picky", milliseconds=1, items=1, serving="mig_profiles: [7g.80gb]\n")
+    with running("--model-repository", str(tmp_path), "--layout", "7g.80gb") as daemon:
+        status, answer = admin(daemon, "layout", {"gpus": {"0": "3g.40gb+3g.40gb"}})
+        assert status == 500
+        assert answer["error"] == ("the change failed; the old layout is back: no slice of the new layout serves picky")
+        assert post(daemon.http, "picky", x_of(1))[0] == 200
+        assert admin(daemon, "layout")[1]["gpus"][0]["layout"] == "7g.80gb"
+
+
+def test_a_daemon_killed_in_the_middle_of_a_change_is_put_right_by_the_next(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "models" / "slow", milliseconds=3000, items=1)
+    flags = ("--model-repository", str(tmp_path / "models"), "--gpu", "sim:A100-80GB", "--state-dir", str(tmp_path))
+    flags += ("--simulation-state", str(tmp_path / "gpu.json"), "--layout", "4g.40gb+2g.20gb+1g.10gb")
+    token = "0123456789"
+    with running(*flags, "--admin-token", token) as daemon:
+        asking = threading.Thread(target=_ignoring_errors, args=(post, daemon.http, "slow", x_of(1)))
+        asking.start()
+        until(lambda: metric(daemon, "nv_inference_pending_request_count", model="slow") == 1, "it runs")
+        body = {"gpus": {"0": "3g.40gb+3g.40gb"}}
+        changing = threading.Thread(target=_ignoring_errors, args=(admin, daemon, "layout", body, token))
+        changing.start()
+        until(lambda: (tmp_path / "recut.json").exists(), "the change is on its way")
+        daemon.process.send_signal(signal.SIGKILL)
+        daemon.process.wait()
+        asking.join()
+        changing.join()
+    with running(*flags, "--admin-token", token) as daemon:
+        (line,) = daemon.events("a re-cut had been cut off")
+        assert line["result"] in ("applied", "restored")
+        layout = admin(daemon, "layout", token=token)[1]["gpus"][0]["layout"]
+        assert layout == ("3g.40gb+3g.40gb" if line["result"] == "applied" else "4g.40gb+2g.20gb+1g.10gb")
+        assert not (tmp_path / "recut.json").exists()
+
+
+def _ignoring_errors(function: Any, *arguments: Any) -> None:
+    with suppress(OSError):  # its server was killed
+        function(*arguments)
+
+
+def test_the_admin_endpoints_need_their_token(daemon: RunningDaemon) -> None:
+    status, answer = admin(daemon, "layout", token="guessed")
+    assert status == 401
+    assert "Authorization: Bearer TOKEN" in answer["error"]
+    assert admin(daemon, "plan")[1]["proposal"] is None
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"gpus": {"0": "4g.40gb+4g.40gb"}}, "the layout takes 8 compute slices; A100-80GB has 7"),
+        ({"gpus": {"0": "5g.50gb"}}, "A100-80GB has no MIG profile '5g.50gb'; did you mean "),
+        ({"gpus": {"3": "7g.80gb"}}, "there is no GPU '3'; there are 0 (GPU-"),
+        ({"gpus": {}}, "gpus"),
+        ({"gpu": {"0": "7g.80gb"}}, "gpu"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(daemon: RunningDaemon, body: Any, message: str) -> None:
+    before = admin(daemon, "layout")[1]
+    status, answer = admin(daemon, "layout", body)
+    assert status == 400, answer
+    assert message in answer["error"]
+    assert admin(daemon, "layout")[1] == before
