@@ -7,6 +7,9 @@ W-paper: Poisson queries of one model, log-normal items (ln-median 6, sigma 0.9,
 the time of 32 items on a whole GPU. A rate counts if 95 % of all queries end within the SLO and every one within ten
 of them; nothing is refused and no query is cut. Ratios are to the fluid bound of the layout: every slice always at its
 best batch that ends within the SLO; 0.20 means that or less.
+
+Where large queries fit only the larger slices in time, late binding can be worse than ELSA: a large slice that has
+just taken small queries holds a large one up, where ELSA would have let the small ones wait for a small slice.
 """
 
 from __future__ import annotations
@@ -142,7 +145,7 @@ def main(write: Annotated[bool, typer.Option()] = False, queries: int = 10_000, 
     if write:
         text = f"""# Policies on W-paper
 
-`python -m benchmarks.policies --write`: {__doc__ or ""}
+{__doc__ or ""}
 {queries} queries a probe, medians of {seeds} seeds, {GPUS} GPUs.
 
 ```
