@@ -78,7 +78,8 @@ def serve(
 
 layout_app = typer.Typer(
     help="Show, change, check or export how GPUs are cut.\n\n**migserve layout apply 3g.40gb+3g.40gb** cuts every "
-    "GPU so; what can stay is not touched\n\n**migserve layout apply 0=7g.80gb 1=off** one by one; off switches MIG off\n\n"
+    "GPU so; what can stay is not touched\n\n**migserve layout apply 0=7g.80gb 1=off** one by one; off switches MIG "
+    "off\n\n"
     "**migserve layout apply --file config.yaml --config all-balanced --dry-run** prints the steps of a file in "
     "mig-parted's form\n\nWhile a daemon serves on a GPU, ask it instead: POST /admin/layout.",
     no_args_is_help=True,

@@ -78,6 +78,12 @@ class Settings(BaseSettings):
     )
     replan_interval_secs: float = _setting(10.0, "planning", "How often to think.", gt=0)
     replan_dwell_secs: float = _setting(60.0, "planning", "No change sooner after another, or after the start.", ge=0)
+    replan_horizon_secs: float = _setting(
+        300.0,
+        "planning",
+        "How long traffic is expected to stay as it is: what a change gains so long must pay for it.",
+        gt=0,
+    )
     replan_half_life_secs: float = _setting(30.0, "planning", "Traffic so old counts half.", gt=0)
     allow_admin: bool = _setting(True, "planning", "Serve the admin endpoints: layouts and plans.")
     admin_address: str = _setting("127.0.0.1", "planning", "Where the admin endpoints are.")
