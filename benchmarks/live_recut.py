@@ -296,8 +296,7 @@ def main() -> None:
         if chosen.only != "fixed":
             runs.append(run("follows the traffic", ("--layout", ONES, *FOLLOW.split()), models, queries, bar))
         if chosen.only != "auto":
-            for layout in FIXED:
-                runs.append(run(layout, ("--layout", layout.split(" / ")[0]), models, queries, bar))
+            runs += [run(each, ("--layout", each.split(" / ")[0]), models, queries, bar) for each in FIXED]
     Console().print(table(runs, plan))
     if chosen.write:
         picture(runs, plan, RESULTS / "live_recut.svg")
