@@ -27,8 +27,8 @@ _CODES = {
 }
 # Bounds for loops that end at INVALID_ARGUMENT: far beyond what any driver knows.
 _MOST_PROFILES = 64
-_REV1 = pynvml.NVML_COMPUTE_INSTANCE_PROFILE_1_SLICE_REV1
-
+# The driver writes as many handles as it has, and not all drivers count well beforehand how many that can be.
+_ROOM = 16
 # How many kinds every driver from R525 on knows: only after these can INVALID_ARGUMENT mean that there are no more.
 _LEAST_PROFILES = {"nvmlDeviceGetGpuInstanceProfileInfo": 10, "nvmlGpuInstanceGetComputeInstanceProfileInfo": 8}
 
@@ -189,8 +189,8 @@ class NvmlSession:
         return found
 
     def _listed(self, name: str, target: Any, profile_id: int, at_most: int, kind: Any) -> list[Any]:
-        count = ctypes.c_uint(at_most)
-        array = (kind * at_most)()
+        array = (kind * max(at_most, _ROOM))()
+        count = ctypes.c_uint(len(array))
         self.call(name, target, profile_id, array, ctypes.byref(count))
         return list(array[: count.value])
 
@@ -201,7 +201,7 @@ class NvmlSession:
 
     def create_part(self, instance: Any, board: str, profile_id: int, gpcs: int) -> Any:
         """A compute instance of all `gpcs` slices of a GPU instance."""
-        for enum, info in self.compute_profiles(instance, board, profile_id):
-            if int(info.sliceCount) == gpcs and enum != _REV1:
+        for _, info in self.compute_profiles(instance, board, profile_id):
+            if int(info.sliceCount) == gpcs:
                 return self.call("nvmlGpuInstanceCreateComputeInstance", instance, int(info.id))
         raise NotSupportedError("nvmlGpuInstanceCreateComputeInstance", "NOT_SUPPORTED", f"none has {gpcs} slices")
