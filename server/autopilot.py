@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
-from partitioner.nvml_types import Gpu
 
 from partitioner import autopilot
 from partitioner.autopilot import Proposal, Rules
@@ -17,6 +16,7 @@ from partitioner.demand import Demand, Kind, Traffic
 from partitioner.geometry import GpuModel, Layout, PlacedProfile, Placement
 from partitioner.latency import LatencyTable
 from partitioner.nvml_errors import NvmlError
+from partitioner.nvml_types import Gpu
 from partitioner.plans import ModelDemand, PlanError
 from partitioner.programme import InfeasibleError
 from partitioner.reconfigure import RefusedChangeError

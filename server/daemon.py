@@ -100,7 +100,7 @@ class Daemon:
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
         self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver)
         self._pool = PreprocessPool(settings.preprocess_threads or os.cpu_count() or 1)
-        self.service = InferenceService(self.driver, self.arena, self._pool, self.metrics)
+        self.service = InferenceService(self.driver, self.arena, self._pool)
         self.metrics.watch(
             self.fleet, lambda: self.layouts.gpus, self._models_now, lambda: (self.arena.used, self.arena.size)
         )

@@ -50,6 +50,11 @@ def invalid(message: str) -> ServeError:
     return ServeError(Fault.INVALID, message)
 
 
+def internal() -> ServeError:
+    """For what is our own fault; the caller has logged it."""
+    return ServeError(Fault.INTERNAL, "internal error; the server's log has the details")
+
+
 def from_refusal(reason: Reason, retry_after_s: float, detail: str, model: str) -> ServeError:
     """What the scheduler's reasons mean to a client."""
     match reason:

@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from partitioner.nvml_types import Gpu, GpuReadings
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -23,6 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from partitioner.geometry import Slice
+from partitioner.nvml_types import Gpu, GpuReadings
 from partitioner.reconfigure import Outcome, Result
 from scheduler.driver import BatchRecord
 from scheduler.fleet import Fleet
