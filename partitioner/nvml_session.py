@@ -127,27 +127,26 @@ class NvmlSession:
 
     def mig_profiles(self, gpu: Any) -> Iterator[tuple[int, Any]]:
         """(enum, info) of every MIG profile. The wheel's own count of them is not trusted."""
-        yield from self._enumerate("nvmlDeviceGetUUID", "nvmlDeviceGetGpuInstanceProfileInfo", gpu)
+        yield from self._enumerate("nvmlDeviceGetGpuInstanceProfileInfo", gpu)
 
     def compute_profiles(self, instance: Any, board: str, profile_id: int) -> list[tuple[int, Any]]:
         """(enum, info) of what a GPU instance can be split into: the same for all of a board and MIG profile."""
         key = (board, profile_id)
         if key not in self._compute_profiles:
-            probe, name = "nvmlGpuInstanceGetInfo", "nvmlGpuInstanceGetComputeInstanceProfileInfo"
-            self._compute_profiles[key] = list(self._enumerate(probe, name, instance, 0))
+            name = "nvmlGpuInstanceGetComputeInstanceProfileInfo"
+            self._compute_profiles[key] = list(self._enumerate(name, instance, 0))
         return self._compute_profiles[key]
 
-    def _enumerate(self, probe: str, name: str, target: Any, *more: Any) -> Iterator[tuple[int, Any]]:
-        """Up to the first INVALID_ARGUMENT; which must not come from a handle that went stale, so `probe` is asked."""
+    def _enumerate(self, name: str, target: Any, *more: Any) -> Iterator[tuple[int, Any]]:
+        """Up to the first INVALID_ARGUMENT, which before the least that there are means a handle that went stale."""
         for enum in range(_MOST_PROFILES):
             try:
                 yield enum, self._info(name, target, enum, *more)
             except NotSupportedError:
                 continue
             except StaleError:
-                self.call(probe, target)
                 if enum < _LEAST_PROFILES[name]:
-                    raise  # not the end of the list: it would be taken for all that there is
+                    raise
                 return
 
     def _info(self, name: str, *args: Any) -> Any:
