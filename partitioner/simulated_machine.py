@@ -293,7 +293,7 @@ class Machine:
         if self._file is None:
             yield
             return
-        with self._file.with_name(f"{self._file.name}.lock").open("w") as file:
+        with self._file.with_name(f"{self._file.name}.driver").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
