@@ -34,7 +34,7 @@ from server.http_protocol import HttpProtocol
 from server.infer import InferRoute
 from server.layouts import Layouts
 from server.metrics import Metrics
-from server.repository import UNLOADED, ModelState, Repository
+from server.repository import ModelState, Repository
 from server.service import InferenceService
 from server.settings import MIB, Settings
 
@@ -95,7 +95,7 @@ class Daemon:
                 raise StartError(f"--journal {settings.journal} cannot be written: {error.strerror}") from error
         core = SchedulerCore(settings.max_queue_size)
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
-        self.repository = Repository(settings.model_repository, self.fleet, self.driver)
+        self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size)
         self._state_dir = settings.state_dir.expanduser()
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
         self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver)
@@ -248,7 +248,7 @@ class Daemon:
         """Listens on every port. Raises StartError, naming the one that cannot be had."""
         settings = self.settings
         health = (self.repository, self.metrics, self, NAME, self.version)
-        app = create_app(rest.router(*health))
+        app = create_app(rest.router(*health, read_timeout_s=settings.http_read_timeout_secs))
         if settings.allow_http:
             infer = InferRoute(
                 app,
@@ -265,13 +265,13 @@ class Daemon:
                 "metrics",
                 settings.metrics_address,
                 settings.metrics_port,
-                create_app(rest.metrics_router(self.metrics)),
+                create_app(rest.metrics_router(self.metrics), docs=False),
             )
         if settings.allow_admin:
             await self._open_admin()
         if settings.allow_grpc:
             servicer = grpc_api.InferenceServicer(self.repository, self.service, self.metrics, self, NAME, self.version)
-            self._grpc = grpc_api.create_server(servicer, self)
+            self._grpc = grpc_api.create_server(servicer, self, settings.http_max_input_size)
             try:
                 address = f"{settings.grpc_address}:{settings.grpc_port}"
                 self.ports["grpc"] = self._grpc.add_insecure_port(address)
@@ -291,7 +291,7 @@ class Daemon:
             )
             return
         routes = admin.router(self.layouts, self._autopilot, self, token)
-        await self._open_http("admin", settings.admin_address, settings.admin_port, create_app(routes))
+        await self._open_http("admin", settings.admin_address, settings.admin_port, create_app(routes, web_pages=False))
 
     async def _open_http(self, name: str, address: str, port: int, app: Any) -> None:
         try:
@@ -338,7 +338,7 @@ class Daemon:
 
     def _models_now(self) -> Iterator[tuple[tuple[str, str], bool, bool, int]]:
         for model in self.repository.models():
-            if model.reason == UNLOADED:
+            if model.unloaded:
                 continue  # on purpose: it is not missing
             ready = model.state == ModelState.READY and bool(self.repository.servers(model))
             unfinished = self.driver.unfinished(model.key) if model.key else 0

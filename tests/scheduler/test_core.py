@@ -146,6 +146,20 @@ def test_what_runs_is_not_dropped_when_it_expires() -> None:
     assert core.handle(900, BatchDone(0, 1)) == [Answer(1, (1,))]
 
 
+def test_what_expired_while_it_ran_does_not_run_again_after_its_worker_died() -> None:
+    core = core_with(1)
+    core.handle(0, request(1, expires_ns=500))
+    core.handle(500, Tick())
+    assert core.handle(600, WorkerLost(0, True, "killed")) == [Refuse(1, Reason.EXPIRED)]
+
+
+def test_what_waits_for_its_worker_to_come_back_expires_in_time() -> None:
+    core = core_with(1)
+    core.handle(0, request(1, expires_ns=500))
+    assert core.handle(100, WorkerLost(0, True, "killed")) == []
+    assert core.handle(500, Tick()) == [Refuse(1, Reason.EXPIRED)]
+
+
 def test_arriving_expired_is_refused() -> None:
     assert core_with(1).handle(7, request(1, expires_ns=7)) == [Refuse(1, Reason.EXPIRED)]
 
@@ -220,6 +234,13 @@ def test_requests_are_refused_when_the_worker_comes_back_without_the_model() -> 
     core.handle(1, WorkerLost(0, True, "killed"))
     core.handle(2, WorkerUp(0, 1, 1))
     assert core.handle(3, StopsServing(0, "m")) == [Refuse(1, Reason.UNAVAILABLE)]
+
+
+def test_a_model_that_is_unloaded_while_its_worker_restarts_is_expected_no_more() -> None:
+    core = core_with(1)
+    core.handle(1, WorkerLost(0, True, "killed"))
+    core.handle(2, StopsServing(0, "m"))
+    assert core.handle(3, request(1)) == [Refuse(1, Reason.UNAVAILABLE)]
 
 
 def test_what_waits_for_a_draining_worker_moves_to_another() -> None:

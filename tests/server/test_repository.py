@@ -108,6 +108,18 @@ def make_broken(root: Path, good: Path) -> None:
     shutil.copy(good, broken("table", serving_yaml="latency_table: {file: none.csv}") / "1")
     (repositories.picky(root / "broken_script") / "config.pbtxt").unlink()
     repositories.emulated(root / "broken_emulated", 1).joinpath("serving.yaml").write_text("slo_ms: 5")
+    emulated = {
+        name: repositories.emulated(root / f"broken_{name}", 1) for name in ("rate", "latin", "endless", "policy")
+    }
+    (emulated["rate"] / "table.csv").write_text(
+        "model,mig_profile,batch,latency_ms,items_per_s\nbroken_rate,1g.10gb,1,1,0"
+    )
+    (emulated["latin"] / "table.csv").write_bytes(b"model,\xff\xfe\n")
+    (emulated["endless"] / "serving.yaml").write_text("slo_ms: .inf")
+    with (emulated["policy"] / "config.pbtxt").open("a") as config:
+        config.write(" version_policy { specific { versions: [7] } }")
+    repositories.emulated(root / "broken_folder", 1).joinpath("serving.yaml").unlink()
+    (root / "broken_folder" / "serving.yaml").mkdir()
 
 
 REASONS = {
@@ -125,6 +137,11 @@ REASONS = {
     "table": "No such file",
     "script": "declare them in config.pbtxt",
     "emulated": "needs a latency_table in serving.yaml",
+    "rate": "items_per_s must be more than 0",
+    "latin": "codec can't decode",
+    "endless": "slo_ms: Input should be less than",
+    "policy": "version_policy asks for 7; there are 1",
+    "folder": "Is a directory",
 }
 
 
