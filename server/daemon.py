@@ -29,6 +29,7 @@ from scheduler.staff import State
 from server import admin, grpc_api, rest
 from server.app import create_app
 from server.autopilot import Autopilot
+from server.gpu_watch import GpuWatch
 from server.gpus import StartError, open_gpus
 from server.http_protocol import HttpProtocol
 from server.infer import InferRoute
@@ -41,7 +42,6 @@ from server.settings import MIB, Settings
 log = structlog.get_logger(__name__)
 
 NAME = "migserve"
-GPU_READ_INTERVAL_S = 5.0
 # For idle workers to end by themselves.
 STOP_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 75
@@ -180,7 +180,7 @@ class Daemon:
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self._started = True
-        self._background.append(asyncio.create_task(self._read_gpus()))
+        self._background.append(asyncio.create_task(GpuWatch(self._door, self.layouts, self.metrics).run()))
         if self.settings.replan != "off":
             self._background.append(asyncio.create_task(self._autopilot.run()))
         log.info("serving", **{f"{name}_port": port for name, port in self.ports.items()})
@@ -201,16 +201,6 @@ class Daemon:
     async def _load(self) -> None:
         await self.fleet.start(self.driver, self._slices())
         await self.repository.load_all(self._progress.model)
-
-    async def _read_gpus(self) -> None:
-        while True:
-            for gpu in self.layouts.gpus:
-                try:
-                    self.metrics.gpu_read(gpu.uuid, await asyncio.to_thread(self._door.readings, gpu.uuid))
-                except Exception as error:  # a lost GPU must not end the daemon
-                    self.metrics.gpu_read(gpu.uuid, None)
-                    log.warning("gpu cannot be read", uuid=gpu.uuid, reason=str(error))
-            await asyncio.sleep(GPU_READ_INTERVAL_S)
 
     async def _drain(self) -> int:
         """Unready; serves on briefly, so that load balancers notice; then finishes what is under way."""
