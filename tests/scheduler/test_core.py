@@ -365,6 +365,9 @@ class World:
         elsewhere = [i for w in self.running.values() for b, ids in w.items() if b != run.batch_id for i in ids]
         assert not set(run.request_ids) & set(elsewhere), "one request in two batches at once"
         assert set(run.request_ids) <= self.open, "run although it has ended"
+        self.check_batch(run)
+
+    def check_batch(self, run: Run) -> None:
         items = sum(self.items[request_id] for request_id in run.request_ids)
         assert items <= KNEE or len(run.request_ids) == 1
 
