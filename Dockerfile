@@ -32,7 +32,7 @@ FROM ${PYTHON_IMAGE} AS runtime
 RUN useradd --uid 10001 --user-group --no-log-init --create-home migserve && mkdir /models
 COPY --from=builder /venv /venv
 ENV PATH=/venv/bin:$PATH \
-    MIGSERVE_MODEL_REPOSITORY='["/models"]' \
+    MIGSERVE_MODEL_REPOSITORY=/models \
     MIGSERVE_HTTP_ADDRESS=0.0.0.0 \
     MIGSERVE_GRPC_ADDRESS=0.0.0.0 \
     MIGSERVE_METRICS_ADDRESS=0.0.0.0 \

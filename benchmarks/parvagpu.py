@@ -1,4 +1,4 @@
-"""ParvaGPU's published rule (Lee and others, SC'24, arXiv 2409.14447, and its artifact), as a baseline for the planners.
+"""ParvaGPU's published rule (Lee and others, SC'24, arXiv 2409.14447, and its artifact): a baseline for planners.
 
 What we took from them, in our own code:
 1. Of every model the triplet (slice size, batch, processes) with the highest throughput per GPC among those whose
@@ -7,8 +7,8 @@ What we took from them, in our own code:
 3. Segments are placed from the largest to the smallest, on the GPU where the fewest GPCs stay free. A GPU takes one 3g.
 4. GPUs that are used by four GPCs or less are emptied, the last first: each segment becomes 2g and 1g segments of the
    same throughput, which are placed as in 3.
-The artifact's header says up to 3 processes, its published deployments use up to 5. Where its step 4 would lose a segment
-(a model that can have neither 2g nor 1g), the segment stays.
+The artifact's header says up to 3 processes, its published deployments use up to 5. Where its step 4 would lose a
+segment (a model that can have neither 2g nor 1g), the segment stays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from partitioner.gangs import Gang, GangTable
+from partitioner.gangs import GangTable
 from partitioner.plans import ModelDemand
 
 SLO_SHARE, SIZES, GPCS = 0.45, (1, 2, 3, 4, 7), 7
@@ -59,9 +59,8 @@ def best_by_size(demand: ModelDemand, table: GangTable, max_processes: int) -> d
     """Step 1: the highest throughput of each size that has any."""
     best = {}
     for gpcs in SIZES:
-        rates = [
-            _rate(gang) for gang in table.gangs(gpcs, max_processes) if gang.latency_ms < SLO_SHARE * demand.slo_ms
-        ]
+        limit_ms = SLO_SHARE * demand.slo_ms
+        rates = [gang.items_per_s for gang in table.gangs(gpcs, max_processes) if gang.latency_ms < limit_ms]
         if rates:
             best[gpcs] = max(rates)
     if not best:
@@ -76,10 +75,6 @@ def matched(demand: ModelDemand, best: Mapping[int, float]) -> list[Segment]:
     rest = demand.rate_per_s - count * best[optimal]
     last = next(gpcs for gpcs in SIZES if best.get(gpcs, 0.0) >= rest)
     return [Segment(demand.model, gpcs, best[gpcs]) for gpcs in [optimal] * count + [last]]
-
-
-def _rate(gang: Gang) -> float:
-    return gang.items_per_s
 
 
 def _place(segments: Sequence[Segment], gpus: list[Gpu]) -> None:

@@ -1,7 +1,7 @@
 """What a slice can do for a class of queries, and the programme over layouts that all planning rests on. Pure.
 
 A class is the queries of one model that carry the same number of items. Its capacity on a slice size is the rate of the
-best gang that was measured there and ends within a share of the SLO.
+best gang that was measured there and ends within a share of the SLO; bursts take something off it.
 
 The programme: y[l] GPUs are cut by layout l; x[c, s] slices of size s (fractions allowed) work for class c;
     sum over c of x[c, s] <= sum over l of y[l] * slices(l, s)          for each size s
@@ -12,6 +12,7 @@ for factor 1, or the sum of y is given and the factor, the headroom, is the most
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,27 +23,53 @@ from partitioner.geometry import GpuModel, Layout
 from partitioner.plans import ModelDemand
 from partitioner.programme import Programme
 
+# One query in so many may wait longer than its SLO leaves time for.
+ONE_IN = 100
+
 
 @dataclass(frozen=True, slots=True)
 class QueryClass:
-    """Queries of one model with so many items each."""
+    """Queries of one model with so many items each.
+
+    `burst_s`: how much they come in bursts, see `burst_s`; 0 plans for a steady stream.
+    """
 
     model: str
     items: int
     rate_per_s: float
     slo_ms: float
+    burst_s: float = 0.0
+
+    def served_per_s(self, gang: Gang) -> float:
+        """The rate that a slice's whole time with this gang is worth, with what bursts need taken off.
+
+        Poisson queries that find work done at a steady rate c wait longer than w with a probability of about
+        exp(-2 w c (c - rate) / (rate v)), the diffusion approximation of M/G/1. With w, what the gang leaves of the
+        SLO, the least c for a small probability is rate * (1 + sqrt(1 + 4 burst_s / w)) / 2.
+        """
+        wait_s = max(self.slo_ms - gang.latency_ms, 0.0) / 1e3
+        if not self.burst_s:
+            return gang.queries_per_s(self.items)
+        return 2 * gang.queries_per_s(self.items) / (1 + math.sqrt(1 + 4 * self.burst_s / wait_s)) if wait_s else 0.0
+
+
+def burst_s(demand: ModelDemand) -> float:
+    """ln(100) v / (2 rate), for one late query in 100; v: mean square of items per query by the square of the mean."""
+    square = sum(share * items**2 for items, share in demand.items.items())
+    return math.log(ONE_IN) / (2 * demand.rate_per_s) * square / demand.items_per_query**2
 
 
 @dataclass(frozen=True, slots=True)
 class Capacities:
-    """Best gangs by (class, slice size), and what they serve in queries per second; no entry: cannot serve."""
+    """Best gangs by (class, slice size); no entry: cannot serve."""
 
     classes: tuple[QueryClass, ...]
     gangs: Mapping[tuple[QueryClass, int], Gang]
 
     def rate_per_s(self, query_class: QueryClass, gpcs: int) -> float:
+        """Queries per second that a slice's whole time is worth."""
         gang = self.gangs.get((query_class, gpcs))
-        return gang.queries_per_s(query_class.items) if gang else 0.0
+        return query_class.served_per_s(gang) if gang else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +89,10 @@ class Allotment:
         return sum(count for _, count in self.layouts)
 
 
-def query_classes(demands: Sequence[ModelDemand]) -> tuple[QueryClass, ...]:
-    """The demand, by model and number of items."""
+def query_classes(demands: Sequence[ModelDemand], *, bursts: bool = False) -> tuple[QueryClass, ...]:
+    """The demand, by model and number of items; with `bursts` planned for, or as a steady stream."""
     return tuple(
-        QueryClass(demand.model, items, demand.rate_per_s * share, demand.slo_ms)
+        QueryClass(demand.model, items, demand.rate_per_s * share, demand.slo_ms, burst_s(demand) if bursts else 0.0)
         for demand in demands
         for items, share in sorted(demand.items.items())
         if share > 0
@@ -77,29 +104,28 @@ def capacities(
     tables: Mapping[str, GangTable],
     sizes: Sequence[int],
     max_processes: int,
-    slo_share: float | Mapping[str, float],
+    slo_share: float,
 ) -> Capacities:
-    """The best gang of each class on each size whose batch takes at most `slo_share` of the SLO (of each model)."""
+    """The best gang of each class on each size whose batch takes at most `slo_share` of the SLO."""
     gangs = {}
     for each in classes:
-        share = slo_share if isinstance(slo_share, float) else slo_share[each.model]
         for gpcs in sizes:
-            gang = best_gang(tables[each.model], each, gpcs, max_processes, share * each.slo_ms)
-            if gang is not None:
-                gangs[each, gpcs] = gang
+            fitting = gangs_within(tables[each.model], each, gpcs, max_processes, slo_share * each.slo_ms)
+            if fitting:
+                gangs[each, gpcs] = fitting[0]
     return Capacities(tuple(classes), gangs)
 
 
-def best_gang(table: GangTable, query_class: QueryClass, gpcs: int, max_processes: int, limit_ms: float) -> Gang | None:
-    """The gang with the highest rate within `limit_ms`; of equal ones the one with fewer processes, smaller batches."""
+def gangs_within(
+    table: GangTable, query_class: QueryClass, gpcs: int, max_processes: int, limit_ms: float
+) -> list[Gang]:
+    """Gangs that take at most `limit_ms`: the highest rate first, of equal ones fewer processes and smaller batches."""
     fitting = [
         gang
         for gang in table.fitting(gpcs, max_processes, query_class.items)
         if gang.latency_ms <= limit_ms and gang.batch >= query_class.items
     ]
-    return max(
-        fitting, key=lambda gang: (gang.queries_per_s(query_class.items), -gang.processes, -gang.batch), default=None
-    )
+    return sorted(fitting, key=lambda gang: (-query_class.served_per_s(gang), gang.processes, gang.batch))
 
 
 def fluid_bound(capacities: Capacities, gpu: GpuModel) -> float:

@@ -2,7 +2,7 @@
 
 Ours, after an exploration on ParvaGPU's scenarios (SC'24). For each number of GPUs, from the fluid bound upwards, and
 for each share of the SLO that a batch may take:
- 1 every rate is raised by what keeps bursts short (`with_bursts`);
+ 1 a slice is worth less to a model by what keeps its bursts short (`capacity.QueryClass.served_per_s`);
  2 the programme of `capacity.py` finds the layouts with the most headroom;
  3 `sharing.py` says who works on which slice, and how much headroom is left under the rules of sharing;
  4 where that is not enough, the model that its neighbours slow down most gets slices of its own: again from 2.
@@ -13,12 +13,13 @@ A plan holds if requests are bound late: a queue for each model, and a free slic
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from partitioner import capacity, explain, sharing
-from partitioner.capacity import Capacities, QueryClass
+from partitioner.capacity import Allotment, Capacities
 from partitioner.cuts import slice_profiles
 from partitioner.gangs import GangTable
 from partitioner.geometry import GpuModel
@@ -30,8 +31,6 @@ from partitioner.sharing import Balance, Rules, StaffedSlice
 SLO_SHARES = (0.5, 0.45, 0.55, 0.4, 0.35, 0.3)
 # How often a share of the SLO is tried, each time with one more model on slices of its own.
 ATTEMPTS = 4
-# One query in so many may wait longer than its SLO leaves time for.
-ONE_IN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +83,6 @@ def plan(
     )
 
 
-def with_bursts(demand: ModelDemand, slo_share: float) -> ModelDemand:
-    """The demand with the rate that its slices must be able to serve, so that few queries wait too long.
-
-    Poisson queries that find work done at a steady rate c wait longer than w with a probability of about
-    exp(-2 w c (c - rate) / (rate v)), where v is the mean square of items per query over the square of the mean
-    (the diffusion approximation of M/G/1). With w = (1 - slo_share) SLO, the least c for one in a hundred.
-    """
-    wait_s = (1 - slo_share) * demand.slo_ms / 1e3
-    square = sum(share * items**2 for items, share in demand.items.items())
-    burst_per_s = math.log(ONE_IN) / (2 * wait_s) * square / demand.items_per_query**2
-    rate = demand.rate_per_s
-    return replace(demand, rate_per_s=(rate + math.sqrt(rate**2 + 4 * rate * burst_per_s)) / 2)
-
-
 class _Search:
     """Tries numbers of GPUs and shares of the SLO."""
 
@@ -114,6 +99,7 @@ class _Search:
         self._sizes = [profile.gpcs for profile in slice_profiles(gpu)]
         self._shares = (choices.slo_share,) if choices.slo_share else SLO_SHARES
         self._models = frozenset(demand.model for demand in demands)
+        self._found_least: dict[float, Allotment] = {}
         possible = {share: self._capacities(share) for share in self._shares}
         # A share under which some class cannot be served at all is no choice.
         self._capacities_of = {
@@ -155,22 +141,8 @@ class _Search:
         return max(found, key=lambda each: each.headroom)
 
     def as_plan(self, found: Candidate) -> Plan:
-        real = {demand.model: demand.rate_per_s for demand in self._demands}
-        padded = {demand.model: demand.rate_per_s for demand in self._padded(found.slo_share)}
-        index = 0
-        gpus = []
-        for gpu in found.gpus:
-            slices = []
-            for each in gpu:
-                portions = {
-                    query_class: found.balance.portions.get((index, query_class), 0.0)
-                    * (query_class.rate_per_s * real[query_class.model] / padded[query_class.model])
-                    for query_class in each.gangs
-                }
-                slices.append(_planned(each, portions))
-                index += 1
-            gpus.append(tuple(slices))
-        return Plan(tuple(gpus))
+        indices = itertools.count()
+        return Plan(tuple(tuple(_planned(each, next(indices), found.balance) for each in gpu) for gpu in found.gpus))
 
     def too_few(self, found: Candidate) -> str:
         enough, _ = self.fewest()
@@ -178,8 +150,14 @@ class _Search:
 
     def _least_gpus(self, share: float) -> float:
         if self._choices.exclusive:
-            return capacity.fewest_gpus(self._capacities_of[share], self._gpu, self._models).gpus
+            return self._least(share).gpus
         return capacity.fluid_bound(self._capacities_of[share], self._gpu)
+
+    def _least(self, share: float) -> Allotment:
+        """The fewest GPUs with exclusive slices."""
+        if share not in self._found_least:
+            self._found_least[share] = capacity.fewest_gpus(self._capacities_of[share], self._gpu, self._models)
+        return self._found_least[share]
 
     def _candidate(self, gpus: int, share: float) -> Candidate:
         apart = self._models if self._choices.exclusive else frozenset()
@@ -199,51 +177,53 @@ class _Search:
             allotment = capacity.most_headroom(possible, self._gpu, gpus, apart)
         except InfeasibleError:
             return Candidate(share, [], Balance({}, 0.0)), None
+        if allotment.headroom < 1 and self._choices.exclusive:
+            # The search for the most headroom may give up early; what is known to be enough is not given away.
+            least = self._least(share)
+            allotment = least if least.gpus == gpus else allotment
         staffed = sharing.staffed(allotment, Rules(self._tables, self._choices.max_processes, share))
         slices = [each for gpu in staffed for each in gpu]
         found = Candidate(share, staffed, sharing.balance(slices, possible.classes))
         model, lost = _suffers(slices, possible)
         # Where even undisturbed slices would not do, neighbours are to blame only for a model that is left with none.
-        blamed = lost > 0 and (allotment.headroom >= 1 or lost == math.inf) and model not in apart
+        blamed = lost > 1e-9 and (allotment.headroom >= 1 or lost > 1 - 1e-9) and model not in apart
         return found, model if blamed else None
 
-    def _padded(self, share: float) -> list[ModelDemand]:
-        """As published, an exclusive plan with a fixed share of the SLO leaves bursts to that share."""
-        if self._choices.exclusive and self._choices.slo_share:
-            return list(self._demands)
-        return [with_bursts(demand, share) for demand in self._demands]
-
-    def _capacities(self, share: float) -> capacity.Capacities:
-        classes = capacity.query_classes(self._padded(share))
+    def _capacities(self, share: float) -> Capacities:
+        # As published, an exclusive plan with a fixed share of the SLO leaves bursts to the rest of it.
+        bursts = not (self._choices.exclusive and self._choices.slo_share)
+        classes = capacity.query_classes(self._demands, bursts=bursts)
         return capacity.capacities(classes, self._tables, self._sizes, self._choices.max_processes, share)
 
 
 def _suffers(slices: Sequence[StaffedSlice], possible: Capacities) -> tuple[str, float]:
-    """The model that its neighbours slow down most, and by how many slices' worth; infinite where it has none left."""
+    """The model that its neighbours slow down most, and the share of its work that they cost it."""
     lost: dict[str, float] = {}
     for each in possible.classes:
-        rates = [
-            one.gangs[each].queries_per_s(each.items) / possible.rate_per_s(each, one.placed.profile.gpcs)
-            for one in slices
-            if each in one.gangs
-        ]
-        lost[each.model] = lost.get(each.model, 0.0) + (sum(1 - rate for rate in rates) if rates else math.inf)
+        meant = done = 0.0
+        for one in slices:
+            work = one.meant.get(each, 0.0) * possible.rate_per_s(each, one.placed.profile.gpcs)
+            meant += work
+            if each in one.gangs:
+                done += one.meant[each] * each.served_per_s(one.gangs[each])
+        lost[each.model] = max(lost.get(each.model, 0.0), 1 - done / meant if meant else 0.0)
     return max(lost.items(), key=lambda pair: pair[1])
 
 
-def _planned(staffed: StaffedSlice, rates: Mapping[QueryClass, float]) -> PlannedSlice:
+def _planned(staffed: StaffedSlice, index: int, balance: Balance) -> PlannedSlice:
     """Classes of one model become one share, with the largest batch that any of them needs."""
     shares: dict[str, ModelShare] = {}
     for each, gang in sorted(staffed.gangs.items(), key=lambda pair: (pair[0].model, pair[0].items)):
-        rate = rates[each]
-        busy = rate / gang.queries_per_s(each.items)
+        rate = balance.portions.get((index, each), 0.0) * each.rate_per_s
+        if not rate:
+            continue
         before = shares.get(each.model, ModelShare(each.model, 0, 0, 0.0, 0.0))
         shares[each.model] = ModelShare(
             each.model,
             max(before.batch, gang.batch),
             max(before.processes, gang.processes),
             before.rate_per_s + rate,
-            before.share + busy,
+            before.share + rate / gang.queries_per_s(each.items),
         )
     profile = staffed.placed.profile
     return PlannedSlice(profile.name, staffed.placed.placement.start, profile.gpcs, tuple(shares.values()))

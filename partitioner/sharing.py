@@ -13,13 +13,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from partitioner.capacity import Allotment, QueryClass
+from partitioner.capacity import Allotment, QueryClass, gangs_within
 from partitioner.gangs import Gang, GangTable
 from partitioner.geometry import PlacedProfile
 from partitioner.programme import Programme
 
 # A gang on a shared slice takes at most this share of the shortest SLO there.
 BLOCKING_SHARE = 0.5
+# Less than this portion of a class's queries is not worth its processes.
+LEAST_PORTION = 1e-3
 # A class that would have less than this share of a slice's time is left out there.
 LEAST_SHARE = 0.01
 
@@ -41,12 +43,7 @@ class Rules:
     def gangs(self, query_class: QueryClass, gpcs: int, limit_ms: float) -> list[Gang]:
         """Gangs within the limit, the fastest first, each following one with less memory than all before."""
         table = self.tables[query_class.model]
-        fitting = [
-            gang
-            for gang in table.fitting(gpcs, self.max_processes, query_class.items)
-            if gang.latency_ms <= limit_ms and gang.batch >= query_class.items
-        ]
-        fitting.sort(key=lambda gang: (-gang.queries_per_s(query_class.items), gang.processes, gang.batch))
+        fitting = gangs_within(table, query_class, gpcs, self.max_processes, limit_ms)
         lighter: list[Gang] = []
         for gang in fitting:
             if not lighter or self.memory_mib(query_class, gang) < self.memory_mib(query_class, lighter[-1]):
@@ -64,10 +61,14 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class StaffedSlice:
-    """A slice and the gangs that work on it, by class."""
+    """A slice and the gangs that work on it, by class.
+
+    `meant`: the share of its time that was meant for each class, also for those that can do nothing here.
+    """
 
     placed: PlacedProfile
     gangs: Mapping[QueryClass, Gang]
+    meant: Mapping[QueryClass, float]
 
 
 def staffed(allotment: Allotment, rules: Rules) -> list[list[StaffedSlice]]:
@@ -75,33 +76,36 @@ def staffed(allotment: Allotment, rules: Rules) -> list[list[StaffedSlice]]:
     layouts = [layout for layout, count in allotment.layouts for _ in range(round(count))]
     counts = Counter(placed.profile.gpcs for layout in layouts for placed in layout)
     waiting = {gpcs: iter(_classes(allotment, gpcs, count)) for gpcs, count in counts.items()}
-    return [
-        [StaffedSlice(placed, _gangs(next(waiting[placed.profile.gpcs]), placed, rules)) for placed in layout]
-        for layout in layouts
-    ]
+    return [[_staffed(placed, next(waiting[placed.profile.gpcs]), rules) for placed in layout] for layout in layouts]
 
 
-def _classes(allotment: Allotment, gpcs: int, count: int) -> list[list[QueryClass]]:
+def _staffed(placed: PlacedProfile, meant: Mapping[QueryClass, float], rules: Rules) -> StaffedSlice:
+    return StaffedSlice(placed, _gangs(list(meant), placed, rules), meant)
+
+
+def _classes(allotment: Allotment, gpcs: int, count: int) -> list[dict[QueryClass, float]]:
     """Classes of each slice of a size: first the whole slices of models that are kept apart, then the shared ones."""
-    found: list[list[QueryClass]] = []
+    found: list[dict[QueryClass, float]] = []
     for (model, size), slices in sorted(allotment.whole.items()):
         if size == gpcs:
-            found += [[each for each, there in allotment.time if there == gpcs and each.model == model]] * slices
+            there = [(each, time) for (each, at), time in allotment.time.items() if at == gpcs and each.model == model]
+            found += [{each: time / slices for each, time in there}] * slices
     apart = {model for model, _ in allotment.whole}
     times = [(each, time) for (each, size), time in allotment.time.items() if size == gpcs and each.model not in apart]
     return found + _wrapped(times, count - len(found))
 
 
-def _wrapped(times: list[tuple[QueryClass, float]], count: int) -> list[list[QueryClass]]:
+def _wrapped(times: list[tuple[QueryClass, float]], count: int) -> list[dict[QueryClass, float]]:
     """Times end to end, stretched over `count` slices, cut at whole numbers."""
-    found: list[list[QueryClass]] = [[] for _ in range(count)]
+    found: list[dict[QueryClass, float]] = [{} for _ in range(count)]
     total = sum(time for _, time in times)
     at = 0.0
     for each, time in sorted(times, key=lambda pair: (-pair[0].slo_ms, pair[0].model, pair[0].items)):
         end = at + time * count / total
         for index in range(int(at), min(int(end) + 1, count)):
-            if min(end, index + 1) - max(at, index) >= LEAST_SHARE:
-                found[index].append(each)
+            share = min(end, index + 1) - max(at, index)
+            if share >= LEAST_SHARE:
+                found[index][each] = share
         at = end
     return found
 
@@ -134,7 +138,7 @@ def _memory_mib(choices: Mapping[QueryClass, Sequence[Gang]], rules: Rules) -> f
 def _loss_per_mib(query_class: QueryClass, gangs: Sequence[Gang], rules: Rules) -> float:
     """Share of the rate lost with the next lighter gang, for each MiB it saves."""
     now, then = gangs[0], gangs[1]
-    lost = 1 - then.queries_per_s(query_class.items) / now.queries_per_s(query_class.items)
+    lost = 1 - query_class.served_per_s(then) / query_class.served_per_s(now)
     return lost / (rules.memory_mib(query_class, now) - rules.memory_mib(query_class, then))
 
 
@@ -155,7 +159,7 @@ def balance(slices: Sequence[StaffedSlice], classes: Sequence[QueryClass]) -> Ba
     for index, each in enumerate(slices):
         times = {programme.variable(): query_class for query_class in each.gangs}
         for time, query_class in times.items():
-            served[query_class][time] = each.gangs[query_class].queries_per_s(query_class.items)
+            served[query_class][time] = query_class.served_per_s(each.gangs[query_class])
             where[time] = index, query_class
         programme.constrain(dict.fromkeys(times, 1.0), high=1.0)
     for query_class, terms in served.items():
@@ -165,4 +169,4 @@ def balance(slices: Sequence[StaffedSlice], classes: Sequence[QueryClass]) -> Ba
     for terms in served.values():
         total = sum(values[time] * rate for time, rate in terms.items())
         portions.update({where[time]: values[time] * rate / total for time, rate in terms.items() if total > 0})
-    return Balance({key: portion for key, portion in portions.items() if portion > 1e-6}, values[factor])
+    return Balance({key: portion for key, portion in portions.items() if portion > LEAST_PORTION}, values[factor])

@@ -76,6 +76,78 @@ def serve(
     raise typer.Exit(commands.serve(config, flags))
 
 
+layout_app = typer.Typer(
+    help="Show, change, check or export how GPUs are cut.\n\n**migserve layout apply 3g.40gb+3g.40gb** cuts every "
+    "GPU so; what can stay is not touched\n\n**migserve layout apply 0=7g.80gb 1=off** one by one; off switches MIG "
+    "off\n\n"
+    "**migserve layout apply --file config.yaml --config all-balanced --dry-run** prints the steps of a file in "
+    "mig-parted's form\n\nWhile a daemon serves on a GPU, ask it instead: POST /admin/layout.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(layout_app, name="layout")
+
+_Gpu = Annotated[str, typer.Option(help="As of **serve**.")]
+_State = Annotated[Path | None, typer.Option(help="As of **serve**: the file that simulated GPUs live on in.")]
+_File = Annotated[Path | None, typer.Option(help="A layout file in mig-parted's form.")]
+_Config = Annotated[str | None, typer.Option(help="The config in the file; its only one by default.")]
+_Layouts = Annotated[list[str] | None, typer.Argument(help="For every GPU, or GPU=LAYOUT.", metavar="[LAYOUT]...")]
+
+
+@layout_app.command("show")
+def layout_show(
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Draw the GPUs as they are cut now."""
+    from server import layout_command as do
+
+    raise typer.Exit(do.show(do.Machine(gpu, simulation_state), as_json=json))
+
+
+@layout_app.command("apply")
+def layout_apply(
+    layouts: _Layouts = None,
+    file: _File = None,
+    config: _Config = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print the steps.")] = False,
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+) -> None:
+    """Cut GPUs: MIG is switched on, slices that can stay do, the rest is destroyed and created. Undone on failure."""
+    from server import layout_command as do
+
+    wish = do.Wish(file, config, layouts or [])
+    raise typer.Exit(do.apply(do.Machine(gpu, simulation_state), wish, dry_run=dry_run))
+
+
+@layout_app.command("assert")
+def layout_assert(
+    layouts: _Layouts = None,
+    file: _File = None,
+    config: _Config = None,
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+) -> None:
+    """Check that every GPU is cut so; exit code 1 if not."""
+    from server import layout_command as do
+
+    raise typer.Exit(do.check(do.Machine(gpu, simulation_state), do.Wish(file, config, layouts or [])))
+
+
+@layout_app.command("export")
+def layout_export(
+    name: Annotated[str, typer.Option(help="What to call the config.")] = "current",
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+) -> None:
+    """Print the GPUs as a layout file in mig-parted's form."""
+    from server import layout_command as do
+
+    raise typer.Exit(do.write(do.Machine(gpu, simulation_state), name))
+
+
 @app.command()
 def gpus(
     gpu: Annotated[str, typer.Option(help="As of **serve**.")] = "auto",
@@ -90,6 +162,53 @@ def gpus(
     from server import commands
 
     raise typer.Exit(commands.show_gpus(gpu, layout))
+
+
+@app.command()
+def plan(
+    demand: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV with the columns model,rate_per_s,slo_ms; also `scenario`, and `items` (1:0.7 4:0.3: shares of "
+            "queries by how many items they carry). Without it: six scenarios that come along.",
+        ),
+    ] = None,
+    scenario: Annotated[str | None, typer.Option(help="Which scenario of the demand file, such as S3.")] = None,
+    planner: Annotated[
+        str, typer.Option(help="`optimal`: the fewest GPUs that keep every SLO; `paris`: slices sized by the queries.")
+    ] = "optimal",
+    gpu: Annotated[str, typer.Option(help="Which GPU, by its name in the catalogue.")] = "A100-80GB",
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many there are; by default as few as possible.")] = None,
+    max_processes: Annotated[int, typer.Option(min=1, help="Processes of a model side by side in a slice.")] = 1,
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="A slice serves one model only.")] = False,
+    slo_share: Annotated[
+        float | None, typer.Option(min=0.01, max=0.99, help="Share of the SLO that a batch may take; else chosen.")
+    ] = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="Latency table, CSV or JSON; by default the one measured on an A100-80GB.")
+    ] = None,
+    skip_suspects: Annotated[
+        bool, typer.Option("--skip-suspects", help="Leave out points of the table that look like errors.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Draw the plan to this .svg or .png file, too.")] = None,
+) -> None:
+    """Plan how to cut GPUs for a demand, and which slice serves what. Nothing is changed.
+
+    **migserve plan --scenario S3 --max-processes 5** plans for eleven models at once
+
+    **migserve plan --demand demand.csv --gpu H100-80GB --gpus 4 --out plan.svg** uses four GPUs as well as can be
+
+    **migserve plan --demand demand.csv --planner paris --gpus 2** cuts as PARIS does
+
+    A slice that shows `resnet50 32x2 85%` spends 85 % of its time on resnet50: 2 batches of up to 32, side by side.
+    """
+    from partitioner.optimal import Choices
+    from server import plan_command
+
+    choices = Choices(max_processes, exclusive, slo_share, gpus)
+    request = plan_command.Request(demand, scenario, planner, gpu, latency_table, skip_suspects, json, out, choices)
+    raise typer.Exit(plan_command.run(request))
 
 
 @app.command()

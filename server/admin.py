@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, Header, HTTPException
-from partitioner.nvml_types import Gpu
 from pydantic import BaseModel, ConfigDict, Field
 
 from partitioner.geometry import IllegalLayoutError, Layout, Slice
 from partitioner.nvml_errors import NvmlError
+from partitioner.nvml_types import Gpu
 from partitioner.reconfigure import RefusedChangeError, Result
 from server.autopilot import Autopilot
 from server.errors import Fault, ServeError, invalid

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
-from partitioner.nvml_types import Gpu
 
 from partitioner import autopilot
 from partitioner.autopilot import Proposal, Rules
@@ -17,6 +16,7 @@ from partitioner.demand import Demand, Kind, Traffic
 from partitioner.geometry import GpuModel, Layout, PlacedProfile, Placement
 from partitioner.latency import LatencyTable
 from partitioner.nvml_errors import NvmlError
+from partitioner.nvml_types import Gpu
 from partitioner.plans import ModelDemand, PlanError
 from partitioner.programme import InfeasibleError
 from partitioner.reconfigure import RefusedChangeError
@@ -84,10 +84,15 @@ class Autopilot:
             raise _NothingToPlanError(
                 "no model with traffic has both a latency table and an slo_ms in its serving.yaml: nothing to plan by"
             )
-        rules = Rules(dwell_s=self._settings.replan_dwell_secs, change_s=self._layouts.round_s)
+        settings = self._settings
+        rules = Rules(
+            dwell_s=settings.replan_dwell_secs,
+            horizon_s=settings.replan_horizon_secs,
+            change_s=self._layouts.round_s,
+        )
         changed_s = self._layouts.changed_at_s
         since_s = time.monotonic() - (self._started_s if changed_s is None else changed_s)
-        return autopilot.propose(demands, tables, gpu, current, self._settings.planner, rules, since_s)
+        return autopilot.propose(demands, tables, gpu, current, settings.planner, rules, since_s)
 
     async def _change(self, proposal: Proposal) -> None:
         log.info("re-cutting by itself", reason=proposal.reason)

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import structlog
 import uvloop
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
-from yaml import YAMLError
 
 from scheduler.journal import JournalError
 from scheduler.journal import replay as replay_journal
 from server import picture, settings
 from server.daemon import Daemon, Progress
 from server.gpus import StartError, open_gpus
-from server.settings import Settings
+from server.settings import ConfigError, Settings, unknown_variables
+
+log = structlog.get_logger(__name__)
 
 UNAVAILABLE, USAGE = 1, 2
 
@@ -29,9 +30,13 @@ def serve(config: Path | None, flags: dict[str, Any]) -> int:
     """Runs the daemon until it is told to stop."""
     try:
         chosen = settings.load(config, flags)
-    except (ValidationError, YAMLError, OSError) as error:
-        return _complain(_explain(error), USAGE)
+    except ConfigError as error:
+        return _complain(str(error), USAGE)
+    except OSError as error:
+        return _complain(f"--config {config} cannot be read: {error.strerror}", USAGE)
     _configure_logging(chosen)
+    for sentence in unknown_variables(os.environ):
+        log.warning("unknown variable", reason=sentence)
     show = _Show(chosen) if chosen.log_format == "console" else Progress()
 
     async def run() -> int:
@@ -108,16 +113,6 @@ def show_ready(daemon: Daemon, console: Console) -> None:
 def _complain(message: str, code: int) -> int:
     Console(stderr=True, highlight=False).print(message, style="red", markup=False, soft_wrap=True)
     return code
-
-
-def _explain(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return f"the configuration cannot be read: {error}"
-    lines = []
-    for each in error.errors():
-        name = "--" + ".".join(map(str, each["loc"])).replace("_", "-")
-        lines.append(f"{name} {each.get('input')!r}: {each['msg']}; see migserve serve --help")
-    return "\n".join(lines)
 
 
 def _configure_logging(chosen: Settings) -> None:

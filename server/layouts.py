@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import structlog
-from partitioner.nvml_types import Gpu
 
 from partitioner.geometry import MigProfile, parse_layout
 from partitioner.intent import IntentFile
 from partitioner.nvml import NvmlDoor
+from partitioner.nvml_types import Gpu
 from partitioner.reconfigure import GpuChange, Outcome, Reconfigurer, RefusedChangeError, Result
 from partitioner.tenants import Tenants
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from partitioner.nvml_types import Gpu
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from partitioner.geometry import Slice
+from partitioner.geometry import GpuModel, Slice
+from partitioner.nvml_types import Gpu
+from partitioner.plans import Plan, PlannedSlice
 
 WIDTH = 64
 _COLOURS = ["blue", "magenta", "cyan", "green", "yellow", "red", "white"]
@@ -34,21 +36,63 @@ def _gpu(gpu: Gpu, serves: Callable[[Slice], Sequence[str]]) -> Panel:
     return Panel(Group(_bar(gpu), legend), title=title, title_align="left", width=WIDTH + 26, border_style="dim")
 
 
+class Cell(NamedTuple):
+    """A slice on the grid, for its bar."""
+
+    name: str
+    start: int
+    size: int
+
+
 def _bar(gpu: Gpu) -> Text:
-    """One row of the memory-slice grid; free slots are dots."""
-    bar = Text(" ")
+    """One row of the memory-slice grid."""
+    cells = [Cell(each.mig_profile or gpu.name, each.start, each.size) for each in gpu.slices]
+    return bar(cells, gpu.slices[0].grid) if cells else Text(" ")
+
+
+def bar(cells: Sequence[Cell], grid: int) -> Text:
+    """One row of a grid of so many memory slices; free slots are dots."""
+    row = Text(" ")
     at = 0
-    for index, each in enumerate(gpu.slices):
-        cell = WIDTH // each.grid
-        bar.append("·" * ((each.start - at) * cell), "dim")
-        name = each.mig_profile or gpu.name
-        bar.append(name[: each.size * cell - 1].center(each.size * cell - 1), f"bold white on {_colour(index)}")
-        bar.append(" ")
-        at = each.start + each.size
-    if gpu.slices:
-        grid = gpu.slices[0].grid
-        bar.append("·" * ((grid - at) * (WIDTH // grid)), "dim")
-    return bar
+    slot = WIDTH // grid
+    for index, cell in enumerate(cells):
+        row.append("·" * ((cell.start - at) * slot), "dim")
+        room = cell.size * slot - 1
+        row.append(cell.name[:room].center(room), f"bold white on {_colour(index)}")
+        row.append(" ")
+        at = cell.start + cell.size
+    row.append("·" * ((grid - at) * slot), "dim")
+    return row
+
+
+def plan(planned: Plan, gpu: GpuModel) -> RenderableType:
+    """A plan: every GPU as a bar with what each slice serves, then the reasons."""
+    panels = [_planned_gpu(index, slices, gpu) for index, slices in enumerate(planned.gpus)]
+    head = Text.assemble(
+        (f"{len(planned.gpus)} x {gpu.name}", "bold"),
+        f", {planned.gpcs} GPCs in use; no plan can do with less than {planned.bound_gpus:.2f} GPUs; "
+        f"found in {planned.solve_seconds:.2f} s\n",
+    )
+    reasons = [Text(f" - {reason}") for reason in planned.explanation]
+    return Group(head, *panels, Text(), *reasons)
+
+
+def _planned_gpu(index: int, slices: Sequence[PlannedSlice], gpu: GpuModel) -> Panel:
+    cells = [Cell(each.mig_profile, each.start, gpu.profile(each.mig_profile).size) for each in slices]
+    legend = Text()
+    for colour, each in enumerate(slices):
+        legend.append("\n ■ ", _colour(colour))
+        legend.append(f"{each.mig_profile:<9} ", "bold")
+        parts = [f"{share.model} {share.batch}x{share.processes} {share.share:.0%}" for share in each.models]
+        legend.append(", ".join(parts) or "nothing")
+    title = Text(f"GPU {index}", "bold")
+    return Panel(
+        Group(bar(cells, gpu.memory_slices), legend[1:]),
+        title=title,
+        title_align="left",
+        width=WIDTH + 26,
+        border_style="dim",
+    )
 
 
 def _colour(index: int) -> str:

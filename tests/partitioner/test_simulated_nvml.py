@@ -10,6 +10,7 @@ import inspect
 import os
 import threading
 from ctypes import byref, c_uint
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partitioner.catalog import GPU_MODELS
-from partitioner.geometry import PlacedProfile, Placement, is_legal
+from partitioner.geometry import GpuModel, PlacedProfile, Placement, is_legal
 from partitioner.simulated_calls import Session
 from partitioner.simulated_events import EventCalls
 from partitioner.simulated_instances import InstanceCalls
@@ -316,23 +317,35 @@ def test_fact_10_what_is_not_measured_is_not_supported(name: str) -> None:
 
 
 @st.composite
-def placed_sets(draw: st.DrawFn) -> tuple[str, list[PlacedProfile]]:
-    """Any MIG profiles of a GPU, each mostly at places that are legal for it by itself."""
-    name = draw(st.sampled_from(["A30-24GB", "A100-80GB", "H200-141GB", "RTX-PRO-6000-96GB"]))
-    gpu = GPU_MODELS[name]
+def placed_sets(draw: st.DrawFn) -> tuple[GpuModel, list[PlacedProfile]]:
+    """Any MIG profiles of a GPU, each mostly at places that are legal for it by itself.
+
+    Of a GPU of the catalogue, or of one with narrower limits: on the known ones many limits follow from others.
+    """
+    known_gpu = GPU_MODELS[draw(st.sampled_from(["A30-24GB", "A100-80GB", "H200-141GB", "RTX-PRO-6000-96GB"]))]
+    limit = st.integers(1, 7) if draw(st.booleans()) else st.just(99)
+    gpu = replace(
+        known_gpu,
+        compute_slices=min(known_gpu.compute_slices, draw(limit)),
+        max_mig_devices=min(known_gpu.max_mig_devices, draw(limit)),
+        profiles=tuple(
+            replace(each, max_instances=min(each.max_instances, draw(limit))) for each in known_gpu.profiles
+        ),
+    )
     chosen = []
     for profile in draw(st.lists(st.sampled_from(gpu.profiles), min_size=1, max_size=8)):
         anywhere = st.builds(Placement, st.integers(0, gpu.memory_slices), st.integers(1, gpu.memory_slices))
         known = st.sampled_from(profile.placements)
         chosen.append(PlacedProfile(profile, draw(st.one_of(known, known, known, known, known, known, anywhere))))
-    return name, chosen
+    return gpu, chosen
 
 
 @settings(max_examples=600, deadline=None)
 @given(placed_sets())
-def test_the_driver_takes_exactly_what_geometry_calls_legal(case: tuple[str, list[PlacedProfile]]) -> None:
-    name, wanted = case
-    sim = driver(name)
+def test_the_driver_takes_exactly_what_geometry_calls_legal(case: tuple[GpuModel, list[PlacedProfile]]) -> None:
+    gpu, wanted = case
+    sim = SimulatedNvml([SimulatedGpu(0, gpu, ())])
+    sim.nvmlInit()
     held: list[PlacedProfile] = []
     for each in wanted:
         at = place(each.placement.start, each.placement.size)
@@ -341,11 +354,11 @@ def test_the_driver_takes_exactly_what_geometry_calls_legal(case: tuple[str, lis
             accepted = True
         except (NO_ROOM, pynvml.NVMLError_InvalidArgument):
             accepted = False
-        assert accepted == is_legal([*held, each], GPU_MODELS[name])
+        assert accepted == is_legal([*held, each], gpu)
         held += [each] * accepted
-    for profile in GPU_MODELS[name].profiles:
+    for profile in gpu.profiles:
         remaining = sim.nvmlDeviceGetGpuInstanceRemainingCapacity(device(sim), profile.profile_id)
-        fits = any(is_legal([*held, PlacedProfile(profile, at)], GPU_MODELS[name]) for at in profile.placements)
+        fits = any(is_legal([*held, PlacedProfile(profile, at)], gpu) for at in profile.placements)
         assert bool(remaining) == fits
 
 
@@ -635,6 +648,18 @@ def test_two_users_of_one_file_see_each_other_s_changes(tmp_path: Path) -> None:
         with pytest.raises(pynvml.NVMLError_InvalidArgument):
             one.nvmlGpuInstanceGetInfo(made)
     assert other.nvmlEventSetWait_v2(events, 1000).eventType == pynvml.nvmlEventMigConfigChange
+
+
+def test_changes_that_follow_at_once_are_all_seen(tmp_path: Path) -> None:
+    """Within one tick of the file system's clock, and with inodes used again."""
+    file = tmp_path / "machine.json"
+    one, other = (driver("H100-80GB", "empty", state_file=file) for _ in range(2))
+    for _ in range(20):
+        one.nvmlGpuInstanceDestroy(one.nvmlDeviceCreateGpuInstance(device(one), 19))
+        made = [other.nvmlDeviceCreateGpuInstance(device(other), 9) for _ in range(2)]
+        assert {info(one, one.nvmlDeviceGetGpuInstanceById(device(one), gi_id))[0] for gi_id in (1, 2)} == {1, 2}
+        for each in made:
+            other.nvmlGpuInstanceDestroy(each)
 
 
 def test_a_file_of_another_machine_or_of_none_is_refused(tmp_path: Path) -> None:
