@@ -188,7 +188,8 @@ def test_an_idle_connection_does_not_keep_the_body_of_its_last_request() -> None
             reader, writer = await connect()
             writer.write(post("/direct/auto", body=b"a body that is no constant"))
             await read(reader)
-            assert sys.getrefcount(app.last_chunk) == 2, "the app's own, and the one of this question"
+            references = sys.getrefcount(app.last_chunk)
+            assert references == 2, "the app's own, and the one of this question"
 
     asyncio.run(story())
 
