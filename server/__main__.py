@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+
+# Until the daemon handles it, Ctrl-C just ends the process: no traceback of half an import.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import inspect
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,6 +108,7 @@ def demo_models(
     """
     from server import demo
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half made is removed
     demo.make_models(out)
 
 
