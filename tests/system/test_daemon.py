@@ -48,6 +48,15 @@ def test_help_teaches() -> None:
         assert flag in text
 
 
+def test_help_names_every_setting_and_default_on_a_narrow_terminal() -> None:
+    text = migserve("serve", "--help", COLUMNS="80").stdout
+    for name in settings.Settings.model_fields:
+        assert f"--{name.replace('_', '-')} " in text, name
+    assert "…" not in text
+    assert "Default: 8000." in text
+    assert "MIGSERVE_HTTP_PORT=9000" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
