@@ -53,7 +53,7 @@ def test_help_names_every_setting_and_default_on_a_narrow_terminal() -> None:
     for name in settings.Settings.model_fields:
         assert f"--{name.replace('_', '-')} " in text, name
     assert "…" not in text
-    assert "Default: 8000." in text
+    assert "Default: 8000." in " ".join(text.replace("│", " ").split())
     assert "MIGSERVE_HTTP_PORT=9000" in text
 
 
