@@ -33,8 +33,9 @@ def migserve(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 def test_help_teaches() -> None:
-    for verb in ("serve", "gpus", "demo-models", "replay"):
-        assert verb in migserve("--help").stdout
+    verbs = migserve("--help").stdout
+    for verb in ("gpus", "demo-models", "replay"):
+        assert verb in verbs
         assert migserve(verb, "--help").returncode == 0
     text = migserve("serve", "--help").stdout
     for flag in (
