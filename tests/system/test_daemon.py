@@ -33,8 +33,9 @@ def migserve(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 def test_help_teaches() -> None:
-    for verb in ("serve", "gpus", "demo-models", "replay"):
-        assert verb in migserve("--help").stdout
+    verbs = migserve("--help").stdout
+    for verb in ("gpus", "demo-models", "replay"):
+        assert verb in verbs
         assert migserve(verb, "--help").returncode == 0
     text = migserve("serve", "--help").stdout
     for flag in (
@@ -53,7 +54,7 @@ def test_help_names_every_setting_and_default_on_a_narrow_terminal() -> None:
     for name in settings.Settings.model_fields:
         assert f"--{name.replace('_', '-')} " in text, name
     assert "…" not in text
-    assert "Default: 8000." in text
+    assert "Default: 8000." in " ".join(text.replace("│", " ").split())
     assert "MIGSERVE_HTTP_PORT=9000" in text
 
 
