@@ -44,8 +44,8 @@ EXPOSE 8000 8001 8002
 STOPSIGNAL SIGTERM
 # Alive, not ready: an unhealthy container is replaced, and a model that cannot be loaded is no reason for that.
 # No proxy: Docker may have put one into the environment.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", \
-    "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:8000/v2/health/live', timeout=3)"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", "import os; from urllib.request import *; \
+    build_opener(ProxyHandler({})).open(f\"http://127.0.0.1:{os.environ.get('MIGSERVE_HTTP_PORT', 8000)}/v2/health/live\", timeout=3)"]
 ENTRYPOINT ["migserve"]
 CMD ["serve"]
 

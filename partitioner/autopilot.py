@@ -78,7 +78,7 @@ def propose(
 
     `current`: the GPUs, by UUID, all of one kind; `planner`: `optimal` or `paris`.
     """
-    can = _capacities(demands, models, gpu)
+    can = slice_capacities(demands, models, gpu)
     targets = _targets(demands, models, gpu, len(current), planner, can)
     layouts, changes = _arranged(current, targets, gpu)
     now, then = served(can, current.values()), served(can, layouts.values())
@@ -102,7 +102,8 @@ def served(can: Capacities, layouts: Iterable[Layout]) -> float:
     return min(1.0, done / sum(each.rate_per_s for each in can.classes))
 
 
-def _capacities(demands: Sequence[ModelDemand], models: Mapping[str, LatencyTable], gpu: GpuModel) -> Capacities:
+def slice_capacities(demands: Sequence[ModelDemand], models: Mapping[str, LatencyTable], gpu: GpuModel) -> Capacities:
+    """What each size of slice can do for each kind of query."""
     sizes = sorted({profile.gpcs for profile in gpu.profiles})
     return capacities(query_classes(demands), tables(models), sizes, 1, SLO_SHARE)
 

@@ -97,7 +97,7 @@ class Plan:
         return ["+".join(each.mig_profile for each in gpu) for gpu in self.gpus]
 
     def to_json(self) -> dict[str, Any]:
-        """As `migserve plan --json` prints it; see docs/planning.md."""
+        """As `migserve plan --json` prints it; docs/planning.md says what each field means."""
         return {
             "gpus": len(self.gpus),
             "gpcs": self.gpcs,

@@ -96,8 +96,10 @@ def parse_gpus(spec: str, layout: str | None) -> list[SimulatedGpu]:
 
 def _parse_gpu(part: str) -> list[GpuModel]:
     name, _, count = part.rpartition("x")
-    if not name or not count.isdigit() or int(count) == 0:
+    if not name or not count.isdecimal():
         name, count = part, "1"
+    if int(count) == 0:
+        raise IllegalLayoutError(f"no GPU at all in {part!r}: the number after x must be 1 or more")
     if name not in GPU_MODELS:
         known = ", ".join(GPU_MODELS)
         raise IllegalLayoutError(f"no GPU called {name!r} in the catalogue; there are {known}, each with xN for N")

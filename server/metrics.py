@@ -20,7 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from partitioner.geometry import Slice
-from partitioner.nvml_types import Gpu, GpuReadings
+from partitioner.nvml_types import Gpu, GpuEvent, GpuReadings, SliceMemory
 from partitioner.reconfigure import Outcome, Result
 from scheduler.driver import BatchRecord
 from scheduler.fleet import Fleet
@@ -61,6 +61,8 @@ class Metrics(Collector):
         self._readings: dict[str, GpuReadings] = {}
         self._models_now: Callable[[], Iterable[tuple[ModelId, bool, bool, int]]] = lambda: ()
         self._arena: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._memory: dict[tuple[str, ...], SliceMemory | None] = {}
+        self._xids: Counter[tuple[str, str, str]] = Counter()
         self._recuts: Counter[str] = Counter()
         self._recut_seconds = 0.0
         self._registry = CollectorRegistry()
@@ -89,6 +91,14 @@ class Metrics(Collector):
             self._readings.pop(uuid, None)
         else:
             self._readings[uuid] = readings
+
+    def slice_read(self, where: Slice, memory: SliceMemory | None) -> None:
+        """What NVML says of a slice's memory now; None where it does not."""
+        self._memory[_slice_labels(where, 0)[:3]] = memory
+
+    def xid(self, event: GpuEvent) -> None:
+        """The driver told an error."""
+        self._xids[event.gpu_uuid, "" if event.gi_id is None else str(event.gi_id), str(event.code)] += 1
 
     def recut(self, outcome: Outcome, seconds: float) -> None:
         """A change of layouts has ended."""
@@ -291,10 +301,26 @@ class Metrics(Collector):
                 if value is not None:  # not supported is unknown, never zero
                     family.add_metric([uuid], value)
             yield family
+        yield from self._collect_slice_memory()
+        xids = CounterMetricFamily("migserve_xid", "Errors of the driver", labels=["gpu_uuid", "GPU_I_ID", "code"])
+        for labels, count in self._xids.items():
+            xids.add_metric(labels, count)
+        yield xids
         info = GaugeMetricFamily("migserve_gpu_info", "What a GPU is", labels=["gpu", "UUID", "name", "simulated"])
         for gpu in self._gpus():
             info.add_metric([str(gpu.index), gpu.uuid, gpu.name, str(gpu.simulated).lower()], 1)
         yield info
+
+    def _collect_slice_memory(self) -> Iterator[Metric]:
+        total = GaugeMetricFamily("migserve_slice_memory_total_bytes", "Memory of a slice", labels=_SLICE_LABELS[:3])
+        used = GaugeMetricFamily("migserve_slice_memory_used_bytes", "Of it in use", labels=_SLICE_LABELS[:3])
+        there = {_slice_labels(each, 0)[:3] for gpu in self._gpus() for each in gpu.slices}
+        for labels, memory in self._memory.items():
+            if memory is not None and labels in there:
+                total.add_metric(labels, memory.total_bytes)
+                if memory.used_bytes is not None:
+                    used.add_metric(labels, memory.used_bytes)
+        yield from (total, used)
 
 
 # As DCGM's exporter labels them; `worker` tells apart several on one slice.

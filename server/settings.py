@@ -109,7 +109,7 @@ class Settings(BaseSettings):
         min_length=8,
     )
     state_dir: Path = _setting(
-        Path("~/.local/state/migserve"), "planning", "Where a re-cut is recorded while it lasts, and the token is."
+        Path("~/.local/state/migserve"), "gpus", "Where a re-cut is recorded while it lasts, and the token is."
     )
 
     strict_readiness: bool = _setting(True, "operation", "Ready only if every model is served.")
@@ -119,7 +119,9 @@ class Settings(BaseSettings):
         None, "operation", "Write every scheduling event and command to this file; see migserve replay."
     )
     log_verbose: int = _setting(0, "operation", "1: a line for each request. 2: debugging too.", ge=0)
-    log_format: Literal["console", "json"] = _setting("console", "operation", "Lines for people, or for machines.")
+    log_format: Literal["console", "json"] = _setting(
+        "console", "operation", "console: lines for people. json: for machines."
+    )
 
     @field_validator("arena_mib")
     @classmethod

@@ -86,11 +86,13 @@ class LateBinding:
 
     def choose(self, now_ns: int, query: Query) -> tuple[Worker | None, int]:
         due_ns = query.request.due_ns
-        worker = self._idle_worker(now_ns, query) if self._pool.idle else None
+        idle = self._idle_worker(now_ns, query) if self._pool.idle else None
+        # Where something waits for it, as when a batch has just failed, `take` decides what goes first.
+        worker = idle if idle is not None and self.waiting(idle) is Waiting.NOTHING else None
         if due_ns is None:
             return worker, 0
-        if worker is not None:
-            table = worker.tables[query.request.model]
+        if idle is not None:
+            table = idle.tables[query.request.model]
             if now_ns + table.time_ns(query.request.items) <= due_ns:
                 return worker, 0
         late_ns = max(self._finish_ns(now_ns, query) - due_ns, 0)

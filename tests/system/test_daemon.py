@@ -17,7 +17,7 @@ import pytest
 from server import settings
 from tests import repositories
 from tests.clients import PROTOCOLS, http_binary, in_threads
-from tests.harness import MODELS, REPOSITORY, RunningDaemon, running
+from tests.harness import MODELS, REPOSITORY, RunningDaemon, running, until
 from tests.server.raw_http import infer, request
 
 PRIVATE_MIB_PER_WORKER = 150
@@ -33,8 +33,9 @@ def migserve(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 
 def test_help_teaches() -> None:
-    for verb in ("serve", "gpus", "demo-models", "replay"):
-        assert verb in migserve("--help").stdout
+    verbs = migserve("--help").stdout
+    for verb in ("gpus", "demo-models", "replay"):
+        assert verb in verbs
         assert migserve(verb, "--help").returncode == 0
     text = migserve("serve", "--help").stdout
     for flag in (
@@ -48,14 +49,25 @@ def test_help_teaches() -> None:
         assert flag in text
 
 
+def test_help_names_every_setting_and_default_on_a_narrow_terminal() -> None:
+    text = migserve("serve", "--help", COLUMNS="80").stdout
+    for name in settings.Settings.model_fields:
+        assert f"--{name.replace('_', '-')} " in text, name
+    assert "…" not in text
+    assert "Default: 8000." in " ".join(text.replace("│", " ").split())
+    assert "MIGSERVE_HTTP_PORT=9000" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["serve", "--model-repository", "nowhere"], 1, "nowhere is not a folder; `make models` makes demo models"),
         (["serve", "--gpu", "sim:A100"], 1, "no GPU called 'A100' in the catalogue; there are A30-24GB"),
+        (["serve", "--gpu", "sim:A100-80GBx0"], 1, "the number after x must be 1 or more"),
         (["serve", "--gpu", "gpu0"], 1, "use nvml, sim:A100-80GB"),
         (["serve", "--gpu", "sim:A100-80GB", "--layout", "4g.40gb+4g.40gb"], 1, "takes 8 compute slices"),
         (["serve", "--http-port", "99999"], 2, "--http-port 99999: Input should be less than or equal to 65535"),
+        (["serve", "--http-address", "192.0.2.1"], 1, "--http-address 192.0.2.1 is no address of this machine"),
         (["serve", "--arena-mib", "100"], 2, "--arena-mib 100: must be a power of two"),
         (["serve", "--config", "nowhere.yaml"], 2, "--config nowhere.yaml cannot be read: No such file"),
         (["serve", "--no-allow-http", "--no-allow-grpc"], 2, "nothing would be served"),
@@ -80,6 +92,7 @@ def test_a_port_that_is_taken_is_named(protocol: str, demo_models: None) -> None
     assert done.returncode == 1
     assert f"--{protocol}-port {port} on 127.0.0.1 cannot be used" in done.stderr
     assert "choose another one" in done.stderr
+    assert done.stderr.count("\n") == 1, "and nothing else is said, by gRPC for instance"
 
 
 def test_without_a_driver_nvml_is_refused_with_what_to_do() -> None:
@@ -95,6 +108,8 @@ def test_a_layout_is_drawn() -> None:
     drawn = migserve("gpus", "--gpu", "sim:H100-80GBx2", "--layout", "3g.40gb+3g.40gb").stdout
     assert drawn.count("GPU 0") == drawn.count("GPU 1") == 1
     assert drawn.count("3g.40gb") == 8  # a bar and a legend for each of four slices
+    assert drawn.count("3 GPCs") == 4
+    assert "1 GPC," in migserve("gpus", "--gpu", "sim:A30-24GB").stdout
 
 
 def test_settings_come_from_flags_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +209,41 @@ def test_the_start_draws_the_layout_and_prints_a_line_that_works(demo_models: No
             assert process.wait(30) == 0
         finally:
             process.kill()  # or else `with` waits for it
+
+
+def test_the_start_says_so_where_not_every_model_is_served(tmp_path: Path) -> None:
+    names = [f"emulated_model_of_a_long_name_{number}" for number in range(4)]
+    for name in names:
+        repositories.emulated(tmp_path / name, 1)
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-m", "server", "serve", "--gpu", "sim:A100-80GB", "--drain-delay-secs", "0"]
+    command += ["--model-repository", str(tmp_path), "--no-allow-admin"]
+    for name in ("http", "grpc", "metrics"):
+        command += [f"--{name}-port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            shown = read_until("model empty", process)
+            assert "Serving, but NOT READY: grpc localhost:" in shown
+            assert "Ready:" not in shown
+            lines = [line.strip("│\n") for line in shown.splitlines() if line.startswith("│")]
+            column = lines[1].index(names[0])
+            assert all(line[:column].strip() == "" for line in lines if names[-1] in line), "under its beginning"
+            process.send_signal(signal.SIGINT)
+            read_until("Ctrl-C again to hurry", process)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_before_anything_runs_just_ends_it() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "server", "serve"], cwd=REPOSITORY, stdout=-1, stderr=-1, text=True
+    ) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        until(lambda: "pydantic_core" in maps.read_text(), "it is importing")
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "")
+        assert process.returncode == -signal.SIGINT
 
 
 def test_a_journal_of_a_busy_day_replays(tmp_path: Path, demo_models: None) -> None:

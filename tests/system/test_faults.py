@@ -353,9 +353,10 @@ def test_a_second_signal_hurries_and_tells_those_it_cuts_off(tmp_path: Path) -> 
     assert (status, body["error"]) == (503, "the server is shutting down")
 
 
-def test_exit_timeout_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay_s", ["0", "50"])
+def test_exit_timeout_is_kept(delay_s: str, tmp_path: Path) -> None:
     repositories.emulated(tmp_path / "slow", 60_000, max_batch=1)
-    flags = ("--model-repository", str(tmp_path), "--layout", "7g.80gb", "--drain-delay-secs", "0")
+    flags = ("--model-repository", str(tmp_path), "--layout", "7g.80gb", "--drain-delay-secs", delay_s)
     with running(*flags, "--exit-timeout-secs", "1") as daemon:
         thread = threading.Thread(target=lambda: post(daemon.http, "slow", sixteen()))
         thread.start()
