@@ -125,11 +125,12 @@ def layout_show(
     gpu: _Gpu = "auto",
     simulation_state: _State = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Draw into this file, .svg or .png.")] = None,
 ) -> None:
     """Draw the GPUs as they are cut now."""
     from server import layout_command as do
 
-    raise typer.Exit(do.show(do.Machine(gpu, simulation_state), as_json=json))
+    raise typer.Exit(do.show(do.Machine(gpu, simulation_state), as_json=json, out=out))
 
 
 @layout_app.command("apply")
