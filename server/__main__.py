@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-# Until the daemon handles it, Ctrl-C just ends the process: no traceback of half an import.
+# While this module is imported Ctrl-C just ends the process, without a traceback of half an import.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -248,7 +248,6 @@ def demo_models(
     """
     from server import demo
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half made is removed
     demo.make_models(out)
 
 
@@ -262,6 +261,8 @@ def replay(journal: Annotated[Path, typer.Argument(help="A file that **serve --j
 
 def main() -> None:
     """Entry point of the `migserve` command."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # an ignored one stays ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what verbs have begun they end or undo
     app()
 
 
