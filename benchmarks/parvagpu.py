@@ -105,11 +105,11 @@ def _optimise(gpus: list[Gpu], best: Mapping[str, Mapping[int, float]]) -> None:
 
 
 def _split(model: str, rate_per_s: float, best: Mapping[int, float]) -> list[Segment]:
-    twos, ones = 0, 0
-    if 1 not in best:
-        twos = math.ceil(rate_per_s / best[2])
+    """2g segments where two 1g would do less, and 1g segments for the rest; only 2g where it can have no 1g."""
+    one, two = best.get(1, 0.0), best.get(2, 0.0)
+    if not one:
+        counts = {2: math.ceil(rate_per_s / two)}
     else:
-        if best.get(2, 0.0) / 2 > best[1]:
-            twos = math.floor(rate_per_s / best[2])
-        ones = math.ceil((rate_per_s - twos * best.get(2, 0.0)) / best[1])
-    return [Segment(model, 2, best[2])] * max(twos, 0) + [Segment(model, 1, best[1])] * max(ones, 0)
+        twos = math.floor(rate_per_s / two) if two / 2 > one else 0
+        counts = {2: twos, 1: math.ceil((rate_per_s - twos * two) / one)}
+    return [Segment(model, gpcs, best[gpcs]) for gpcs, count in counts.items() for _ in range(max(count, 0))]

@@ -23,8 +23,8 @@ from partitioner.geometry import GpuModel, Layout
 from partitioner.plans import ModelDemand
 from partitioner.programme import Programme
 
-# One query in so many may wait longer than its SLO leaves time for.
-ONE_IN = 100
+# One query in so many may wait longer than its SLO leaves time for, by a formula that errs on the safe side.
+ONE_IN = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class QueryClass:
 
 
 def burst_s(demand: ModelDemand) -> float:
-    """ln(100) v / (2 rate), for one late query in 100; v: mean square of items per query by the square of the mean."""
+    """ln(ONE_IN) v / (2 rate), with v the mean square of items per query by the square of the mean."""
     square = sum(share * items**2 for items, share in demand.items.items())
     return math.log(ONE_IN) / (2 * demand.rate_per_s) * square / demand.items_per_query**2
 

@@ -84,8 +84,8 @@ class Plan:
 
     @property
     def gpcs(self) -> int:
-        """Compute slices in use."""
-        return sum(each.gpcs for gpu in self.gpus for each in gpu)
+        """Compute slices that serve something."""
+        return sum(each.gpcs for each in self.slices if each.models)
 
     @property
     def slices(self) -> list[PlannedSlice]:
@@ -97,7 +97,7 @@ class Plan:
         return ["+".join(each.mig_profile for each in gpu) for gpu in self.gpus]
 
     def to_json(self) -> dict[str, Any]:
-        """As `migserve plan --json` prints it; see docs/planning.md."""
+        """As `migserve plan --json` prints it; docs/planning.md says what each field means."""
         return {
             "gpus": len(self.gpus),
             "gpcs": self.gpcs,

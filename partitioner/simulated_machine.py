@@ -96,8 +96,10 @@ def parse_gpus(spec: str, layout: str | None) -> list[SimulatedGpu]:
 
 def _parse_gpu(part: str) -> list[GpuModel]:
     name, _, count = part.rpartition("x")
-    if not name or not count.isdigit() or int(count) == 0:
+    if not name or not count.isdecimal():
         name, count = part, "1"
+    if int(count) == 0:
+        raise IllegalLayoutError(f"no GPU at all in {part!r}: the number after x must be 1 or more")
     if name not in GPU_MODELS:
         known = ", ".join(GPU_MODELS)
         raise IllegalLayoutError(f"no GPU called {name!r} in the catalogue; there are {known}, each with xN for N")
@@ -293,7 +295,7 @@ class Machine:
         if self._file is None:
             yield
             return
-        with self._file.with_name(f"{self._file.name}.lock").open("w") as file:
+        with self._file.with_name(f"{self._file.name}.driver").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -202,6 +202,10 @@ class SchedulerCore:
         """Into the policy's queues, or parked, or refused. `again`: it was accepted before."""
         model = query.request.model
         query.worker_id = None
+        expires_ns = query.request.expires_ns
+        if again and expires_ns is not None and expires_ns <= now_ns:
+            self._refuse(query, Reason.EXPIRED)  # its time passed while it ran, and nobody was to look again
+            return
         if model in self._pool.serving:
             worker, late_ns = self._policy.choose(now_ns, query)
             if late_ns > 0 and self._refuse_late and not again:

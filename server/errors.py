@@ -14,6 +14,7 @@ class Fault(Enum):
     """(HTTP status, gRPC status). As Triton's, but for 429 and 504, which say what to do next."""
 
     INVALID = (400, grpc.StatusCode.INVALID_ARGUMENT)
+    FORBIDDEN = (403, grpc.StatusCode.PERMISSION_DENIED)
     NOT_FOUND = (404, grpc.StatusCode.NOT_FOUND)
     TOO_LARGE = (413, grpc.StatusCode.INVALID_ARGUMENT)
     REFUSED = (429, grpc.StatusCode.RESOURCE_EXHAUSTED)

@@ -20,15 +20,15 @@ from scheduler.driver import now_ns
 from server import wire
 from server.codec import OutputChoice, OutputData, Tensor
 from server.errors import Fault, ServeError, internal, invalid
-from server.metrics import Metrics, statistics
+from server.metrics import Metrics
 from server.model_config import model_config, model_metadata
 from server.repository import Model, Repository
-from server.rest import Health, repository_index
+from server.rest import Health, model_statistics, repository_index
 from server.service import InferenceService, check_outputs, outputs_of
 
 log = structlog.get_logger(__name__)
 
-# Clients allow themselves messages of up to 2 GiB - 1.
+# The most that gRPC can say, and that clients allow themselves.
 MAX_MESSAGE_BYTES = 2**31 - 1
 # Requests of one stream that are under way at once; reading stops beyond that.
 STREAM_WINDOW = 128
@@ -103,15 +103,10 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         return service_pb2.ModelConfigResponse(config=config)
 
     async def ModelStatistics(self, request: Any, context: Context) -> Any:
-        if request.name:
-            await self._model(request.name, request.version, context)
-        names = [request.name] if request.name else self._repository.names()
-        entries = []
-        for name in names:
-            for model in self._repository.versions(name):
-                if request.version in ("", str(model.version)):
-                    version = str(model.version)
-                    entries.append(statistics(name, version, self._metrics.stats(name, version)))
+        try:
+            entries = model_statistics(self._repository, self._metrics, request.name, request.version)
+        except ServeError as error:
+            return await _abort(context, error)
         return json_format.ParseDict({"model_stats": entries}, service_pb2.ModelStatisticsResponse())
 
     # ---- repository ----
@@ -228,10 +223,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # u
         return health_pb2.HealthCheckResponse(status=status.NOT_SERVING if self._health.not_ready() else status.SERVING)
 
 
-def create_server(servicer: InferenceServicer, health: Health) -> grpc.aio.Server:
-    """A server without a port yet."""
+def create_server(servicer: InferenceServicer, health: Health, max_input_bytes: int) -> grpc.aio.Server:
+    """A server without a port yet. `max_input_bytes`: of a message that it takes."""
     options = [
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", min(max_input_bytes, MAX_MESSAGE_BYTES)),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.so_reuseport", 0),  # a port that is taken must be an error
     ]

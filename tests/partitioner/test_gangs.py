@@ -40,9 +40,12 @@ def test_times_take_the_quickest_way_to_run_so_many() -> None:
     assert TABLE.times_ms(1, 2, 1) == [10, 12]
 
 
-@given(st.sampled_from(sorted(gangs.gang_tables(latency.shipped_measurements()))), st.data())
+SHIPPED = gangs.gang_tables(latency.shipped_measurements())
+
+
+@given(st.sampled_from(sorted(SHIPPED)), st.data())
 def test_times_of_shipped_tables_rise_and_end_with_the_gangs_own(model: str, data: st.DataObject) -> None:
-    table = gangs.gang_tables(latency.shipped_measurements())[model]
+    table = SHIPPED[model]
     gpcs = data.draw(st.sampled_from([1, 2, 3, 4, 7]))
     gang = data.draw(st.sampled_from(table.gangs(gpcs, 5)))
     times = table.times_ms(gpcs, gang.batch, gang.processes)

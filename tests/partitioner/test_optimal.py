@@ -49,7 +49,7 @@ def check(plan: Plan, demands: list[ModelDemand], exclusive: bool = False) -> No
     assert served == pytest.approx({demand.model: demand.rate_per_s for demand in demands}, rel=0.02)
 
 
-@pytest.mark.parametrize(("name", "gpus"), zip(SCENARIOS, [2, 3, 5, 7, 12, 15], strict=True))
+@pytest.mark.parametrize(("name", "gpus"), list(zip(SCENARIOS, [2, 3, 5, 7, 12, 15], strict=True)))
 def test_scenarios_with_a_slice_for_one_model(name: str, gpus: int) -> None:
     demands = scenario(name)
     plan = optimal.plan(demands, TABLES, A100, Choices(5, exclusive=True, slo_share=0.45))
@@ -57,7 +57,7 @@ def test_scenarios_with_a_slice_for_one_model(name: str, gpus: int) -> None:
     check(plan, demands, exclusive=True)
 
 
-@pytest.mark.parametrize(("name", "gpus"), zip(SCENARIOS, [1, 2, 4, 6, 12, 15], strict=True))
+@pytest.mark.parametrize(("name", "gpus"), list(zip(SCENARIOS, [1, 2, 4, 6, 12, 15], strict=True)))
 def test_scenarios_with_shared_slices_take_fewer(name: str, gpus: int) -> None:
     demands = scenario(name)
     plan = optimal.plan(demands, TABLES, A100, Choices(5))
@@ -104,7 +104,7 @@ DEMANDS = st.lists(
 ).map(lambda rows: [ModelDemand(*row) for row in rows])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(DEMANDS, st.booleans(), st.sampled_from([1, 3]))
 def test_every_plan_keeps_its_promises(demands: list[ModelDemand], exclusive: bool, processes: int) -> None:
     plan = optimal.plan(demands, TABLES, A100, Choices(processes, exclusive))
@@ -121,34 +121,33 @@ TOY = {
 }
 
 
-def least_by_brute_force(need: dict[str, float], most: int) -> int:
-    """Tries every multiset of layouts, and every way to give its slices to the two models."""
+def most_by_brute_force(need: dict[str, float], gpus: int) -> float:
+    """The most that both rates can grow by: every multiset of layouts, every way to give its slices to two models."""
     sizes = [[placed.profile.gpcs for placed in layout] for layout in cuts(A30)]
-    for gpus in range(1, most + 1):
-        for layouts in itertools.combinations_with_replacement(sizes, gpus):
-            slices = [gpcs for layout in layouts for gpcs in layout]
-            for mask in range(2 ** len(slices)):
-                a = sum(RATES["a"][gpcs] for bit, gpcs in enumerate(slices) if mask >> bit & 1)
-                b = sum(RATES["b"][gpcs] for bit, gpcs in enumerate(slices) if not mask >> bit & 1)
-                if a >= need["a"] and b >= need["b"]:
-                    return gpus
-    raise AssertionError("more GPUs than expected")
+    best = 0.0
+    for layouts in itertools.combinations_with_replacement(sizes, gpus):
+        slices = [gpcs for layout in layouts for gpcs in layout]
+        for mask in range(2 ** len(slices)):
+            a = sum(RATES["a"][gpcs] for bit, gpcs in enumerate(slices) if mask >> bit & 1)
+            b = sum(RATES["b"][gpcs] for bit, gpcs in enumerate(slices) if not mask >> bit & 1)
+            best = max(best, min(a / need["a"], b / need["b"]))
+    return best
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.floats(1, 60), st.floats(1, 40))
+@given(st.floats(1, 50), st.floats(1, 30))
 def test_exclusive_plans_are_optimal_by_brute_force(a: float, b: float) -> None:
     demands = [ModelDemand("a", a, 1e6), ModelDemand("b", b, 1e6)]
     plan = optimal.plan(demands, TOY, A30, Choices(1, exclusive=True, slo_share=0.5))
-    assert len(plan.gpus) == least_by_brute_force({"a": a, "b": b}, most=4)
-
-
-def test_with_gpus_given_it_finds_the_most_headroom() -> None:
-    demands = [ModelDemand("a", 10, 1e6), ModelDemand("b", 13, 1e6)]
-    plan = optimal.plan(demands, TOY, A30, Choices(1, exclusive=True, slo_share=0.5, gpus=2))
-    # b on a whole GPU can double; a on the other one has room for more.
-    assert [each.gpcs for each in plan.slices if each.models and each.models[0].model == "b"] == [4]
-    assert "2.000 times" in plan.explanation[1]
+    most = [most_by_brute_force({"a": a, "b": b}, gpus) for gpus in (1, 2, 3)]
+    assert len(plan.gpus) == 1 + sum(factor < 1 - 1e-9 for factor in most)
+    if len(plan.gpus) <= 3:
+        wanted = most[len(plan.gpus) - 1]
+        rates = {"a": 0.0, "b": 0.0}
+        for each in plan.slices:
+            for share in each.models:
+                rates[share.model] += RATES[share.model][each.gpcs]
+        assert min(rates["a"] / a, rates["b"] / b) >= wanted * 0.99
 
 
 def test_queries_of_several_items_need_slices_that_are_quick_enough() -> None:
@@ -158,9 +157,7 @@ def test_queries_of_several_items_need_slices_that_are_quick_enough() -> None:
     for each in plan.slices:
         for share in each.models:
             assert TABLES["resnet50"].times_ms(each.gpcs, share.batch, 1)[15] <= 0.55 * 40
-    small = optimal.plan([ModelDemand("resnet50", 50, 40, {1: 1})], TABLES, A100, Choices())
     assert min(share.batch for each in plan.slices for share in each.models) >= 16
-    assert len(small.slices) > len(plan.slices)
 
 
 def test_bursts_need_more_the_shorter_the_slo() -> None:

@@ -15,7 +15,8 @@ from scheduler.messages import Arrived, Request, Run, Serves, StopsServing, Work
 from scheduler.policies import Policy
 from scheduler.policies.elsa import Elsa
 from scheduler.policies.late import LateBinding
-from tests.scheduler.test_core import MS, World
+from tests.scheduler.test_core import MS
+from tests.scheduler.test_core_property import World
 
 TABLES = {
     "a": tuple(MS + (batch - 1) * MS // 10 for batch in range(1, 33)),
