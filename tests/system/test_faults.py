@@ -245,8 +245,8 @@ def test_an_slo_out_of_reach_is_refused_and_one_within_reach_is_not(slow: Runnin
     assert "cannot answer in time" in body["error"]
     assert headers["retry-after"] == "1"
     assert post(slow.http, "slow", sixteen(slo_ms=5000))[0] == 200
-    with Occupied(slow, 2):
-        assert post(slow.http, "slow", sixteen(deadline_ms=400))[0] == 429
+    with Occupied(slow, 1):  # what runs is not interrupted
+        assert post(slow.http, "slow", sixteen(deadline_ms=320))[0] == 429
 
 
 def test_a_deadline_that_passes_in_the_queue_ends_the_request_before_compute(slow: RunningDaemon) -> None:
