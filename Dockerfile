@@ -29,14 +29,16 @@ RUN pip install --no-cache-dir '.[torch,demo]' && migserve demo-models --out /mo
 
 FROM ${PYTHON_IMAGE} AS runtime
 # By number, so that Kubernetes can see that it is not root. With a name, since torch asks for one.
-RUN useradd --uid 10001 --user-group --no-log-init --create-home migserve && mkdir /models
+RUN useradd --uid 10001 --user-group --no-log-init --create-home migserve && mkdir /models \
+    && install -d -o 10001 -g 10001 /state
 COPY --from=builder /venv /venv
 ENV PATH=/venv/bin:$PATH \
-    MIGSERVE_MODEL_REPOSITORY='["/models"]' \
+    MIGSERVE_MODEL_REPOSITORY=/models \
     MIGSERVE_HTTP_ADDRESS=0.0.0.0 \
     MIGSERVE_GRPC_ADDRESS=0.0.0.0 \
     MIGSERVE_METRICS_ADDRESS=0.0.0.0 \
     MIGSERVE_LOG_FORMAT=json \
+    MIGSERVE_STATE_DIR=/state \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
 USER 10001:10001
@@ -44,8 +46,8 @@ EXPOSE 8000 8001 8002
 STOPSIGNAL SIGTERM
 # Alive, not ready: an unhealthy container is replaced, and a model that cannot be loaded is no reason for that.
 # No proxy: Docker may have put one into the environment.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", \
-    "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:8000/v2/health/live', timeout=3)"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", "import os; from urllib.request import *; \
+    build_opener(ProxyHandler({})).open(f\"http://127.0.0.1:{os.environ.get('MIGSERVE_HTTP_PORT', 8000)}/v2/health/live\", timeout=3)"]
 ENTRYPOINT ["migserve"]
 CMD ["serve"]
 

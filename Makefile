@@ -12,7 +12,7 @@ GPU := $(wildcard /dev/nvidiactl)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(if $(GPU),,-c constraints-cpu.txt $(shell curl -fsIm 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX)))
 
-.PHONY: help serve test check models bench-overhead system-tools check-gpu clean
+.PHONY: help serve test check models test-models bench-overhead system-tools check-gpu clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -23,7 +23,11 @@ serve: $(VENV)/serve models ## set everything up and serve the demo models
 models: $(VENV)/serve ## make the demo models, in models/
 	@$(BIN)/migserve demo-models
 
-test: $(VENV)/dev $(TOOLS)/perf_analyzer models ## run the whole test suite
+# Apart from models/, where users put theirs.
+test-models: $(VENV)/serve
+	@$(BIN)/migserve demo-models --out build/demo-models
+
+test: $(VENV)/dev $(TOOLS)/perf_analyzer test-models ## run the whole test suite
 	@tests/missing_tools.sh
 	$(BIN)/pytest $(ARGS)
 
@@ -33,10 +37,10 @@ check: $(VENV)/dev ## ruff, mypy --strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench-overhead: $(VENV)/dev models ## what a request costs, beside a bare uvicorn echo (needs wrk)
+bench-overhead: $(VENV)/dev test-models ## what a request costs, beside a bare uvicorn echo (needs wrk)
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
-check-gpu: $(VENV)/dev models ## the checks that need a GPU with CUDA
+check-gpu: $(VENV)/dev test-models ## the checks that need a GPU with CUDA
 	$(BIN)/pytest tests/gpu -m gpu $(ARGS)
 	$(BIN)/python -m benchmarks.gpu_worker --write
 
@@ -44,17 +48,21 @@ system-tools: ## install what comes from Debian (as root): wrk, Prometheus, and 
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends wrk prometheus libb64-0d
 
-clean: ## remove everything that was made
-	rm -rf $(VENV) $(TOOLS) models build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove everything that was made; your own models in models/ stay
+	rm -rf $(VENV) $(TOOLS) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(addprefix models/,affine mlp digits resnet50)
+	@rmdir models 2>/dev/null || true
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/serve: pyproject.toml constraints-cpu.txt | $(BIN)/python
+	@echo "installing torch and the rest into $(VENV): about a minute, more with CUDA"
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) -e '.[torch,demo]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/serve
+	@echo "installing what the tests need"
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) -e '.[torch,demo,dev]'
 	@touch $@
 

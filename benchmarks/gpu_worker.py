@@ -19,9 +19,9 @@ from rich.progress import track
 from rich.table import Table
 
 from scheduler.channel import ModelSource
+from tests.harness import MODELS
 
 RESULTS = Path(__file__).parent / "results" / "gpu_worker.md"
-MODELS = Path(__file__).parent.parent / "models"
 BATCHES = 200
 ROUNDS = 7
 

@@ -21,7 +21,7 @@ from partitioner.programme import Programme
 from partitioner.transition import Transition, arrange, cheapest_assignment, transition
 
 # A batch may take so much of the SLO: the rest is for waiting.
-SLO_SHARE = 0.75
+SLO_SHARE = 0.85
 # Slices are planned to be busy for at most this share of their time: arrivals come in bursts.
 BUSY_SHARE = 0.8
 
@@ -30,10 +30,12 @@ BUSY_SHARE = 0.8
 class Rules:
     """How eager it is. `min_gain`: share of the queries; `payback`: by how much the gain must exceed the cost.
 
-    `dwell_s`: no change sooner after another; `change_s`: what one round of a change takes, as measured so far.
+    `dwell_s`: no change sooner after another; `horizon_s`: how long the traffic is expected to stay as it is;
+    `change_s`: what one round of a change takes, as measured so far.
     """
 
     dwell_s: float = 60.0
+    horizon_s: float = 300.0
     min_gain: float = 0.03
     payback: float = 2.0
     change_s: float = 3.0
@@ -76,7 +78,7 @@ def propose(
 
     `current`: the GPUs, by UUID, all of one kind; `planner`: `optimal` or `paris`.
     """
-    can = _capacities(demands, models, gpu)
+    can = slice_capacities(demands, models, gpu)
     targets = _targets(demands, models, gpu, len(current), planner, can)
     layouts, changes = _arranged(current, targets, gpu)
     now, then = served(can, current.values()), served(can, layouts.values())
@@ -100,7 +102,8 @@ def served(can: Capacities, layouts: Iterable[Layout]) -> float:
     return min(1.0, done / sum(each.rate_per_s for each in can.classes))
 
 
-def _capacities(demands: Sequence[ModelDemand], models: Mapping[str, LatencyTable], gpu: GpuModel) -> Capacities:
+def slice_capacities(demands: Sequence[ModelDemand], models: Mapping[str, LatencyTable], gpu: GpuModel) -> Capacities:
+    """What each size of slice can do for each kind of query."""
     sizes = sorted({profile.gpcs for profile in gpu.profiles})
     return capacities(query_classes(demands), tables(models), sizes, 1, SLO_SHARE)
 
@@ -149,7 +152,7 @@ def _decide(
     if gain < rules.min_gain:
         return False, f"it would serve {then:.0%} of the queries in time, the present one {now:.0%}: not worth a change"
     cost_s = now * _lost_share_s(changes, gpu, rules.change_s)
-    if gain * rules.dwell_s < rules.payback * cost_s:
+    if gain * rules.horizon_s < rules.payback * cost_s:
         return False, f"it would serve {gain:.0%} more, which does not pay for {cost_s:.1f} s of service lost meanwhile"
     if since_change_s < rules.dwell_s:
         wait_s = rules.dwell_s - since_change_s

@@ -40,14 +40,15 @@ class NvmlDoor:
         *,
         simulated: bool = False,
         lock_path: Path | None = None,
-        root: Path = Path("/"),
+        root: Path | None = None,
         patience_s: float = 10.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Opens the session. Raises NvmlUnavailableError.
 
         `lock_path`: of the lock among processes; without it only this door's own threads are kept apart. `root`:
-        where traces of other managers of MIG are looked for. `patience_s`: how long IN_USE is taken for passing.
+        where traces of other managers of MIG are looked for, if at all. `patience_s`: how long IN_USE is taken for
+        passing.
         """
         self._session = NvmlSession(nvml)
         self._simulated = simulated
@@ -55,7 +56,7 @@ class NvmlDoor:
         self._lock = threading.Lock()
         self._root = root
         self._patience = nvml_changes.Patience(patience_s, sleep)
-        self._models: dict[str, GpuModel | None] = {}
+        self._models: dict[tuple[str, bool], GpuModel | None] = {}
 
     def close(self) -> None:
         self._session.call("nvmlShutdown")
@@ -88,12 +89,12 @@ class NvmlDoor:
         return model
 
     def _model(self, handle: Any, uuid: str) -> GpuModel | None:
-        if uuid not in self._models:
-            model, lasting = nvml_discovery.model(self._session, handle)
-            if not lasting:
-                return model  # NVML may say more when MIG is on
-            self._models[uuid] = model
-        return self._models[uuid]
+        """Kept by MIG mode: while it is off, NVML says less."""
+        mode = self._session.mig_mode(handle)
+        key = (uuid, mode is not None and mode[0])
+        if key not in self._models:
+            self._models[key] = nvml_discovery.model(self._session, handle)
+        return self._models[key]
 
     def instances(self, gpu_uuid: str) -> list[Instance]:
         """Every GPU instance, by start, also those without a compute instance; none while MIG is off.
@@ -133,7 +134,6 @@ class NvmlDoor:
 
     def set_mig_mode(self, gpu_uuid: str, on: bool) -> ModeChange:
         """Asks for MIG mode; the answer says whether it holds, and otherwise what it takes."""
-        self._models.pop(gpu_uuid, None)
         return nvml_changes.set_mode(self._session, gpu_uuid, on)
 
     # ---- guards ----
@@ -144,7 +144,7 @@ class NvmlDoor:
 
     def refusal(self, gpu_uuid: str, own_pids: Collection[int] = ()) -> str | None:
         """Why this GPU must not be changed by us; None if it may. `own_pids` are our own workers."""
-        manager = machine.foreign_manager(self._root)
+        manager = machine.foreign_manager(self._root) if self._root else None
         if manager is not None:
             return manager
         gpu = self._session.gpu(gpu_uuid)
@@ -198,4 +198,4 @@ class NvmlDoor:
 
 def real_gpus() -> NvmlDoor:
     """The door to this machine's driver. Raises NvmlUnavailableError."""
-    return NvmlDoor(pynvml, lock_path=machine.default_lock_path())
+    return NvmlDoor(pynvml, lock_path=machine.default_lock_path(), root=Path("/"))

@@ -48,10 +48,10 @@ def create(
         handle = session.create(gpu, profile.profile_id, place)
     except NoRoomError as error:
         raise NoRoomError(error.call, error.code, _in_the_way(session, gpu, profile, place, of)) from error
-    except (NoPermissionError, NotSupportedError, StaleError, GpuLostError):
+    except (NoPermissionError, NotSupportedError, GpuLostError):
         raise
     except NvmlError as error:
-        # Of these codes nobody says that nothing was done.
+        # Nobody says of the other codes that nothing was done.
         _undo(error, lambda: _destroy_unfinished(session, gpu_uuid, place, of, patience))
         raise
     try:

@@ -35,21 +35,19 @@ def is_ampere(session: NvmlSession, gpu: Any) -> bool:
     return bool(session.call("nvmlDeviceGetArchitecture", gpu) == pynvml.NVML_DEVICE_ARCH_AMPERE)
 
 
-def model(session: NvmlSession, gpu: Any) -> tuple[GpuModel | None, bool]:
-    """What a GPU can be cut into, and whether NVML itself said so; else it is the catalogue's word.
+def model(session: NvmlSession, gpu: Any) -> GpuModel | None:
+    """What a GPU can be cut into by NVML's own word, else by the catalogue's; None where there is no MIG.
 
     Drivers up to R535 say nothing while MIG is off, and places are told to the privileged only.
     """
     if session.mig_mode(gpu) is None:
-        return None, True
+        return None
     known = model_of_board(pci_device_id(session, gpu), str(session.call("nvmlDeviceGetName", gpu)))
     try:
         profiles = _profiles(session, gpu, known)
     except (NoPermissionError, NotSupportedError):
-        return known, False
-    if not profiles:
-        return known, False
-    return _gpu_model(session, gpu, profiles, known), True
+        return known
+    return _gpu_model(session, gpu, profiles, known) if profiles else known
 
 
 def _gpu_model(session: NvmlSession, gpu: Any, profiles: tuple[MigProfile, ...], known: GpuModel | None) -> GpuModel:

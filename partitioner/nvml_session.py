@@ -27,8 +27,8 @@ _CODES = {
 }
 # Bounds for loops that end at INVALID_ARGUMENT: far beyond what any driver knows.
 _MOST_PROFILES = 64
-_REV1 = pynvml.NVML_COMPUTE_INSTANCE_PROFILE_1_SLICE_REV1
-
+# The driver writes as many handles as it has, and not all drivers count well beforehand how many that can be.
+_ROOM = 16
 # How many kinds every driver from R525 on knows: only after these can INVALID_ARGUMENT mean that there are no more.
 _LEAST_PROFILES = {"nvmlDeviceGetGpuInstanceProfileInfo": 10, "nvmlGpuInstanceGetComputeInstanceProfileInfo": 8}
 
@@ -127,27 +127,26 @@ class NvmlSession:
 
     def mig_profiles(self, gpu: Any) -> Iterator[tuple[int, Any]]:
         """(enum, info) of every MIG profile. The wheel's own count of them is not trusted."""
-        yield from self._enumerate("nvmlDeviceGetUUID", "nvmlDeviceGetGpuInstanceProfileInfo", gpu)
+        yield from self._enumerate("nvmlDeviceGetGpuInstanceProfileInfo", gpu)
 
     def compute_profiles(self, instance: Any, board: str, profile_id: int) -> list[tuple[int, Any]]:
         """(enum, info) of what a GPU instance can be split into: the same for all of a board and MIG profile."""
         key = (board, profile_id)
         if key not in self._compute_profiles:
-            probe, name = "nvmlGpuInstanceGetInfo", "nvmlGpuInstanceGetComputeInstanceProfileInfo"
-            self._compute_profiles[key] = list(self._enumerate(probe, name, instance, 0))
+            name = "nvmlGpuInstanceGetComputeInstanceProfileInfo"
+            self._compute_profiles[key] = list(self._enumerate(name, instance, 0))
         return self._compute_profiles[key]
 
-    def _enumerate(self, probe: str, name: str, target: Any, *more: Any) -> Iterator[tuple[int, Any]]:
-        """Up to the first INVALID_ARGUMENT; which must not come from a handle that went stale, so `probe` is asked."""
+    def _enumerate(self, name: str, target: Any, *more: Any) -> Iterator[tuple[int, Any]]:
+        """Up to the first INVALID_ARGUMENT, which before the least that there are means a handle that went stale."""
         for enum in range(_MOST_PROFILES):
             try:
                 yield enum, self._info(name, target, enum, *more)
             except NotSupportedError:
                 continue
             except StaleError:
-                self.call(probe, target)
                 if enum < _LEAST_PROFILES[name]:
-                    raise  # not the end of the list: it would be taken for all that there is
+                    raise
                 return
 
     def _info(self, name: str, *args: Any) -> Any:
@@ -189,8 +188,8 @@ class NvmlSession:
         return found
 
     def _listed(self, name: str, target: Any, profile_id: int, at_most: int, kind: Any) -> list[Any]:
-        count = ctypes.c_uint(at_most)
-        array = (kind * at_most)()
+        array = (kind * max(at_most, _ROOM))()
+        count = ctypes.c_uint(len(array))
         self.call(name, target, profile_id, array, ctypes.byref(count))
         return list(array[: count.value])
 
@@ -201,7 +200,7 @@ class NvmlSession:
 
     def create_part(self, instance: Any, board: str, profile_id: int, gpcs: int) -> Any:
         """A compute instance of all `gpcs` slices of a GPU instance."""
-        for enum, info in self.compute_profiles(instance, board, profile_id):
-            if int(info.sliceCount) == gpcs and enum != _REV1:
+        for _, info in self.compute_profiles(instance, board, profile_id):
+            if int(info.sliceCount) == gpcs:
                 return self.call("nvmlGpuInstanceCreateComputeInstance", instance, int(info.id))
         raise NotSupportedError("nvmlGpuInstanceCreateComputeInstance", "NOT_SUPPORTED", f"none has {gpcs} slices")

@@ -125,6 +125,7 @@ class Reconfigurer:
         self._intents = intents
         self._tell = tell
         self._changing = asyncio.Lock()
+        self._named: dict[str, str] = {}  # what people call a GPU, by UUID
 
     async def changes(self, wanted: Wanted) -> list[GpuChange]:
         """What `apply` would do, by GPU. `wanted`: MIG profiles by GPU UUID.
@@ -153,6 +154,19 @@ class Reconfigurer:
                     return Outcome(Result.UNCHANGED)
                 return await self._carry_out(changes)
 
+    async def switch(self, uuid: str, *, on: bool) -> None:
+        """Switches MIG, where nobody serves. Off destroys every slice first. Raises RefusedChangeError, NvmlError."""
+        async with self._changing:
+            with self._exclusive():
+                await self._check_ours(await self._call(self._door.gpu, uuid))
+                if not on:
+                    for each in await self._call(self._door.instances, uuid):
+                        await self._call(self._door.destroy, uuid, each.gi_id)
+                change = await self._call(self._door.set_mig_mode, uuid, on)
+        self._tell(f"MIG {'on' if on else 'off'}: {change.status}")
+        if not change.done:
+            raise RefusedChangeError(change.todo)
+
     async def recover(self) -> Outcome | None:
         """Finishes, or undoes, a change that a crash cut off; None if there was none. Before anybody lives here.
 
@@ -175,18 +189,21 @@ class Reconfigurer:
     # ---- forward ----
 
     async def _change(self, gpu: Gpu, profiles: Sequence[MigProfile]) -> GpuChange:
-        why_not = await self._call(self._door.refusal, gpu.uuid, self._tenants.pids())
-        if why_not is not None:
-            raise RefusedChangeError(f"GPU {gpu.index} is not changed: {why_not}")
+        await self._check_ours(gpu)
         if gpu.model is None:
             raise RefusedChangeError(f"GPU {gpu.index}, {gpu.name}, cannot be cut: it has no MIG")
         if not gpu.mig_enabled:
             raise RefusedChangeError(
-                f"MIG is off on GPU {gpu.index}; migserve layout apply turns it on while nobody serves"
+                f"MIG is off on GPU {gpu.index}; migserve layout apply switches it on while nobody serves"
             )
         before = (await self._read(gpu.uuid)).layout
         target = arrange(before, profiles, gpu.model)
         return GpuChange(gpu, before, target, transition(before, target, gpu.model))
+
+    async def _check_ours(self, gpu: Gpu) -> None:
+        why_not = await self._call(self._door.refusal, gpu.uuid, self._tenants.pids())
+        if why_not is not None:
+            raise RefusedChangeError(f"GPU {gpu.index} is not changed: {why_not}")
 
     async def _carry_out(self, changes: Sequence[GpuChange]) -> Outcome:
         intent = Intent(
@@ -289,6 +306,7 @@ class Reconfigurer:
         """
         for _ in range(READINGS):
             gpu = await self._call(self._door.gpu, uuid)
+            self._named[uuid] = f"GPU {gpu.index}"
             state = _State(gpu, tuple(await self._call(self._door.instances, uuid)))
             if state.consistent:
                 return state
@@ -297,18 +315,20 @@ class Reconfigurer:
     async def _destroy(self, uuid: str, gone: PlacedProfile) -> None:
         for each in await self._call(self._door.instances, uuid):
             if each.placement == gone.placement:
-                self._tell(f"destroying {_names([gone])}")
+                self._tell(f"{self._named[uuid]}: destroying {_names([gone])}")
                 await self._call(self._door.destroy, uuid, each.gi_id)
 
     async def _create(self, uuid: str, new: PlacedProfile) -> None:
-        self._tell(f"creating {_names([new])}")
+        self._tell(f"{self._named[uuid]}: creating {_names([new])}")
         await self._call(self._door.create, uuid, new.profile, new.placement)
 
     async def _remove_orphans(self, uuid: str) -> None:
         """GPU instances without a compute instance: no process can use them, and no MIG device shows them."""
         for each in (await self._read(uuid)).instances:
             if not each.ci_ids:
-                self._tell(f"removing a GPU instance that has no compute instance: {each.profile.name}")
+                self._tell(
+                    f"{self._named[uuid]}: removing a GPU instance that has no compute instance, {each.profile.name}"
+                )
                 await self._call(self._door.destroy, uuid, each.gi_id)
 
     async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:

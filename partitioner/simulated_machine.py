@@ -96,8 +96,10 @@ def parse_gpus(spec: str, layout: str | None) -> list[SimulatedGpu]:
 
 def _parse_gpu(part: str) -> list[GpuModel]:
     name, _, count = part.rpartition("x")
-    if not name or not count.isdigit() or int(count) == 0:
+    if not name or not count.isdecimal():
         name, count = part, "1"
+    if int(count) == 0:
+        raise IllegalLayoutError(f"no GPU at all in {part!r}: the number after x must be 1 or more")
     if name not in GPU_MODELS:
         known = ", ".join(GPU_MODELS)
         raise IllegalLayoutError(f"no GPU called {name!r} in the catalogue; there are {known}, each with xN for N")
@@ -132,7 +134,7 @@ class Handles:
             address, self._next = self._next, self._next + _STRIDE
             self._by_thing[thing] = address
             self._by_address[address] = thing
-        return ctypes.cast(ctypes.c_void_p(address), HANDLE_TYPES[kind])
+        return HANDLE_TYPES[kind].from_buffer_copy(ctypes.c_void_p(address))
 
     def take(self, handle: Any, *kinds: str) -> tuple[str, tuple[Any, ...]]:
         """What `handle` stands for. Raises INVALID_ARGUMENT for pointers never given out or gone."""
@@ -140,7 +142,7 @@ class Handles:
             raise WouldCrashError(
                 f"{handle!r} is no {HANDLE_TYPES[kinds[0]].__name__}: the driver would follow it blindly"
             )
-        address = ctypes.cast(handle, ctypes.c_void_p).value
+        address = ctypes.c_void_p.from_buffer(handle).value
         kind, key = self._by_address.get(address or 0, ("", ()))
         if kind not in kinds:
             raise RefusedError("INVALID_ARGUMENT")
@@ -293,7 +295,7 @@ class Machine:
         if self._file is None:
             yield
             return
-        with self._file.with_name(f"{self._file.name}.lock").open("w") as file:
+        with self._file.with_name(f"{self._file.name}.driver").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

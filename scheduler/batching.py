@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections.abc import Iterator
+from itertools import islice
 
 from scheduler.domain import BatchTable, Query
+
+# How many waiting queries are looked at to make one batch.
+LOOK_AHEAD = 512
 
 
 class BucketQueue:
@@ -74,16 +79,20 @@ class BucketQueue:
             heapq.heappop(self._heap)
 
 
-class Line:
-    """Waiting queries of one model, sorted by priority, then a key of the policy's, then arrival.
+Entry = tuple[int, int, int, Query]  # priority, key, request id, query
 
-    `entries` may be read: (priority, key, request id, query). `items` counts them.
+
+class Line:
+    """Waiting queries of one model, of any bucket, sorted by priority, then a key, then arrival.
+
+    The key is the due time where `take_efficient` or `due_before` is asked for. `entries` is for reading;
+    `items` counts what they carry.
     """
 
     __slots__ = ("_keys", "entries", "items")
 
     def __init__(self) -> None:
-        self.entries: list[tuple[int, int, int, Query]] = []
+        self.entries: list[Entry] = []
         self.items = 0
         self._keys: dict[int, int] = {}  # by request id
 
@@ -97,9 +106,6 @@ class Line:
         self._keys[request.id] = key
         bisect.insort(self.entries, (request.priority, key, request.id, query))
 
-    def first(self, count: int) -> list[tuple[int, int, int, Query]]:
-        return self.entries[:count]
-
     def remove(self, query: Query) -> None:
         request = query.request
         query.queued = False
@@ -107,11 +113,64 @@ class Line:
         place = (request.priority, self._keys.pop(request.id), request.id)
         del self.entries[bisect.bisect_left(self.entries, place)]
 
-    def take(self, batch: list[Query]) -> list[Query]:
-        """Removes these and returns them."""
+    def drain(self) -> list[Query]:
+        """Everything that waits, in order."""
+        return self._take([entry[3] for entry in self.entries])
+
+    def looked_at(self, start: int = 0) -> Iterator[Entry]:
+        """The first so many from `start` on: a decision stays short however many wait."""
+        return islice(self.entries, start, start + LOOK_AHEAD)
+
+    def due_before(self, index: int, due_ns: int) -> list[Query]:
+        """The queries from `index` on, of its priority, that are due before that; none if all of them are."""
+        priority = self.entries[index][0]
+        until = bisect.bisect_left(self.entries, (priority, due_ns), index)
+        if until == len(self.entries) or self.entries[until][0] != priority:
+            return []
+        return [entry[3] for entry in self.entries[index:until]]
+
+    def take_efficient(self, index: int, start_ns: int, table: BatchTable, most_ns: float, guard: float) -> list[Query]:
+        """The query at `index`, with those of its bucket that make the most items per time of one batch.
+
+        The batch, `guard` times longer than its table says, meets every due time and takes at most `most_ns`.
+        The first one goes in any case.
+        """
+        _, due_ns, _, seed = self.entries[index]
+        limit_ns = min(due_ns - start_ns, most_ns)
+        batch = [seed]
+        items = seed.request.items
+        best_count, best_per_ns = 1, items / max(table.time_ns(items), 1)
+        for _, other_due_ns, _, query in self.looked_at(index + 1):
+            total = items + query.request.items
+            if total > table.peak or query.bucket != seed.bucket:
+                continue
+            own_limit_ns = min(limit_ns, other_due_ns - start_ns)
+            if table.ns[total] * guard > own_limit_ns:
+                continue
+            batch.append(query)
+            items, limit_ns = total, own_limit_ns
+            per_ns = total / max(table.ns[total], 1)
+            if per_ns >= best_per_ns:
+                best_count, best_per_ns = len(batch), per_ns
+            if total == table.peak:
+                break
+        return self._take(batch[:best_count])
+
+    def take_many(self, table: BatchTable) -> list[Query]:
+        """The first query with what follows in its bucket: up to the knee, or the peak where twice as much waits."""
+        most = table.peak if self.items > 2 * table.knee else table.knee
+        seed = self.entries[0][3]
+        batch = [seed]
+        items = seed.request.items
+        for *_, query in self.looked_at(1):
+            if items >= most:
+                break
+            if query.bucket == seed.bucket and items + query.request.items <= most:
+                batch.append(query)
+                items += query.request.items
+        return self._take(batch)
+
+    def _take(self, batch: list[Query]) -> list[Query]:
         for query in batch:
             self.remove(query)
         return batch
-
-    def drain(self) -> list[Query]:
-        return self.take([entry[3] for entry in self.entries])

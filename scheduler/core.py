@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from scheduler.domain import Batch, BatchTable, Pool, Query, Worker
 from scheduler.messages import (
@@ -149,7 +149,7 @@ class SchedulerCore:
         worker = self._pool.workers[event.worker_id]
         self._pool.serve(worker, event.model, BatchTable(event.latency_ns))
         self._forget_return(event.worker_id, event.model)
-        for query in list(self._parked.pop(event.model, {}).values()):
+        for query in _by_class(self._parked.pop(event.model, {}).values()):
             self._waiting[event.model] -= 1
             self._place(now_ns, query, again=True)
 
@@ -202,6 +202,10 @@ class SchedulerCore:
         """Into the policy's queues, or parked, or refused. `again`: it was accepted before."""
         model = query.request.model
         query.worker_id = None
+        expires_ns = query.request.expires_ns
+        if again and expires_ns is not None and expires_ns <= now_ns:
+            self._refuse(query, Reason.EXPIRED)  # its time passed while it ran, and nobody was to look again
+            return
         if model in self._pool.serving:
             worker, late_ns = self._policy.choose(now_ns, query)
             if late_ns > 0 and self._refuse_late and not again:
@@ -221,7 +225,7 @@ class SchedulerCore:
 
     def _place_again(self, now_ns: int, evicted: list[Query]) -> None:
         self._queued -= len(evicted)
-        for query in evicted:
+        for query in _by_class(evicted):
             self._waiting[query.request.model] -= 1
             self._place(now_ns, query, again=True)
 
@@ -321,3 +325,8 @@ class SchedulerCore:
         for query in list(self._parked.pop(model, {}).values()):
             self._waiting[model] -= 1
             self._place(now_ns, query, again=True)
+
+
+def _by_class(queries: Iterable[Query]) -> list[Query]:
+    """In the order in which they are placed: the first one may start at once."""
+    return sorted(queries, key=lambda query: (query.request.priority, query.request.id))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
+import structlog
 
 from partitioner.geometry import Slice
 from scheduler.arena import Arena
@@ -42,6 +43,12 @@ from scheduler.messages import (
     WorkerLost,
     WorkerUp,
 )
+
+log = structlog.get_logger(__name__)
+
+# The clock of all deadlines.
+now_ns = time.monotonic_ns
+NO_SLOT = -1
 
 
 class RefusedError(Exception):
@@ -94,9 +101,9 @@ class Pending:
 
     __slots__ = ("arrival_ns", "ended", "offset", "on_end", "request", "row", "running")
 
-    def __init__(self, request: Request, offset: int, arrival_ns: int, on_end: OnEnd) -> None:
+    def __init__(self, request: Request, arrival_ns: int, on_end: OnEnd) -> None:
         self.request = request
-        self.offset = offset  # of its slot in the arena
+        self.offset = NO_SLOT  # in the arena, once that is the driver's
         self.arrival_ns = arrival_ns
         self.on_end = on_end
         self.running = False
@@ -159,20 +166,38 @@ class Driver:
 
     # ---- requests ----
 
-    def submit(self, request: Request, offset: int, arrival_ns: int, on_end: OnEnd) -> Pending:
-        """Queues a request whose inputs are in the arena at `offset`; the slot is the driver's from now on.
+    def accept(self, request: Request, arrival_ns: int, on_end: OnEnd) -> Pending:
+        """Takes on a request whose inputs may still be on their way to the arena. It is unfinished from now on.
 
-        `on_end` is called exactly once, maybe before this returns, unless `cancel` is called first. It is called
-        for all requests of a batch in turn, so it must be quick.
+        `on_end` is called exactly once, unless `cancel` or `withdraw` is called first. It is called for all
+        requests of a batch in turn, so it must be quick.
         """
-        pending = self._pending[request.id] = Pending(request, offset, arrival_ns, on_end)
+        pending = self._pending[request.id] = Pending(request, arrival_ns, on_end)
         self._unfinished[request.model] += 1
+        return pending
+
+    def start(self, pending: Pending, offset: int) -> None:
+        """Queues an accepted request. Its inputs are in the arena at `offset`; that slot is the driver's from now on.
+
+        May end the request before it returns; one that has ended before gives only its slot back.
+        """
+        if pending.ended:
+            self._arena.free(offset)
+            return
+        pending.offset = offset
+        request = pending.request
         self._arrivals[request.model, request.items, request.dims] += 1
         if self._given_up:
-            self._refuse(pending, RefusedError(Reason.UNAVAILABLE, 0.0, self._given_up))
+            self._tell(pending, RefusedError(Reason.UNAVAILABLE, 0.0, self._given_up))
         else:
             self._feed(Arrived(request))
-        return pending
+
+    def withdraw(self, pending: Pending) -> bool:
+        """Ends an accepted request that will not be started. False if it had ended before."""
+        if pending.ended:
+            return False
+        self._end(pending)
+        return True
 
     def cancel(self, pending: Pending) -> None:
         """The client has gone. Does nothing for a request that has ended."""
@@ -186,7 +211,9 @@ class Driver:
         """Ends every request, now and from now on, as unavailable."""
         self._given_up = why
         for pending in list(self._pending.values()):
-            self._refuse(pending, RefusedError(Reason.UNAVAILABLE, 0.0, why))
+            if pending.ended:
+                continue  # by what the core did when it was told of another
+            self._tell(pending, RefusedError(Reason.UNAVAILABLE, 0.0, why))
             self._feed(Cancelled(pending.request.id))
 
     def take_arrivals(self) -> Counter[tuple[str, int, tuple[int, ...]]]:
@@ -229,13 +256,13 @@ class Driver:
         self._outputs[done.batch_id] = BatchOutputs(done, outbox)
         running = self._running.pop(done.batch_id)
         arrivals_ns = self._put_back(running)
-        now_ns = self._feed(BatchDone(worker_id, done.batch_id))
+        ended_ns = self._feed(BatchDone(worker_id, done.batch_id))
         # After the tasks that were just woken: counting must not delay their answers.
-        self._loop.call_soon(self._record, worker_id, running, arrivals_ns, now_ns, done)
+        self._loop.call_soon(self._record, worker_id, running, arrivals_ns, ended_ns, done)
 
-    def _record(self, worker_id: int, running: _Running, arrivals_ns: list[int], now_ns: int, done: Done) -> None:
+    def _record(self, worker_id: int, running: _Running, arrivals_ns: list[int], ended_ns: int, done: Done) -> None:
         model = running.requests[0].request.model
-        times = (arrivals_ns, running.started_ns, now_ns, done.input_ns, done.infer_ns, done.output_ns)
+        times = (arrivals_ns, running.started_ns, ended_ns, done.input_ns, done.infer_ns, done.output_ns)
         self._observer.batch_done(BatchRecord(model, worker_id, running.items, *times))
 
     def batch_failed(self, worker_id: int, failed: Failed) -> None:
@@ -246,27 +273,27 @@ class Driver:
 
     def _feed(self, event: AnyEvent) -> int:
         """Returns the time it stamped the event with."""
-        now_ns = time.monotonic_ns()
-        commands = self._core.handle(now_ns, event)
+        at_ns = now_ns()
+        commands = self._core.handle(at_ns, event)
         if self._journal is not None:
-            self._journal.write(now_ns, event, commands)
+            self._journal.write(at_ns, event, commands)
         # Workers first: they compute while the answers are being written.
         for command in commands:
             if type(command) is Run:
-                self._run(command, now_ns)
+                self._run(command, at_ns)
         for command in commands:
             if type(command) is not Run:
-                self._carry_out(command, now_ns)
-        return now_ns
+                self._carry_out(command, at_ns)
+        return at_ns
 
-    def _run(self, command: Run, now_ns: int) -> None:
+    def _run(self, command: Run, at_ns: int) -> None:
         requests = [self._pending[request_id] for request_id in command.request_ids]
         row = 0
         for pending in requests:
             pending.running = True
             pending.row = row
             row += pending.request.items
-        self._running[command.batch_id] = _Running(requests, row, now_ns)
+        self._running[command.batch_id] = _Running(requests, row, at_ns)
         self._fleet.send(
             command.worker_id,
             RunBatch(
@@ -278,26 +305,28 @@ class Driver:
             ),
         )
 
-    def _carry_out(self, command: AnyCommand, now_ns: int) -> None:
+    def _carry_out(self, command: AnyCommand, at_ns: int) -> None:
         match command:
             case Answer():
                 outputs = self._outputs.pop(command.batch_id)
                 for request_id in command.request_ids:
                     pending = self._pending[request_id]
-                    self._end(pending)
-                    pending.on_end(Answered(outputs, pending.row, pending.request.items))
+                    self._tell(pending, Answered(outputs, pending.row, pending.request.items))
             case Refuse():
                 error = RefusedError(command.reason, command.retry_after_ns / 1e9, command.detail)
-                self._refuse(self._pending[command.request_id], error)
+                self._tell(self._pending[command.request_id], error)
             case Wake():
                 if self._timer is not None:
                     self._timer.cancel()
-                delay_s = max(0, command.at_ns - now_ns) / 1e9
+                delay_s = max(0, command.at_ns - at_ns) / 1e9
                 self._timer = self._loop.call_later(delay_s, self._feed, Tick())
 
-    def _refuse(self, pending: Pending, error: RefusedError) -> None:
+    def _tell(self, pending: Pending, end: Answered | RefusedError) -> None:
         self._end(pending)
-        pending.on_end(error)
+        try:
+            pending.on_end(end)
+        except Exception:  # those behind it in the batch must get their answers
+            log.exception("a request's end could not be told", model=pending.request.model)
 
     def _put_back(self, running: _Running) -> list[int]:
         """After a batch: no worker reads its requests' slots any more. Returns the arrivals of those not ended."""
@@ -305,7 +334,7 @@ class Driver:
         for pending in running.requests:
             pending.running = False
             if pending.ended:
-                self._arena.free(pending.offset)
+                self._free(pending)
             else:
                 arrivals_ns.append(pending.arrival_ns)
         return arrivals_ns
@@ -315,11 +344,15 @@ class Driver:
         pending.ended = True
         del self._pending[pending.request.id]
         if not pending.running:
-            self._arena.free(pending.offset)
+            self._free(pending)
         model = pending.request.model
         self._unfinished[model] -= 1
         if self._idle:
             self._tell_idle(model)
+
+    def _free(self, pending: Pending) -> None:
+        if pending.offset != NO_SLOT:
+            self._arena.free(pending.offset)
 
     def _tell_idle(self, model: str) -> None:
         if not self._unfinished[model] and model in self._idle:

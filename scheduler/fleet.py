@@ -21,7 +21,7 @@ from partitioner.tenants import TenantsError
 from scheduler import channel, spawn
 from scheduler.arena import Arena, Descriptor, SharedMemory
 from scheduler.channel import Done, Failed, Loaded, LoadFailed, ModelSource, Ready, RunBatch
-from scheduler.loading import LoadedModel, Loader
+from scheduler.loading import LOAD_TIMEOUT_S, LoadedModel, Loader
 from scheduler.staff import CRASH_WINDOW_S, CRASHES, DiedError, Listener, State, Worker, resolve
 from scheduler.worker import WorkerStart
 
@@ -47,12 +47,14 @@ class Fleet:
         threads_per_worker: int | None = None,
         outbox_bytes: int = 256 * 1024 * 1024,
         batch_timeout_s: float = 60.0,
+        load_timeout_s: float = LOAD_TIMEOUT_S,
     ) -> None:
         self._arena = arena
         self._workers_per_slice = workers_per_slice
         self._threads = threads_per_worker
         self._outbox_bytes = outbox_bytes
         self._batch_timeout_s = batch_timeout_s
+        self._load_timeout_s = load_timeout_s
         self.places: list[tuple[Slice, int]] = []  # by worker id: slice and index on it, of all that ever were
         self._workers: dict[int, Worker] = {}
         self._retired: list[int] = []  # during a re-cut: workers whose models are expected elsewhere
@@ -75,7 +77,7 @@ class Fleet:
     async def start(self, listener: Listener, slices: Sequence[Slice]) -> None:
         """Starts every worker process; returns when all are up or have failed to be."""
         self._told = listener
-        self._loader = Loader(self._send, listener)
+        self._loader = Loader(self._send, self._lose, listener, self._load_timeout_s)
         async with self._changing:
             await asyncio.gather(*(self._bring_up(each) for each in self._add(slices)))
         self._spawn(self._watch())

@@ -19,6 +19,8 @@ Points = tuple[tuple[int, float], ...]
 
 # A model whose loading has killed this many workers is given up.
 CRASHES_PER_LOAD = 2
+# Reading tens of gigabytes and compiling may take minutes; what takes longer hangs, and everything with it.
+LOAD_TIMEOUT_S = 300.0
 
 
 class ModelUnservableError(RuntimeError):
@@ -33,11 +35,22 @@ class LoadedModel(NamedTuple):
 
 
 class Loader:
-    """Loads and unloads. `send` hands a message to a worker; `listener` is told who serves what."""
+    """Loads and unloads. `send` hands a message to a worker; `listener` is told who serves what.
 
-    def __init__(self, send: Callable[[Worker, ToWorker], None], listener: Listener) -> None:
+    `lose` ends a worker that does not come to an end of loading within `timeout_s`, for the reason it is given.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Worker, ToWorker], None],
+        lose: Callable[[Worker, str], None],
+        listener: Listener,
+        timeout_s: float,
+    ) -> None:
         self._send = send
+        self._lose = lose
         self._told = listener
+        self._timeout_s = timeout_s
         self._models: dict[str, ModelSource] = {}  # wanted
         self._proven: set[str] = set()  # of these, what some worker has loaded without dying of it
         self._measured: dict[tuple[str, str], Points] = {}  # (model key, kind of worker)
@@ -63,9 +76,9 @@ class Loader:
         """Takes a model off every worker. Its requests must have ended."""
         self._forget(key)
         for each in workers:
+            self._told.stops_serving(each.id, key)  # also of one that is being restarted: it is expected no more
             if key in each.serving:
                 each.serving.discard(key)
-                self._told.stops_serving(each.id, key)
                 self._send(each, Unload(key))
 
     async def introduce(self, workers: Sequence[Worker]) -> None:
@@ -114,6 +127,8 @@ class Loader:
 
     async def _load_again(self, source: ModelSource, each: Worker) -> None:
         """Loads what another worker has loaded before; a failure costs this worker only."""
+        if source.key in each.serving:
+            return  # it has been restarted, and was quicker
         try:
             result = await self._load_on(source, each)
         except DiedError:
@@ -126,10 +141,16 @@ class Loader:
         """Raises DiedError when the worker does, or is not up."""
         if each.state != State.READY:
             raise DiedError(each.reason or each.state)
-        future = asyncio.get_running_loop().create_future()
+        under_way = each.loading.get(source.key)
+        if under_way is not None:
+            return await asyncio.shield(under_way)
+        future: asyncio.Future[Loaded | LoadFailed] = asyncio.get_running_loop().create_future()
         each.loading[source.key] = future
         self._send(each, Load(source, self._known_latency(source, each)))
-        result: Loaded | LoadFailed = await future
+        await asyncio.wait({future}, timeout=self._timeout_s)
+        if not future.done():
+            self._lose(each, f"loading {source.name} took more than {self._timeout_s:g} s")
+        result = await future
         if source.key not in self._models:
             self._send(each, Unload(source.key))  # unloaded while a restarted worker was loading it
         elif isinstance(result, Loaded):

@@ -22,11 +22,11 @@ from scheduler.messages import (
     AnyEvent,
     Arrived,
     BatchDone,
+    Drains,
     Refuse,
     Request,
     Run,
     Serves,
-    StopsServing,
     Tick,
     Wake,
     WorkerLost,
@@ -250,9 +250,9 @@ class _Simulation:
             case Change.SPEED:
                 worker.speed = event.factor
             case Change.DRAIN:
-                worker.serves = False
-                for model in worker.where.tables:
-                    self._tell(StopsServing(worker_id, model))
+                if worker.up and worker.serves:
+                    worker.serves = False
+                    self._tell(Drains(worker_id))
             case Change.BACK:
                 if not (worker.up and worker.serves):
                     self._bring_up(worker_id)

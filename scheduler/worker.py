@@ -1,8 +1,8 @@
 """The worker process: one slice, its models, one batch after the other.
 
 It reads inputs where the daemon wrote them, in the arena, and leaves outputs in its outbox. It ends when its
-channel does; signals that a terminal or an init system sends to the whole group it ignores, since the
-daemon has requests to finish.
+channel does, at the latest END_SECONDS after, whatever its model is doing. Signals that a terminal or an init
+system sends to the whole group it ignores, since the daemon has requests to finish.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import select
 import signal
 import socket
 import threading
@@ -41,6 +42,8 @@ from scheduler.tensors import ALIGN, DATATYPES, InputLayout, TensorSpec
 # Measuring a model at load takes at most about this long.
 MEASURE_SECONDS = 0.4
 LINE_CHARS = 500
+# For the batch that runs when the channel ends.
+END_SECONDS = 2.0
 
 
 class WorkerStart(NamedTuple):
@@ -65,6 +68,7 @@ def main(start: WorkerStart, sock: socket.socket, arena: Descriptor, outbox: Des
         import torch
 
         torch.set_num_threads(start.threads)
+    threading.Thread(target=_end_with, args=(sock,), daemon=True).start()
     worker = _Worker(
         WorkerEnd(sock),
         "cpu" if start.device_uuid is None else "cuda",
@@ -74,6 +78,15 @@ def main(start: WorkerStart, sock: socket.socket, arena: Descriptor, outbox: Des
     # A broken pipe: the daemon is gone, and nobody is left to answer.
     with suppress(BrokenPipeError, ConnectionResetError), backends.inference_mode():
         worker.run()
+
+
+def _end_with(sock: socket.socket) -> None:
+    """Ends the process when the daemon has gone, if it does not end by itself: its model may hang."""
+    watch = select.poll()
+    watch.register(sock, 0)  # a hang-up is told of in any case
+    watch.poll()
+    time.sleep(END_SECONDS)
+    os._exit(1)
 
 
 class _Model:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+
+# While this module is imported Ctrl-C just ends the process, without a traceback of half an import.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import inspect
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +34,22 @@ _PANELS = {
 }
 
 
+# Short, so that there is room for the explanations on a terminal of 80 columns.
+_METAVARS = {"int": "N", "float": "N", "bool": " ", "Path": "PATH", "list": "PATH"}
+
+
+def _metavar(annotation: Any) -> str:
+    """For `int | None`, what `int` has."""
+    for kind, metavar in _METAVARS.items():
+        if kind in str(getattr(annotation, "__name__", annotation)):
+            return metavar
+    return "TEXT"
+
+
+def _default(value: Any) -> str:
+    return f" Default: {'yes' if value is True else 'no' if value is False else value}."
+
+
 def _with_settings(command: Any) -> Any:
     """Gives a command that takes **flags one option for each setting; None where it was not given."""
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
@@ -36,9 +58,10 @@ def _with_settings(command: Any) -> Any:
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         extra = field.json_schema_extra
         option = typer.Option(
-            help=field.description,
+            help=f"{field.description}{'' if shown is None else _default(shown)}",
             rich_help_panel=_PANELS[str(extra["group"])] if isinstance(extra, dict) else None,
-            show_default=str(shown) if shown is not None else False,
+            show_default=False,  # None, to the command line
+            metavar=_metavar(field.annotation),
         )
         annotation: Any = field.annotation
         kind: Any = Annotated[annotation | None, option]
@@ -53,7 +76,7 @@ def serve(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file of these settings, with _ for -. Flags win over MIGSERVE_* variables over the file.",
+            help="YAML file of these settings, with _ for -.",
             envvar="MIGSERVE_CONFIG",
         ),
     ] = None,
@@ -70,10 +93,86 @@ def serve(
     **migserve serve --gpu nvml** serves on the MIG instances that there are, on whole GPUs where MIG is off
 
     The first SIGTERM or Ctrl-C drains, a second one hurries.
+
+    Each option can also be a variable, **MIGSERVE_HTTP_PORT=9000** for --http-port, or a line of the --config file,
+    **http_port: 9000**. Flags win over variables, variables over the file.
     """
     from server import commands
 
     raise typer.Exit(commands.serve(config, flags))
+
+
+layout_app = typer.Typer(
+    help="Show, change, check or export how GPUs are cut.\n\n**migserve layout apply 3g.40gb+3g.40gb** cuts every "
+    "GPU so; what can stay is not touched\n\n**migserve layout apply 0=7g.80gb 1=off** one by one; off switches MIG "
+    "off\n\n"
+    "**migserve layout apply --file config.yaml --config all-balanced --dry-run** prints the steps of a file in "
+    "mig-parted's form\n\nWhile a daemon serves on a GPU, ask it instead: POST /admin/layout.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(layout_app, name="layout")
+
+_Gpu = Annotated[str, typer.Option(help="As of **serve**.")]
+_State = Annotated[Path | None, typer.Option(help="As of **serve**: the file that simulated GPUs live on in.")]
+_File = Annotated[Path | None, typer.Option(help="A layout file in mig-parted's form.")]
+_Config = Annotated[str | None, typer.Option(help="The config in the file; its only one by default.")]
+_Layouts = Annotated[list[str] | None, typer.Argument(help="For every GPU, or GPU=LAYOUT.", metavar="[LAYOUT]...")]
+
+
+@layout_app.command("show")
+def layout_show(
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Draw into this file, .svg or .png.")] = None,
+) -> None:
+    """Draw the GPUs as they are cut now."""
+    from server import layout_command as do
+
+    raise typer.Exit(do.show(do.Machine(gpu, simulation_state), as_json=json, out=out))
+
+
+@layout_app.command("apply")
+def layout_apply(
+    layouts: _Layouts = None,
+    file: _File = None,
+    config: _Config = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print the steps.")] = False,
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+) -> None:
+    """Cut GPUs: MIG is switched on, slices that can stay do, the rest is destroyed and created. Undone on failure."""
+    from server import layout_command as do
+
+    wish = do.Wish(file, config, layouts or [])
+    raise typer.Exit(do.apply(do.Machine(gpu, simulation_state), wish, dry_run=dry_run))
+
+
+@layout_app.command("assert")
+def layout_assert(
+    layouts: _Layouts = None,
+    file: _File = None,
+    config: _Config = None,
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+) -> None:
+    """Check that every GPU is cut so; exit code 1 if not."""
+    from server import layout_command as do
+
+    raise typer.Exit(do.check(do.Machine(gpu, simulation_state), do.Wish(file, config, layouts or [])))
+
+
+@layout_app.command("export")
+def layout_export(
+    name: Annotated[str, typer.Option(help="What to call the config.")] = "current",
+    gpu: _Gpu = "auto",
+    simulation_state: _State = None,
+) -> None:
+    """Print the GPUs as a layout file in mig-parted's form."""
+    from server import layout_command as do
+
+    raise typer.Exit(do.write(do.Machine(gpu, simulation_state), name))
 
 
 @app.command()
@@ -162,6 +261,8 @@ def replay(journal: Annotated[Path, typer.Argument(help="A file that **serve --j
 
 def main() -> None:
     """Entry point of the `migserve` command."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # an ignored one stays ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what verbs have begun they end or undo
     app()
 
 

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, FastAPI, Request
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.errors import Fault, ServeError
 
+Message = MutableMapping[str, Any]
 
-def create_app(routes: APIRouter) -> FastAPI:
-    """Everything over HTTP but infer, which stands in front of this app."""
-    app = FastAPI(title="migserve", docs_url="/docs", redoc_url=None)
+
+class HeadAsGet:
+    """ASGI. Routes answer HEAD as they answer GET; the server leaves out the body."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
+async def refuse_web_pages(request: Request) -> None:
+    """For routes that change things: any page that the operator's browser shows could send requests to this port."""
+    if "origin" in request.headers:
+        raise ServeError(Fault.FORBIDDEN, "requests of web pages, which have an Origin header, are refused here")
+
+
+def create_app(routes: APIRouter, *, docs: bool = True, web_pages: bool = True) -> FastAPI:
+    """Everything over HTTP but infer, which stands in front of this app.
+
+    `docs`: with /docs and /openapi.json. `web_pages`: whether other sites' pages may send requests.
+    """
+    app = FastAPI(
+        title="migserve",
+        docs_url="/docs" if docs else None,
+        openapi_url="/openapi.json" if docs else None,
+        redoc_url=None,
+        dependencies=[] if web_pages else [Depends(refuse_web_pages)],
+    )
     app.include_router(routes)
+    app.add_middleware(HeadAsGet)
 
     @app.exception_handler(ServeError)
     async def serve_error(request: Request, error: ServeError) -> JSONResponse:

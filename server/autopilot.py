@@ -84,10 +84,15 @@ class Autopilot:
             raise _NothingToPlanError(
                 "no model with traffic has both a latency table and an slo_ms in its serving.yaml: nothing to plan by"
             )
-        rules = Rules(dwell_s=self._settings.replan_dwell_secs, change_s=self._layouts.round_s)
+        settings = self._settings
+        rules = Rules(
+            dwell_s=settings.replan_dwell_secs,
+            horizon_s=settings.replan_horizon_secs,
+            change_s=self._layouts.round_s,
+        )
         changed_s = self._layouts.changed_at_s
         since_s = time.monotonic() - (self._started_s if changed_s is None else changed_s)
-        return autopilot.propose(demands, tables, gpu, current, self._settings.planner, rules, since_s)
+        return autopilot.propose(demands, tables, gpu, current, settings.planner, rules, since_s)
 
     async def _change(self, proposal: Proposal) -> None:
         log.info("re-cutting by itself", reason=proposal.reason)

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import structlog
 import uvloop
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
-from yaml import YAMLError
 
 from scheduler.journal import JournalError
 from scheduler.journal import replay as replay_journal
 from server import picture, settings
 from server.daemon import Daemon, Progress
 from server.gpus import StartError, open_gpus
-from server.settings import Settings
+from server.settings import ConfigError, Settings, unknown_variables
+
+log = structlog.get_logger(__name__)
 
 UNAVAILABLE, USAGE = 1, 2
 
@@ -29,9 +30,13 @@ def serve(config: Path | None, flags: dict[str, Any]) -> int:
     """Runs the daemon until it is told to stop."""
     try:
         chosen = settings.load(config, flags)
-    except (ValidationError, YAMLError, OSError) as error:
-        return _complain(_explain(error), USAGE)
+    except ConfigError as error:
+        return _complain(str(error), USAGE)
+    except OSError as error:
+        return _complain(f"--config {config} cannot be read: {error.strerror}", USAGE)
     _configure_logging(chosen)
+    for sentence in unknown_variables(os.environ):
+        log.warning("unknown variable", reason=sentence)
     show = _Show(chosen) if chosen.log_format == "console" else Progress()
 
     async def run() -> int:
@@ -49,7 +54,10 @@ def show_gpus(gpu: str, layout: str | None) -> int:
         door = open_gpus(gpu, layout)
     except StartError as error:
         return _complain(str(error), UNAVAILABLE)
-    Console().print(picture.layout(door.gpus(), lambda where: [f"{where.gpcs} GPCs, {where.device_uuid}"]))
+    gpcs = "1 GPC", "{} GPCs"
+    picture.console().print(
+        picture.layout(door.gpus(), lambda where: [gpcs[where.gpcs > 1].format(where.gpcs), where.device_uuid])
+    )
     door.close()
     return 0
 
@@ -60,7 +68,7 @@ def replay(journal: Path) -> int:
         count = replay_journal(journal)
     except (JournalError, OSError) as error:
         return _complain(str(error), UNAVAILABLE)
-    Console().print(f"{count} events, the same commands")
+    picture.console().print(f"{count} events, the same commands")
     return 0
 
 
@@ -68,11 +76,11 @@ class _Show(Progress):
     """Progress in the terminal, then the layout and a line to try."""
 
     def __init__(self, chosen: Settings) -> None:
-        self._console = Console(highlight=False)
+        self._console = picture.console()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Bar(*columns, console=self._console, transient=True)
-        roots = chosen.model_repository
-        models = {path.name for root in roots if root.is_dir() for path in root.iterdir() if path.is_dir()}
+        roots = [root for root in chosen.model_repository if root.is_dir()]
+        models = {path.name for root in roots for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
         self._task = self._bar.add_task("starting", total=len(models), start=False)
 
     def workers(self, count: int) -> None:
@@ -87,37 +95,50 @@ class _Show(Progress):
         self._bar.stop()
         show_ready(daemon, self._console)
 
+    def draining(self, unfinished: int) -> None:
+        if self._bar.live.is_started:
+            self._bar.stop()
+        self._console.print(f"Draining, {unfinished} requests under way; Ctrl-C again to hurry", style="yellow")
+
 
 def show_ready(daemon: Daemon, console: Console) -> None:
     """The layout, where it listens, and a curl line that works."""
     console.print(picture.layout(daemon.layouts.gpus, daemon.serves))
     if any(gpu.simulated for gpu in daemon.layouts.gpus):
         console.print("The GPUs are simulated: each slice is a worker process on the CPU.", style="yellow")
-    host = daemon.settings.http_address
-    host = "localhost" if host in ("0.0.0.0", "127.0.0.1") else host
-    listening = "   ".join(f"{name} {host}:{port}" for name, port in sorted(daemon.ports.items()))
-    console.print(f"\nReady: {listening}", style="bold green")
+    urls = {name: f"{_host(daemon.settings, name)}:{port}" for name, port in sorted(daemon.ports.items())}
+    listening = "   ".join(f"{name} {url}" for name, url in urls.items())
+    _show_state(daemon, listening, console)
     for root in daemon.settings.model_repository:
         sample = root / "digits" / "three.png"
-        if sample.is_file() and "http" in daemon.ports:
-            url = f"http://{host}:{daemon.ports['http']}/v2/models/digits/infer"
+        if sample.is_file() and "http" in urls:
+            url = f"http://{urls['http']}/v2/models/digits/infer"
             console.print("Try it:  ", end="")
             console.print(f"curl --data-binary @{sample} {url}\n", style="bold", markup=False, soft_wrap=True)
 
 
+def _host(chosen: Settings, name: str) -> str:
+    """Where a client on this machine finds it."""
+    host = str(getattr(chosen, f"{name}_address"))
+    return "localhost" if host in ("0.0.0.0", "127.0.0.1") else f"[{host}]" if ":" in host else host
+
+
+def _show_state(daemon: Daemon, listening: str, console: Console) -> None:
+    """Ready is said only where the daemon would say so too."""
+    trouble = daemon.not_ready()
+    style, word = ("bold red", "Serving, but NOT READY") if trouble else ("bold green", "Ready")
+    console.print(f"\n{word}: {listening}", style=style, markup=False, soft_wrap=True)
+    for reason in trouble:
+        console.print(f"  {reason}", style="red", markup=False, soft_wrap=True)
+    if not daemon.repository.names():
+        folders = ", ".join(map(str, daemon.settings.model_repository))
+        advice = f"There are no models in {folders}: put one at NAME/1/model.pt2, or run migserve demo-models."
+        console.print(advice, style="yellow", markup=False, soft_wrap=True)
+
+
 def _complain(message: str, code: int) -> int:
-    Console(stderr=True, highlight=False).print(message, style="red", markup=False, soft_wrap=True)
+    picture.console(stderr=True).print(message, style="red", markup=False, soft_wrap=True)
     return code
-
-
-def _explain(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return f"the configuration cannot be read: {error}"
-    lines = []
-    for each in error.errors():
-        name = "--" + ".".join(map(str, each["loc"])).replace("_", "-")
-        lines.append(f"{name} {each.get('input')!r}: {each['msg']}; see migserve serve --help")
-    return "\n".join(lines)
 
 
 def _configure_logging(chosen: Settings) -> None:

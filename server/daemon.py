@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import signal
@@ -25,23 +26,24 @@ from scheduler.core import SchedulerCore
 from scheduler.driver import Driver
 from scheduler.fleet import Fleet
 from scheduler.journal import Header, JournalWriter
+from scheduler.policies.named import POLICIES
 from scheduler.staff import State
 from server import admin, grpc_api, rest
 from server.app import create_app
 from server.autopilot import Autopilot
+from server.gpu_watch import GpuWatch
 from server.gpus import StartError, open_gpus
 from server.http_protocol import HttpProtocol
 from server.infer import InferRoute
 from server.layouts import Layouts
 from server.metrics import Metrics
-from server.repository import UNLOADED, ModelState, Repository
+from server.repository import ModelState, Repository
 from server.service import InferenceService
 from server.settings import MIB, Settings
 
 log = structlog.get_logger(__name__)
 
 NAME = "migserve"
-GPU_READ_INTERVAL_S = 5.0
 # For idle workers to end by themselves.
 STOP_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 75
@@ -59,6 +61,9 @@ class Progress:
 
     def ready(self, daemon: Daemon) -> None:
         """Requests are served."""
+
+    def draining(self, unfinished: int) -> None:
+        """Told to stop, with so many requests under way."""
 
 
 class Daemon:
@@ -90,17 +95,17 @@ class Daemon:
         self._journal = None
         if settings.journal is not None:
             try:
-                self._journal = JournalWriter(settings.journal, Header(settings.max_queue_size))
+                self._journal = JournalWriter(settings.journal, Header(settings.max_queue_size, settings.policy))
             except OSError as error:
                 raise StartError(f"--journal {settings.journal} cannot be written: {error.strerror}") from error
-        core = SchedulerCore(settings.max_queue_size)
+        core = SchedulerCore(settings.max_queue_size, POLICIES[settings.policy])
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
-        self.repository = Repository(settings.model_repository, self.fleet, self.driver)
+        self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size)
         self._state_dir = settings.state_dir.expanduser()
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
         self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver)
         self._pool = PreprocessPool(settings.preprocess_threads or os.cpu_count() or 1)
-        self.service = InferenceService(self.driver, self.arena, self._pool, self.metrics)
+        self.service = InferenceService(self.driver, self.arena, self._pool)
         self.metrics.watch(
             self.fleet, lambda: self.layouts.gpus, self._models_now, lambda: (self.arena.used, self.arena.size)
         )
@@ -180,10 +185,11 @@ class Daemon:
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self._started = True
-        self._background.append(asyncio.create_task(self._read_gpus()))
+        self._background.append(asyncio.create_task(GpuWatch(self._door, self.layouts, self.metrics).run()))
         if self.settings.replan != "off":
             self._background.append(asyncio.create_task(self._autopilot.run()))
-        log.info("serving", **{f"{name}_port": port for name, port in self.ports.items()})
+        ports = {f"{name}_port": port for name, port in self.ports.items()}
+        log.info("serving", not_ready=self.not_ready(), **ports)
         self._progress.ready(self)
 
     async def _find_slices(self) -> None:
@@ -202,23 +208,15 @@ class Daemon:
         await self.fleet.start(self.driver, self._slices())
         await self.repository.load_all(self._progress.model)
 
-    async def _read_gpus(self) -> None:
-        while True:
-            for gpu in self.layouts.gpus:
-                try:
-                    self.metrics.gpu_read(gpu.uuid, await asyncio.to_thread(self._door.readings, gpu.uuid))
-                except Exception as error:  # a lost GPU must not end the daemon
-                    self.metrics.gpu_read(gpu.uuid, None)
-                    log.warning("gpu cannot be read", uuid=gpu.uuid, reason=str(error))
-            await asyncio.sleep(GPU_READ_INTERVAL_S)
-
     async def _drain(self) -> int:
         """Unready; serves on briefly, so that load balancers notice; then finishes what is under way."""
         self._draining = True
         log.info("draining", unfinished=self.driver.unfinished())
+        self._progress.draining(self.driver.unfinished())
         deadline = asyncio.get_running_loop().time() + self.settings.exit_timeout_secs
+        delay_s = min(self.settings.drain_delay_secs, self.settings.exit_timeout_secs)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._hurry.wait(), self.settings.drain_delay_secs)
+            await asyncio.wait_for(self._hurry.wait(), delay_s)
         closing = asyncio.create_task(self._close_servers())
         hurried = asyncio.create_task(self._hurry.wait())
         left_s = max(0.0, deadline - asyncio.get_running_loop().time())
@@ -240,7 +238,8 @@ class Daemon:
         if self._journal is not None:
             self._journal.close()
         self._door.close()
-        log.info("stopped")
+        if self._stop.is_set():
+            log.info("stopped")
 
     # ---- servers ----
 
@@ -248,7 +247,7 @@ class Daemon:
         """Listens on every port. Raises StartError, naming the one that cannot be had."""
         settings = self.settings
         health = (self.repository, self.metrics, self, NAME, self.version)
-        app = create_app(rest.router(*health))
+        app = create_app(rest.router(*health, read_timeout_s=settings.http_read_timeout_secs))
         if settings.allow_http:
             infer = InferRoute(
                 app,
@@ -265,20 +264,17 @@ class Daemon:
                 "metrics",
                 settings.metrics_address,
                 settings.metrics_port,
-                create_app(rest.metrics_router(self.metrics)),
+                create_app(rest.metrics_router(self.metrics), docs=False),
             )
         if settings.allow_admin:
             await self._open_admin()
         if settings.allow_grpc:
             servicer = grpc_api.InferenceServicer(self.repository, self.service, self.metrics, self, NAME, self.version)
-            self._grpc = grpc_api.create_server(servicer, self)
-            try:
-                address = f"{settings.grpc_address}:{settings.grpc_port}"
-                self.ports["grpc"] = self._grpc.add_insecure_port(address)
-            except RuntimeError as error:
-                raise _port_error(
-                    "grpc", settings.grpc_address, settings.grpc_port, "in use or not permitted"
-                ) from error
+            self._grpc = grpc_api.create_server(servicer, self, settings.http_max_input_size)
+            # Tried before, since gRPC complains in lines of its own.
+            _listen("grpc", settings.grpc_address, settings.grpc_port).close()
+            host = f"[{settings.grpc_address}]" if ":" in settings.grpc_address else settings.grpc_address
+            self.ports["grpc"] = self._grpc.add_insecure_port(f"{host}:{settings.grpc_port}")
             await self._grpc.start()
 
     async def _open_admin(self) -> None:
@@ -291,13 +287,10 @@ class Daemon:
             )
             return
         routes = admin.router(self.layouts, self._autopilot, self, token)
-        await self._open_http("admin", settings.admin_address, settings.admin_port, create_app(routes))
+        await self._open_http("admin", settings.admin_address, settings.admin_port, create_app(routes, web_pages=False))
 
     async def _open_http(self, name: str, address: str, port: int, app: Any) -> None:
-        try:
-            sock = socket.create_server((address, port), backlog=2048)
-        except OSError as error:
-            raise _port_error(name, address, port, error.strerror or str(error)) from error
+        sock = _listen(name, address, port)
         self.ports[name] = sock.getsockname()[1]
         config = uvicorn.Config(
             app,
@@ -338,7 +331,7 @@ class Daemon:
 
     def _models_now(self) -> Iterator[tuple[tuple[str, str], bool, bool, int]]:
         for model in self.repository.models():
-            if model.reason == UNLOADED:
+            if model.unloaded:
                 continue  # on purpose: it is not missing
             ready = model.state == ModelState.READY and bool(self.repository.servers(model))
             unfinished = self.driver.unfinished(model.key) if model.key else 0
@@ -361,11 +354,22 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-def _port_error(name: str, address: str, port: int, why: str) -> StartError:
-    return StartError(
-        f"--{name}-port {port} on {address} cannot be used: {why}; stop what uses it, or choose another one (0: any "
-        f"that is free)"
-    )
+def _listen(name: str, address: str, port: int) -> socket.socket:
+    """Raises StartError, naming the flag that is to be another."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family, backlog=2048)
+    except OSError as error:
+        why = (error.strerror or str(error)).partition(" (while")[0]
+        if error.errno == errno.EADDRNOTAVAIL or (error.errno or 0) < 0:  # below 0: it is no address, or has none
+            raise StartError(
+                f"--{name}-address {address} is no address of this machine: {why}; use 127.0.0.1 for "
+                f"clients on it, 0.0.0.0 for all"
+            ) from error
+        raise StartError(
+            f"--{name}-port {port} on {address} cannot be used: {why}; stop what uses it, or choose "
+            f"another one (0: any that is free)"
+        ) from error
 
 
 def _version() -> str:

@@ -37,10 +37,10 @@ def make_models(out: Path) -> None:
                 Path(folder).chmod(0o755)  # a temporary folder is for its owner alone
                 told = make(Path(folder))
                 shutil.copytree(folder, out / name)
-            bar.console.print(f"{out / name}: {told}", highlight=False)
+            bar.console.print(f"{out / name}: {told}", highlight=False, soft_wrap=True)
             bar.advance(task)
     if not missing:
-        console.print(f"{out}: {', '.join(makers)} are there", highlight=False)
+        console.print(f"{out}: {', '.join(makers)} are there", highlight=False, soft_wrap=True)
 
 
 def digits_split() -> tuple[np.ndarray[Any, Any], ...]:
@@ -117,6 +117,7 @@ def _make_digits(folder: Path) -> str:
     import torch
     from torch import nn
 
+    torch.set_num_threads(1)  # so small a network gains nothing from more, and loses much where cores are shared
     train_x, train_y, test_x, test_y = digits_split()
     torch.manual_seed(0)
 

@@ -14,6 +14,7 @@ class Fault(Enum):
     """(HTTP status, gRPC status). As Triton's, but for 429 and 504, which say what to do next."""
 
     INVALID = (400, grpc.StatusCode.INVALID_ARGUMENT)
+    FORBIDDEN = (403, grpc.StatusCode.PERMISSION_DENIED)
     NOT_FOUND = (404, grpc.StatusCode.NOT_FOUND)
     TOO_LARGE = (413, grpc.StatusCode.INVALID_ARGUMENT)
     REFUSED = (429, grpc.StatusCode.RESOURCE_EXHAUSTED)
@@ -48,6 +49,11 @@ class ServeError(Exception):
 
 def invalid(message: str) -> ServeError:
     return ServeError(Fault.INVALID, message)
+
+
+def internal() -> ServeError:
+    """For what is our own fault; the caller has logged it."""
+    return ServeError(Fault.INTERNAL, "internal error; the server's log has the details")
 
 
 def from_refusal(reason: Reason, retry_after_s: float, detail: str, model: str) -> ServeError:

@@ -45,4 +45,6 @@ def open_gpus(
 
 
 def _simulated(spec: str, layout: str | None, state_file: Path | None, pids_on: Callable[[str], list[int]]) -> NvmlDoor:
-    return NvmlDoor(SimulatedNvml(parse_gpus(spec, layout), clients=pids_on, state_file=state_file), simulated=True)
+    lock_path = state_file.with_name(f"{state_file.name}.lock") if state_file else None
+    nvml = SimulatedNvml(parse_gpus(spec, layout), clients=pids_on, state_file=state_file)
+    return NvmlDoor(nvml, simulated=True, lock_path=lock_path)

@@ -16,19 +16,19 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from scheduler.driver import Answered
+from scheduler.driver import now_ns
 from server import wire
-from server.codec import OutputChoice, Tensor
-from server.errors import Fault, ServeError, invalid
-from server.metrics import Metrics, statistics
+from server.codec import OutputChoice, OutputData, Tensor
+from server.errors import Fault, ServeError, internal, invalid
+from server.metrics import Metrics
 from server.model_config import model_config, model_metadata
 from server.repository import Model, Repository
-from server.rest import Health, repository_index
-from server.service import InferenceService, now_ns, outputs_of
+from server.rest import Health, model_statistics, repository_index
+from server.service import InferenceService, check_outputs, outputs_of
 
 log = structlog.get_logger(__name__)
 
-# Clients allow themselves messages of up to 2 GiB - 1.
+# The most that gRPC can say, and that clients allow themselves.
 MAX_MESSAGE_BYTES = 2**31 - 1
 # Requests of one stream that are under way at once; reading stops beyond that.
 STREAM_WINDOW = 128
@@ -103,15 +103,10 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         return service_pb2.ModelConfigResponse(config=config)
 
     async def ModelStatistics(self, request: Any, context: Context) -> Any:
-        if request.name:
-            await self._model(request.name, request.version, context)
-        names = [request.name] if request.name else self._repository.names()
-        entries = []
-        for name in names:
-            for model in self._repository.versions(name):
-                if request.version in ("", str(model.version)):
-                    version = str(model.version)
-                    entries.append(statistics(name, version, self._metrics.stats(name, version)))
+        try:
+            entries = model_statistics(self._repository, self._metrics, request.name, request.version)
+        except ServeError as error:
+            return await _abort(context, error)
         return json_format.ParseDict({"model_stats": entries}, service_pb2.ModelStatisticsResponse())
 
     # ---- repository ----
@@ -139,10 +134,8 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
     # ---- inference ----
 
     async def ModelInfer(self, request: Any, context: Context) -> Any:
-        try:
-            return await self._infer(request, context.time_remaining())
-        except ServeError as error:
-            return await _abort(context, error)
+        reply = await self._infer(request, context.time_remaining())
+        return await _abort(context, reply) if isinstance(reply, ServeError) else reply
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         """Answers in the order of the requests, which run side by side."""
@@ -169,18 +162,17 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
 
     async def _stream_reply(self, request: Any) -> Any:
         """One reply of a stream; an error goes in the message and leaves the stream open."""
-        try:
-            reply = await self._infer(request, None)
-        except ServeError as error:
+        reply = await self._infer(request, None)
+        if isinstance(reply, ServeError):
             failed = service_pb2.ModelInferResponse(model_name=request.model_name, id=request.id)
-            return service_pb2.ModelStreamInferResponse(error_message=error.message, infer_response=failed)
+            return service_pb2.ModelStreamInferResponse(error_message=reply.message, infer_response=failed)
         wants_final = "triton_enable_empty_final_response"
         if wants_final in request.parameters and request.parameters[wants_final].bool_param:
             reply.parameters["triton_final_response"].bool_param = True
         return service_pb2.ModelStreamInferResponse(infer_response=reply)
 
     async def _infer(self, request: Any, client_seconds: float | None) -> Any:
-        """The reply. Raises ServeError, counted."""
+        """The reply, or a ServeError, counted."""
         arrival_ns = now_ns()
         model: Model | None = None
         try:
@@ -188,15 +180,21 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
             parameters = {name: _parameter(value) for name, value in request.parameters.items()}
             if client_seconds is not None and client_seconds > 0:
                 parameters.setdefault("deadline_ms", client_seconds * 1e3)
-            answered = await self._service.infer(model, _tensors(request), parameters, arrival_ns)
-            return _response(model, request, answered)
+            choice = _output_choice(request)
+            check_outputs(model, choice, binary=True)
+            outcome = await self._service.infer(model, _tensors(request), parameters, arrival_ns)
+            if isinstance(outcome, ServeError):
+                return self._failed(model, outcome)
+            return _response(model, request, outputs_of(model, outcome, choice, binary=True))
         except ServeError as error:
-            failure = error
+            return self._failed(model, error)
         except Exception:
             log.exception("infer failed", model=request.model_name)
-            failure = ServeError(Fault.INTERNAL, "internal error; the server's log has the details")
-        self._metrics.failed(model.id if model else None, failure.reason)
-        raise failure
+            return self._failed(model, internal())
+
+    def _failed(self, model: Model | None, error: ServeError) -> ServeError:
+        self._metrics.failed(model.id if model else None, error.reason)
+        return error.with_traceback(None)  # it would hold on to the frames that it came through, and so to the body
 
     # ---- extensions that are not implemented, and so not advertised ----
 
@@ -225,10 +223,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # u
         return health_pb2.HealthCheckResponse(status=status.NOT_SERVING if self._health.not_ready() else status.SERVING)
 
 
-def create_server(servicer: InferenceServicer, health: Health) -> grpc.aio.Server:
-    """A server without a port yet."""
+def create_server(servicer: InferenceServicer, health: Health, max_input_bytes: int) -> grpc.aio.Server:
+    """A server without a port yet. `max_input_bytes`: of a message that it takes."""
     options = [
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", min(max_input_bytes, MAX_MESSAGE_BYTES)),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.so_reuseport", 0),  # a port that is taken must be an error
     ]
@@ -286,14 +284,18 @@ def _contents(tensor: Any) -> list[memoryview] | list[bytes]:
         raise invalid(f"input {tensor.name}: a value does not fit {tensor.datatype}: {error}") from None
 
 
-def _response(model: Model, request: Any, answered: Answered) -> Any:
-    choice = [OutputChoice(output.name, True) for output in request.outputs] or None
+def _output_choice(request: Any) -> list[OutputChoice] | None:
+    """The outputs that are asked for; None for all. Raises ServeError."""
     for output in request.outputs:
         for name in ("classification", "shared_memory_region"):
             if name in output.parameters:
                 raise ServeError(Fault.UNSUPPORTED, f"output {output.name}: {name} is not supported")
+    return [OutputChoice(output.name, True) for output in request.outputs] or None
+
+
+def _response(model: Model, request: Any, outputs: list[OutputData]) -> Any:
     reply = service_pb2.ModelInferResponse(model_name=model.name, model_version=str(model.version), id=request.id)
-    for output in outputs_of(model, answered, choice, binary=True):
+    for output in outputs:
         reply.outputs.add(name=output.spec.name, datatype=output.spec.datatype, shape=output.shape)
         reply.raw_output_contents.append(bytes(output.data or b""))
     return reply

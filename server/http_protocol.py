@@ -12,7 +12,16 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+# A number of bytes that is longer makes no sense.
+LENGTH_DIGITS = 18
+# So long the rest of a body that was refused is read, and thrown away: closing at once would reset the connection,
+# and the client might never see why.
+LINGER_S = 5.0
+# A request without these is one that offers no other protocol.
+_UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
 
 
 class Reply(NamedTuple):
@@ -41,6 +50,12 @@ class DirectApp(Protocol):
         """For a body that is too long, or, with None, too slow."""
 
 
+def announced_bytes(headers: dict[bytes, bytes]) -> int:
+    """Content-Length; 0 if there is none."""
+    announced = headers.get(b"content-length", b"0")
+    return int(announced[:LENGTH_DIGITS]) if announced.isdigit() else 0
+
+
 class _Exchange:
     """A request on the short way. Stands where uvicorn keeps its RequestResponseCycle, with what it asks of one."""
 
@@ -51,6 +66,7 @@ class _Exchange:
         self.chunks: list[bytes] = []
         self.size = 0
         self.begun = False
+        self.refused = False  # with its body, or the rest of it, still to come
         self.cancel: Callable[[], object] | None = None
         self.timeout: asyncio.TimerHandle | None = None
         self.disconnected = False
@@ -64,8 +80,10 @@ class _Exchange:
     def set(self) -> None:
         if self.timeout is not None:
             self.timeout.cancel()
-        if self.cancel is not None and not self.response_complete:
-            self.cancel()
+        self.chunks = []
+        cancel, self.cancel = self.cancel, None  # see _write
+        if cancel is not None:
+            cancel()
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -76,9 +94,15 @@ class HttpProtocol(HttpToolsProtocol):
         app: Any = self.app
         self._direct: DirectApp | None = app if hasattr(app, "begin") else None
         self._answered_at = 0.0
+        self._upgrading = False
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         exchange: Any = self.cycle
         if type(exchange) is _Exchange and not exchange.begun and exchange.timeout is None:
             assert self._direct is not None  # it made the exchange
@@ -94,19 +118,24 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         exchange = self._exchange()
         if exchange is None:
+            self._upgrading = self.parser.should_upgrade()
+            if self._upgrading:
+                return
             self._make_scope()
             super().on_headers_complete()
             return
         self.cycle = exchange  # type: ignore[assignment]  # it is what uvicorn asks of a cycle
-        announced = exchange.headers.get(b"content-length", b"0")
-        if announced.isdigit() and self._direct is not None and int(announced) > self._direct.max_body_bytes:
-            self._refuse(exchange, int(announced))
+        announced = announced_bytes(exchange.headers)
+        if self._direct is not None and announced > self._direct.max_body_bytes:
+            self._refuse(exchange, announced)
 
     def on_body(self, body: bytes) -> None:
         exchange: Any = self.cycle
         if type(exchange) is not _Exchange:
             super().on_body(body)
             return
+        if exchange.begun:
+            return  # it was refused
         exchange.chunks.append(body)
         exchange.size += len(body)
         if self._direct is not None and exchange.size > self._direct.max_body_bytes:
@@ -114,10 +143,29 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         exchange: Any = self.cycle
+        if self._upgrading:
+            return
         if type(exchange) is not _Exchange:
             super().on_message_complete()
-        elif not exchange.response_complete:
+        elif not exchange.begun:
             self._begin(exchange)
+        elif exchange.refused:
+            self.transport.close()
+
+    def _without_upgrade(self, rest: bytes) -> None:
+        """Reads a request that offers another protocol once more, as one that does not: the parser drops its body.
+
+        Java's client offers HTTP/2 in this way with every first request. `rest`: what came after the headers.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self.send_400_response("CONNECT is not supported.")
+            return
+        lines = [b"%s %s HTTP/1.1" % (method, self.url)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] not in _UPGRADE_HEADERS]
+        self._upgrading = False
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def _make_scope(self) -> None:
         """What uvicorn makes when a message begins, and the short way does without."""
@@ -135,6 +183,8 @@ class HttpProtocol(HttpToolsProtocol):
             return None
         if self.expect_100_continue or self.parser.should_upgrade():
             return None
+        if self.flow.write_paused:
+            return None  # the client does not read its answers; the ordinary way waits until it does
         return _Exchange(target, dict(self.headers), self.parser.should_keep_alive())
 
     # ---- keep-alive ----
@@ -183,7 +233,9 @@ class HttpProtocol(HttpToolsProtocol):
                 self._write(exchange, reply)
 
         assert self._direct is not None  # it made the exchange
-        cancel = self._direct.begin(exchange.target, exchange.headers, exchange.chunks, respond)
+        # Handed over: an idle connection must not keep the body of its last request.
+        chunks, exchange.chunks = exchange.chunks, []
+        cancel = self._direct.begin(exchange.target, exchange.headers, chunks, respond)
         if not exchange.response_complete:
             exchange.cancel = cancel
 
@@ -191,8 +243,9 @@ class HttpProtocol(HttpToolsProtocol):
         if exchange.response_complete or exchange.disconnected:
             return
         assert self._direct is not None  # it made the exchange
-        exchange.begun = True
-        exchange.keep_alive = False  # the rest of the body is not read
+        exchange.begun = exchange.refused = True
+        exchange.keep_alive = False
+        exchange.chunks = []
         self._write(exchange, self._direct.refuse(bytes_announced))
 
     def _write(self, exchange: _Exchange, reply: Reply) -> None:
@@ -204,6 +257,9 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.write(b"".join(parts))
         exchange.response_complete = True
         exchange.cancel = None  # or else the exchange, through what is to be cancelled, holds on to itself
-        if not exchange.keep_alive:
+        if exchange.refused:
+            self.transport.write_eof()
+            self.loop.call_later(LINGER_S, self.transport.close)
+        elif not exchange.keep_alive:
             self.transport.close()
         self.on_response_complete()

@@ -9,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import structlog
 
-from server import codec, wire
+from scheduler.driver import now_ns
+from scheduler.staff import resolve
+from server import codec, compression, wire
 from server.codec import DecodedRequest, Tensor
-from server.errors import Fault, ServeError, invalid
-from server.http_protocol import Reply
+from server.errors import Fault, ServeError, internal, invalid
+from server.http_protocol import LENGTH_DIGITS, Reply, announced_bytes
 from server.metrics import Metrics
 from server.repository import Model, Repository
-from server.service import Cancel, InferenceService, Outcome, now_ns, outputs_of
+from server.service import Cancel, InferenceService, Outcome, check_outputs, outputs_of
 
 log = structlog.get_logger(__name__)
 
@@ -81,12 +84,29 @@ class InferRoute:
         else:
             if chunks is None:
                 return  # the client has gone
-            answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-            self.begin(target, headers, chunks, answered.set_result)
-            reply = await answered
+            answered = await self._answer_or_leave(target, headers, chunks, receive)
+            if answered is None:
+                return
+            reply = answered
         headers_out = _header_list(reply.head)
         await send({"type": "http.response.start", "status": reply.status, "headers": headers_out})
         await send({"type": "http.response.body", "body": reply.body})
+
+    async def _answer_or_leave(
+        self, target: Target, headers: dict[bytes, bytes], chunks: list[bytes], receive: Receive
+    ) -> Reply | None:
+        """The reply; None if the client leaves before it is there."""
+        answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        cancel = self.begin(target, headers, chunks, partial(resolve, answered))
+        left = asyncio.ensure_future(_disconnected(receive))
+        either: list[asyncio.Future[Any]] = [answered, left]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left.cancel()
+            if cancel is not None:
+                cancel()  # does nothing for a request that has ended
+        return answered.result() if answered.done() else None
 
     def target(self, raw_path: bytes) -> Target | None:
         """Which model a path names, None if it is not an infer path."""
@@ -112,27 +132,37 @@ class InferRoute:
         model: Model | None = None
 
         def finish(outcome: Outcome) -> None:
-            respond(self._finish(model, arrival_ns, lambda: self._encode(found, request, headers, outcome)))
+            respond(self._logged(found, arrival_ns, self._reply(found, request, headers, outcome)))
 
         try:
             model = found = self._repository.get(target.model, target.version)
             request = self._decode(found, headers, chunks)
+            check_outputs(found, request.outputs, request.binary_default)
             return self._service.submit(found, request.tensors, request.parameters, arrival_ns, finish)
         except Exception as error:
-            raised = error
-        respond(self._finish(model, arrival_ns, lambda: _raise(raised)))
+            # Made here: an error that outlives this block holds on to this frame, and with it to the body.
+            reply = self._failure(model, error)
+        respond(self._logged(model, arrival_ns, reply))
         return None
 
-    def _finish(self, model: Model | None, arrival_ns: int, make: Callable[[], Reply]) -> Reply:
-        """The reply that `make` makes, or the one that tells of its failure."""
+    def _reply(self, model: Model, request: DecodedRequest, headers: dict[bytes, bytes], outcome: Outcome) -> Reply:
+        if isinstance(outcome, ServeError):
+            return self._failed(model, outcome)
         try:
-            reply = make()
-        except ServeError as error:
-            reply = self._failed(model, error)
+            outputs = outputs_of(model, outcome, request.outputs, request.binary_default)
+            parts, header_length = codec.encode_reply(model.name, str(model.version), request.id, outputs)
+            return _answer(parts, header_length, headers.get(b"accept-encoding"))
         except Exception as error:
-            log.error("infer failed", model=model.name if model else None, exc_info=error)
-            message = "internal error; the server's log has the details"
-            reply = self._failed(model, ServeError(Fault.INTERNAL, message))
+            return self._failure(model, error)
+
+    def _failure(self, model: Model | None, error: Exception) -> Reply:
+        """The reply that tells of an exception."""
+        if isinstance(error, ServeError):
+            return self._failed(model, error)
+        log.error("infer failed", model=model.name if model else None, exc_info=error)
+        return self._failed(model, internal())
+
+    def _logged(self, model: Model | None, arrival_ns: int, reply: Reply) -> Reply:
         if self._log_requests:
             ms = round((now_ns() - arrival_ns) / 1e6, 3)
             log.info("infer", model=model.name if model else None, status=reply.status, ms=ms, bytes=len(reply.body))
@@ -154,8 +184,7 @@ class InferRoute:
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> list[bytes] | None:
         """The body in the chunks it came in; None if the client leaves. Raises ServeError if too long or too slow."""
-        announced = headers.get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > self.max_body_bytes:
+        if announced_bytes(headers) > self.max_body_bytes:
             raise self._too_long()
         chunks: list[bytes] = []
         try:
@@ -174,30 +203,26 @@ class InferRoute:
 
     def _decode(self, model: Model, headers: dict[bytes, bytes], chunks: list[bytes]) -> DecodedRequest:
         encoding = headers.get(b"content-encoding")
-        if encoding and encoding != b"identity":
-            chunks = [codec.decompress(b"".join(chunks), encoding.decode("latin-1"), self.max_body_bytes)]
+        if encoding and encoding.lower() != b"identity":
+            chunks = [compression.decompress(b"".join(chunks), encoding.decode("latin-1").lower(), self.max_body_bytes)]
         header_length = headers.get(wire.HEADER_LENGTH)
         if header_length is None:
             # Clients like curl send a file as it is. JSON always begins with a brace.
             if model.serving.preprocess is not None and chunks and chunks[0].lstrip()[:1] != b"{":
                 return _raw(model, chunks, binary_outputs=False)
             return codec.decode_request(chunks, None)
-        if not header_length.isdigit():
-            raise invalid(f"Inference-Header-Content-Length must be a number, not {header_length.decode('latin-1')!r}")
+        if not header_length.isdigit() or len(header_length) > LENGTH_DIGITS:
+            text = header_length[:LENGTH_DIGITS].decode("latin-1")
+            raise invalid(f"Inference-Header-Content-Length must be a number of bytes, not {text!r}")
         if int(header_length) == 0:
             return _raw(model, chunks, binary_outputs=True)
         return codec.decode_request(chunks, int(header_length))
 
-    def _encode(self, model: Model, request: DecodedRequest, headers: dict[bytes, bytes], outcome: Outcome) -> Reply:
-        if isinstance(outcome, ServeError):
-            raise outcome
-        outputs = outputs_of(model, outcome, request.outputs, request.binary_default)
-        parts, header_length = codec.encode_reply(model.name, str(model.version), request.id, outputs)
-        return _reply(parts, header_length, headers.get(b"accept-encoding"))
 
-
-def _raise(error: Exception) -> Reply:
-    raise error
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _raw(model: Model, chunks: list[bytes], *, binary_outputs: bool) -> DecodedRequest:
@@ -214,13 +239,13 @@ def _raw(model: Model, chunks: list[bytes], *, binary_outputs: bool) -> DecodedR
     return DecodedRequest([tensor], None, binary_outputs, None, None)
 
 
-def _reply(parts: list[bytes | memoryview], header_length: int | None, accept: bytes | None) -> Reply:
+def _answer(parts: list[bytes | memoryview], header_length: int | None, accept: bytes | None) -> Reply:
     body = b"".join(parts) if len(parts) > 1 else bytes(parts[0])
     head = _JSON if header_length is None else _BINARY % header_length
     if accept is not None and len(body) >= COMPRESS_FROM_BYTES:
-        encoding = codec.accepted_encoding(accept.decode("latin-1"))
+        encoding = compression.accepted_encoding(accept.decode("latin-1"))
         if encoding is not None:
-            body = codec.compress(body, encoding)
+            body = compression.compress(body, encoding)
             head += b"content-encoding: %s\r\n" % encoding.encode()
     return Reply(200, b"%scontent-length: %d\r\n" % (head, len(body)), body)
 

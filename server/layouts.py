@@ -37,6 +37,7 @@ class Layouts:
         self._on_change = on_change
         self.gpus: list[Gpu] = []
         self.round_s = FIRST_CHANGE_S  # an estimate of what one round of a change takes
+        self.changing = False
         self.changed_at_s: float | None = None  # monotonic; None: never
 
     async def recover(self) -> None:
@@ -61,9 +62,11 @@ class Layouts:
         """The same, MIG profiles by GPU UUID."""
         rounds = sum(len(each.transition.rounds) for each in await self._reconfigurer.changes(wanted))
         began_s = time.monotonic()
+        self.changing = True
         try:
             outcome = await self._reconfigurer.apply(wanted)
         finally:
+            self.changing = False
             self.gpus = await asyncio.to_thread(self._door.gpus)
         seconds = time.monotonic() - began_s
         if outcome.result != Result.UNCHANGED:

@@ -7,10 +7,8 @@ as histograms per model and slice, slice states with their reasons, refusals by 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -22,18 +20,13 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from partitioner.geometry import Slice
-from partitioner.nvml_types import Gpu, GpuReadings
+from partitioner.nvml_types import Gpu, GpuEvent, GpuReadings, SliceMemory
 from partitioner.reconfigure import Outcome, Result
 from scheduler.driver import BatchRecord
 from scheduler.fleet import Fleet
 from scheduler.messages import Reason
 from scheduler.staff import State, Worker
-
-_MS = 1_000_000
-LATENCY_BOUNDS_NS = [
-    int(ms * _MS) for ms in (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1e3, 2.5e3, 5e3, 1e4)
-]
-BATCH_BOUNDS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+from server.counts import NS_PER_MS, Histogram, ModelStats, SliceStats
 
 # Triton's reasons of nv_inference_request_failure.
 _TRITON_REASON = {
@@ -44,75 +37,9 @@ _TRITON_REASON = {
     "unsupported": "OTHER",
 }
 
-# Everything that can be told to a client instead of an answer.
-FAILURES = [
-    *Reason,
-    "invalid",
-    "not_found",
-    "too_large",
-    "unsupported",
-    "encoding",
-    "arena_full",
-    "pool_full",
-    "internal",
-    "cancelled",
-]
-
 ModelId = tuple[str, str]  # name, version
 
 COUNT_AT_ONCE = 64
-
-
-class Histogram:
-    """Counts by upper bound, and the sum, of integers."""
-
-    __slots__ = ("_bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[int]) -> None:
-        self._bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0
-
-    def observe(self, value: int) -> None:
-        self.counts[bisect_left(self._bounds, value)] += 1
-        self.total += value
-
-    def cumulative(self, per_unit: float) -> list[tuple[str, float]]:
-        """Prometheus' buckets; `per_unit` of the integers make one of the exposed unit."""
-        buckets, below = [], 0
-        for bound, count in zip([*self._bounds, None], self.counts, strict=True):
-            below += count
-            buckets.append(("+Inf" if bound is None else str(bound / per_unit), float(below)))
-        return buckets
-
-
-class ModelStats:
-    """Cumulative counts of one model version, as the statistics extension wants them."""
-
-    def __init__(self) -> None:
-        self.success = 0
-        self.items = 0
-        self.batches = 0
-        # From zero on: what first appears at 1 is no increase to Prometheus.
-        self.failures: Counter[str] = Counter(dict.fromkeys(FAILURES, 0))
-        self.cancelled_before_compute = 0
-        self.request_ns = 0
-        self.queue_ns = 0
-        self.input_ns = 0
-        self.infer_ns = 0
-        self.output_ns = 0
-        self.last_ms = 0
-        self.by_batch: dict[int, list[int]] = defaultdict(lambda: [0, 0, 0, 0])  # items -> count, in, infer, out
-
-
-class SliceStats:
-    """Histograms of one model version on one worker."""
-
-    def __init__(self) -> None:
-        self.queue = Histogram(LATENCY_BOUNDS_NS)
-        self.compute = Histogram(LATENCY_BOUNDS_NS)
-        self.request = Histogram(LATENCY_BOUNDS_NS)
-        self.batch = Histogram(BATCH_BOUNDS)
 
 
 # GPU, GPU instance, MIG profile, worker: a slice that comes again after a re-cut counts on.
@@ -134,6 +61,8 @@ class Metrics(Collector):
         self._readings: dict[str, GpuReadings] = {}
         self._models_now: Callable[[], Iterable[tuple[ModelId, bool, bool, int]]] = lambda: ()
         self._arena: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._memory: dict[tuple[str, ...], SliceMemory | None] = {}
+        self._xids: Counter[tuple[str, str, str]] = Counter()
         self._recuts: Counter[str] = Counter()
         self._recut_seconds = 0.0
         self._registry = CollectorRegistry()
@@ -162,6 +91,14 @@ class Metrics(Collector):
             self._readings.pop(uuid, None)
         else:
             self._readings[uuid] = readings
+
+    def slice_read(self, where: Slice, memory: SliceMemory | None) -> None:
+        """What NVML says of a slice's memory now; None where it does not."""
+        self._memory[_slice_labels(where, 0)[:3]] = memory
+
+    def xid(self, event: GpuEvent) -> None:
+        """The driver told an error."""
+        self._xids[event.gpu_uuid, "" if event.gi_id is None else str(event.gi_id), str(event.code)] += 1
 
     def recut(self, outcome: Outcome, seconds: float) -> None:
         """A change of layouts has ended."""
@@ -200,7 +137,7 @@ class Metrics(Collector):
         stats.input_ns += count * record.input_ns
         stats.infer_ns += count * record.infer_ns
         stats.output_ns += count * record.output_ns
-        stats.last_ms = (ended_ns + self._wall_offset_ns) // _MS
+        stats.last_ms = (ended_ns + self._wall_offset_ns) // NS_PER_MS
         by_batch = stats.by_batch[record.items]
         by_batch[0] += 1
         by_batch[1] += record.input_ns
@@ -364,10 +301,26 @@ class Metrics(Collector):
                 if value is not None:  # not supported is unknown, never zero
                     family.add_metric([uuid], value)
             yield family
+        yield from self._collect_slice_memory()
+        xids = CounterMetricFamily("migserve_xid", "Errors of the driver", labels=["gpu_uuid", "GPU_I_ID", "code"])
+        for labels, count in self._xids.items():
+            xids.add_metric(labels, count)
+        yield xids
         info = GaugeMetricFamily("migserve_gpu_info", "What a GPU is", labels=["gpu", "UUID", "name", "simulated"])
         for gpu in self._gpus():
             info.add_metric([str(gpu.index), gpu.uuid, gpu.name, str(gpu.simulated).lower()], 1)
         yield info
+
+    def _collect_slice_memory(self) -> Iterator[Metric]:
+        total = GaugeMetricFamily("migserve_slice_memory_total_bytes", "Memory of a slice", labels=_SLICE_LABELS[:3])
+        used = GaugeMetricFamily("migserve_slice_memory_used_bytes", "Of it in use", labels=_SLICE_LABELS[:3])
+        there = {_slice_labels(each, 0)[:3] for gpu in self._gpus() for each in gpu.slices}
+        for labels, memory in self._memory.items():
+            if memory is not None and labels in there:
+                total.add_metric(labels, memory.total_bytes)
+                if memory.used_bytes is not None:
+                    used.add_metric(labels, memory.used_bytes)
+        yield from (total, used)
 
 
 # As DCGM's exporter labels them; `worker` tells apart several on one slice.
@@ -377,41 +330,3 @@ _SLICE_LABELS = ["gpu", "GPU_I_ID", "GPU_I_PROFILE", "worker"]
 def _slice_labels(where: Slice, index: int) -> SliceLabels:
     gi_id = "" if where.gi_id is None else str(where.gi_id)
     return str(where.gpu_index), gi_id, where.mig_profile, str(index)
-
-
-def statistics(model: str, version: str, stats: ModelStats) -> dict[str, Any]:
-    """One entry of `model_stats`, with every key that perf_analyzer asks for."""
-
-    def duration(count: int, ns: int) -> dict[str, int]:
-        return {"count": count, "ns": ns}
-
-    success = stats.success
-    failed = sum(stats.failures.values())
-    return {
-        "name": model,
-        "version": version,
-        "last_inference": stats.last_ms,
-        "inference_count": stats.items,
-        "execution_count": stats.batches,
-        "inference_stats": {
-            "success": duration(success, stats.request_ns),
-            "fail": duration(failed, 0),
-            "queue": duration(success, stats.queue_ns),
-            "compute_input": duration(success, stats.input_ns),
-            "compute_infer": duration(success, stats.infer_ns),
-            "compute_output": duration(success, stats.output_ns),
-            "cache_hit": duration(0, 0),
-            "cache_miss": duration(0, 0),
-        },
-        "batch_stats": [
-            {
-                "batch_size": items,
-                "compute_input": duration(count, input_ns),
-                "compute_infer": duration(count, infer_ns),
-                "compute_output": duration(count, output_ns),
-            }
-            for items, (count, input_ns, infer_ns, output_ns) in sorted(stats.by_batch.items())
-        ],
-        "memory_usage": [],
-        "response_stats": {},
-    }

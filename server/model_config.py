@@ -1,4 +1,4 @@
-"""A model's metadata and configuration, as the protocol's JSON. gRPC's messages are made from the same. Pure."""
+"""A model's metadata and configuration, as the protocol's JSON. gRPC's messages are made from the same."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model_config(model: Model) -> dict[str, Any]:
         "name": model.name,
         "platform": model.backend,
         "backend": model.backend,
-        "version_policy": {"latest": {"num_versions": 1}},
+        "version_policy": model.version_policy,
         "max_batch_size": signature.max_batch,
         "input": [*map(_config, signature.inputs), *optional],
         "output": [*map(_config, signature.outputs)],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import yaml
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tritonclient.grpc import model_config_pb2
 
@@ -18,6 +19,8 @@ from scheduler.tensors import DATATYPES, Signature, TensorSpec
 # Model file -> backend. The first one found in a version folder is taken.
 MODEL_FILES = {"model.pt2": "torch_export", "model.pt": "pytorch_libtorch"}
 EMULATED = "emulated"
+# A month or so; what is more is a mistake.
+MAX_SLO_MS = 3e9
 
 
 class ModelFileError(ValueError):
@@ -39,7 +42,7 @@ class ServingFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    slo_ms: float | None = Field(None, gt=0)
+    slo_ms: float | None = Field(None, gt=0, lt=MAX_SLO_MS)
     mig_profiles: list[str] = []
     latency_table: LatencyTableFile | None = None
     preprocess: PipelineFile | None = None
@@ -56,8 +59,14 @@ class ServingFile(BaseModel):
 
 
 def versions_to_serve(folder: Path) -> list[int]:
-    """The versions that config.pbtxt's version_policy picks; the highest by default. Raises ModelFileError."""
-    found = sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
+    """The versions that config.pbtxt's version_policy picks, at least one; the highest by default.
+
+    Raises ModelFileError.
+    """
+    try:
+        found = sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
+    except OSError as error:
+        raise ModelFileError(f"{folder} cannot be read: {error}") from error
     if not found:
         raise ModelFileError(f"{folder} has no version folder; expected {folder / '1'} with a {_file_names()} in it")
     config = _read_config(folder)
@@ -66,15 +75,19 @@ def versions_to_serve(folder: Path) -> list[int]:
         case "all":
             return found
         case "specific":
-            return [version for version in found if version in policy.specific.versions]
+            picked = [version for version in found if version in policy.specific.versions]
+            if not picked:
+                wanted, there = ", ".join(map(str, policy.specific.versions)), ", ".join(map(str, found))
+                raise ModelFileError(f"config.pbtxt: version_policy asks for {wanted}; there are {there}")
+            return picked
         case "latest":
             return found[-max(policy.latest.num_versions, 1) :]
         case _:
             return found[-1:]
 
 
-def read_model(folder: Path, version: int, generation: int) -> tuple[ModelSource, ServingFile]:
-    """One version, ready to be handed to the fleet. Raises ModelFileError."""
+def read_model(folder: Path, version: int, generation: int) -> tuple[ModelSource, ServingFile, dict[str, Any]]:
+    """One version, ready to be handed to the fleet, and the version policy it was picked by. Raises ModelFileError."""
     name = folder.name
     config = _read_config(folder)
     serving = _read_serving(folder)
@@ -91,7 +104,14 @@ def read_model(folder: Path, version: int, generation: int) -> tuple[ModelSource
         latency_ms=_latency(folder, name, serving.latency_table),
         mig_profiles=tuple(serving.mig_profiles),
     )
-    return source, serving
+    return source, serving, _version_policy(config)
+
+
+def _version_policy(config: Any) -> dict[str, Any]:
+    """As it is told to clients."""
+    if config is None or config.version_policy.WhichOneof("policy_choice") is None:
+        return {"latest": {"num_versions": 1}}
+    return json_format.MessageToDict(config.version_policy, preserving_proto_field_name=True)
 
 
 def _file_names() -> str:
@@ -112,7 +132,7 @@ def _read_config(folder: Path) -> Any:
         return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
     except FileNotFoundError:
         return None
-    except (text_format.ParseError, UnicodeDecodeError) as error:
+    except (text_format.ParseError, UnicodeDecodeError, OSError) as error:
         raise ModelFileError(f"{path}: {error}") from error
 
 
@@ -122,7 +142,7 @@ def _read_serving(folder: Path) -> ServingFile:
         return ServingFile.model_validate(yaml.safe_load(path.read_text()) or {})
     except FileNotFoundError:
         return ServingFile()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ModelFileError(f"{path}: {error}") from error
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
@@ -159,6 +179,8 @@ def _latency(
             found = latency.read_csv(folder / table.file, table.model or name)
         else:
             found = latency.shipped(table.model or name)
-    except latency.LatencyTableError as error:
+    except ZeroDivisionError as error:
+        raise ModelFileError("serving.yaml, latency_table: items_per_s must be more than 0") from error
+    except (ValueError, csv.Error) as error:
         raise ModelFileError(f"serving.yaml, latency_table: {error}") from error
     return {gpcs: tuple(found.points(gpcs)) for gpcs in found.by_gpcs}

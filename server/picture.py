@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from partitioner.geometry import GpuModel, Slice
@@ -14,7 +16,14 @@ from partitioner.nvml_types import Gpu
 from partitioner.plans import Plan, PlannedSlice
 
 WIDTH = 64
+FULL_WIDTH = WIDTH + 26
 _COLOURS = ["blue", "magenta", "cyan", "green", "yellow", "red", "white"]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """As wide as the terminal; where there is none, as wide as the drawing, whatever reads it."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else FULL_WIDTH)
 
 
 def layout(gpus: Sequence[Gpu], serves: Callable[[Slice], Sequence[str]]) -> RenderableType:
@@ -23,17 +32,20 @@ def layout(gpus: Sequence[Gpu], serves: Callable[[Slice], Sequence[str]]) -> Ren
 
 
 def _gpu(gpu: Gpu, serves: Callable[[Slice], Sequence[str]]) -> Panel:
-    legend = Text()
-    for index, each in enumerate(gpu.slices):
-        legend.append(" ■ ", _colour(index))
-        legend.append(f"{each.mig_profile or 'whole GPU':<9}", "bold")
-        legend.append(f" {each.memory_mib / 1024:6.1f} GiB  ")
-        legend.append(", ".join(serves(each)) or "nothing")
-        legend.append("\n" if index + 1 < len(gpu.slices) else "")
+    legend: RenderableType = _legend(gpu, serves)
     if not gpu.slices:
-        legend.append(" MIG is on, but the GPU has no instances: cut it with nvidia-smi mig -cgi ... -C", "red")
+        legend = Text(" MIG is on, but the GPU has no instances: see migserve layout apply", "red")
     title = Text.assemble((f"GPU {gpu.index} ", "bold"), gpu.name)
-    return Panel(Group(_bar(gpu), legend), title=title, title_align="left", width=WIDTH + 26, border_style="dim")
+    return Panel(Group(_bar(gpu), legend), title=title, title_align="left", width=FULL_WIDTH, border_style="dim")
+
+
+def _legend(gpu: Gpu, serves: Callable[[Slice], Sequence[str]]) -> Table:
+    """A line for each slice; what does not fit goes on under its beginning."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for index, each in enumerate(gpu.slices):
+        name = Text.assemble(" ", ("■", _colour(index)), " ", (each.mig_profile or "whole GPU", "bold"))
+        table.add_row(name, f"{each.memory_mib / 1024:5.1f} GiB", Text(", ".join(serves(each)) or "nothing"))
+    return table
 
 
 class Cell(NamedTuple):

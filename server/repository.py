@@ -7,10 +7,11 @@ What Triton has no words for stands in an optional `serving.yaml` beside it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -37,6 +38,11 @@ class ModelState(StrEnum):
     UNAVAILABLE = "UNAVAILABLE"
 
 
+# As much of what was asked for is repeated in an error.
+NAME_CHARS = 100
+# No version is longer.
+VERSION_DIGITS = 18
+
 # Of a model that is not loaded yet.
 NOTHING = Signature((), (), 0)
 
@@ -51,6 +57,8 @@ class Model:
     serving: ServingFile = field(default_factory=ServingFile)
     state: ModelState = ModelState.LOADING
     reason: str = ""
+    unloaded: bool = False  # on purpose: it is not missing
+    version_policy: Mapping[str, Any] = field(default_factory=dict)  # Triton's ModelVersionPolicy
     signature: Signature = NOTHING
     measured_ms: Mapping[str, Points] = field(default_factory=dict)  # by kind of worker
     layout: InputLayout = field(default_factory=lambda: InputLayout(NOTHING))
@@ -76,14 +84,16 @@ class Model:
 class Repository:
     """All models that were asked for, by name and version."""
 
-    def __init__(self, roots: Sequence[Path], fleet: Fleet, driver: Driver) -> None:
+    def __init__(self, roots: Sequence[Path], fleet: Fleet, driver: Driver, arena_bytes: int) -> None:
         self._roots = list(roots)
+        self._arena_bytes = arena_bytes
         self._fleet = fleet
         self._driver = driver
         self._models: dict[str, dict[int, Model]] = {}
         self._answering: dict[tuple[str, str | None], Model] = {}  # what `get` found, until anything changes
         self._generation = 0
         self._changing: dict[str, asyncio.Lock] = {}
+        self._changes: set[asyncio.Task[None]] = set()
 
     # ---- reading ----
 
@@ -97,7 +107,8 @@ class Repository:
     def _find(self, name: str, version: str | None) -> Model:
         versions = self._models.get(name)
         if versions is None:
-            raise ServeError(Fault.NOT_FOUND, f"unknown model {name!r}; there are: {', '.join(self.names()) or 'none'}")
+            known = ", ".join(self.names()) or "none"
+            raise ServeError(Fault.NOT_FOUND, f"unknown model {name[:NAME_CHARS]!r}; there are: {known}")
         model = self._version(name, versions, version)
         if model.state != ModelState.READY:
             reason = f": {model.reason}" if model.reason else ""
@@ -105,11 +116,13 @@ class Repository:
         return model
 
     def _version(self, name: str, versions: dict[int, Model], version: str | None) -> Model:
+        if not versions:
+            raise ServeError(Fault.UNAVAILABLE, f"model {name} is not ready, it is {ModelState.LOADING}")
         if version:
-            if version.isdecimal() and int(version) in versions:
+            if version.isdecimal() and len(version) <= VERSION_DIGITS and int(version) in versions:
                 return versions[int(version)]
-            known = ", ".join(map(str, sorted(versions)))
-            raise ServeError(Fault.NOT_FOUND, f"model {name} has no version {version!r}; served: {known or 'none'}")
+            known, asked = ", ".join(map(str, sorted(versions))), version[: VERSION_DIGITS + 1]
+            raise ServeError(Fault.NOT_FOUND, f"model {name} has no version {asked!r}; served: {known}")
         ready = [number for number, model in versions.items() if model.state == ModelState.READY]
         return versions[max(ready or versions)]
 
@@ -135,7 +148,7 @@ class Repository:
         for model in self.models():
             if model.state == ModelState.READY and not self.servers(model):
                 reasons.append(f"model {model.name}: no slice serves it now")
-            elif model.state == ModelState.LOADING or (model.state == ModelState.UNAVAILABLE and not _unloaded(model)):
+            elif model.state == ModelState.LOADING or (model.state == ModelState.UNAVAILABLE and not model.unloaded):
                 reasons.append(f"model {model.name}: {model.reason or 'loading'}")
         return reasons
 
@@ -153,9 +166,31 @@ class Repository:
             except ServeError as error:
                 log.error("model not served", model=name, reason=error.message)
                 progress(name, error.message)
+            except Exception as error:  # one folder that we have no words for must not end the daemon
+                log.exception("model not served", model=name)
+                self._fail(name, 1, f"cannot be loaded: {error!r}")
+                progress(name, repr(error))
 
     async def load(self, name: str) -> None:
-        """Loads a model anew from disk; what ran before goes on until the new one is up. Raises ServeError."""
+        """Loads a model anew from disk; what ran before goes on until the new one is up. Raises ServeError.
+
+        Goes on, like `unload`, if the one who asked for it leaves: half a change would be neither.
+        """
+        await self._finish(self._load(name))
+
+    async def unload(self, name: str) -> None:
+        """Stops taking requests for a model, lets those under way finish, and frees it. Raises ServeError."""
+        if name not in self._models:
+            raise ServeError(Fault.NOT_FOUND, f"unknown model {name[:NAME_CHARS]!r}")
+        await self._finish(self._unload(name))
+
+    async def _finish(self, change: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(change)
+        self._changes.add(task)  # the loop itself would not keep it alive
+        task.add_done_callback(self._changes.discard)
+        await asyncio.shield(task)
+
+    async def _load(self, name: str) -> None:
         async with self._changing.setdefault(name, asyncio.Lock()):
             folder = self._folder(name)
             try:
@@ -171,14 +206,11 @@ class Repository:
                     await self._retire(model)
                     del self._models[name][number]
 
-    async def unload(self, name: str) -> None:
-        """Stops taking requests for a model, lets those under way finish, and frees it. Raises ServeError."""
-        if name not in self._models:
-            raise ServeError(Fault.NOT_FOUND, f"unknown model {name!r}")
+    async def _unload(self, name: str) -> None:
         async with self._changing.setdefault(name, asyncio.Lock()):
             for model in self._models[name].values():
                 await self._retire(model)
-                model.state, model.reason = ModelState.UNAVAILABLE, UNLOADED
+                model.state, model.reason, model.unloaded = ModelState.UNAVAILABLE, "unloaded", True
 
     async def _load_version(self, name: str, number: int, folder: Path) -> None:
         old = self._models.get(name, {}).get(number)
@@ -187,10 +219,12 @@ class Repository:
             self._models.setdefault(name, {})[number] = model
         try:
             self._generation += 1
-            model.source, model.serving = read_model(folder, number, self._generation)
+            model.source, model.serving, model.version_policy = read_model(folder, number, self._generation)
             loaded = await self._fleet.load(model.source)
             model.serving.check(loaded.signature)
         except (ModelFileError, ModelUnservableError) as error:
+            if model.source is not None:
+                self._fleet.unload(model.key)
             model.state, model.reason = ModelState.UNAVAILABLE, str(error)
             raise ServeError(Fault.INVALID, f"model {name} cannot be loaded: {error}") from error
         model.signature = loaded.signature
@@ -199,9 +233,22 @@ class Repository:
         model.state = ModelState.READY
         self._models[name][number] = model
         self._answering.clear()
+        self._warn_of_arena(model)
         log.info("model ready", model=name, version=number, backend=model.backend, measured_ms=loaded.measured_ms)
         if old is not None and old.state == ModelState.READY:
             await self._retire(old)
+
+    def _warn_of_arena(self, model: Model) -> None:
+        signature = model.signature
+        nbytes = model.layout.slot(max(signature.max_batch, 1), signature.sample_dims).nbytes
+        if nbytes > self._arena_bytes:
+            log.warning(
+                "a request of a full batch does not fit the arena; see --arena-mib",
+                model=model.name,
+                items=signature.max_batch,
+                nbytes=nbytes,
+                arena_bytes=self._arena_bytes,
+            )
 
     async def _retire(self, model: Model) -> None:
         self._answering.clear()
@@ -216,19 +263,12 @@ class Repository:
             for path in _model_folders(root):
                 if path.name == name:
                     return path
-        raise ServeError(Fault.NOT_FOUND, f"model {name!r} is not in {', '.join(map(str, self._roots))}")
+        raise ServeError(Fault.NOT_FOUND, f"model {name[:NAME_CHARS]!r} is not in {', '.join(map(str, self._roots))}")
 
     def _fail(self, name: str, number: int, reason: str) -> None:
         versions = self._models.setdefault(name, {})
         if not any(model.state == ModelState.READY for model in versions.values()):
             versions[number] = Model(name, number, state=ModelState.UNAVAILABLE, reason=reason)
-
-
-UNLOADED = "unloaded"
-
-
-def _unloaded(model: Model) -> bool:
-    return model.reason == UNLOADED
 
 
 def _model_folders(root: Path) -> list[Path]:

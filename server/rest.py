@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Protocol
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from server import wire
+from server.app import refuse_web_pages
+from server.counts import statistics
 from server.errors import Fault, ServeError, invalid
-from server.metrics import Metrics, statistics
+from server.metrics import Metrics
 from server.model_config import model_config, model_metadata
-from server.repository import Model, ModelState, Repository
+from server.repository import ModelState, Repository
+
+# Of a request to the repository. Inference has a limit of its own.
+BODY_BYTES = 64 * 1024
 
 
 class Health(Protocol):
@@ -24,7 +30,9 @@ class Health(Protocol):
         """Slices that stay out, each with its reason."""
 
 
-def router(repository: Repository, metrics: Metrics, health: Health, name: str, version: str) -> APIRouter:
+def router(
+    repository: Repository, metrics: Metrics, health: Health, name: str, version: str, *, read_timeout_s: float
+) -> APIRouter:
     """All routes under /v2, and /metrics. All are async: they read what belongs to the event loop's thread."""
     routes = APIRouter()
 
@@ -35,7 +43,7 @@ def router(repository: Repository, metrics: Metrics, health: Health, name: str, 
     routes.include_router(_health_routes(health))
     routes.include_router(_statistics_routes(repository, metrics))  # first: "stats" is not a model
     routes.include_router(_model_routes(repository))
-    routes.include_router(_repository_routes(repository))
+    routes.include_router(_repository_routes(repository, read_timeout_s))
     routes.include_router(metrics_router(metrics))
     return routes
 
@@ -63,18 +71,14 @@ def _health_routes(health: Health) -> APIRouter:
 def _statistics_routes(repository: Repository, metrics: Metrics) -> APIRouter:
     routes = APIRouter()
 
-    def stats(model: Model) -> dict[str, Any]:
-        return statistics(*model.id, metrics.stats(*model.id))
-
     @routes.get("/v2/models/stats")
     async def all_stats() -> dict[str, Any]:
-        return {"model_stats": [stats(each) for each in repository.models() if each.state == ModelState.READY]}
+        return {"model_stats": model_statistics(repository, metrics)}
 
     @routes.get("/v2/models/{model}/stats")
     @routes.get("/v2/models/{model}/versions/{version}/stats")
     async def model_stats(model: str, version: str | None = None) -> dict[str, Any]:
-        found = [repository.get(model, version)] if version else repository.versions(model)
-        return {"model_stats": [stats(each) for each in found]}
+        return {"model_stats": model_statistics(repository, metrics, model, version or "")}
 
     return routes
 
@@ -114,17 +118,17 @@ def _model_routes(repository: Repository) -> APIRouter:
     return routes
 
 
-def _repository_routes(repository: Repository) -> APIRouter:
-    routes = APIRouter()
+def _repository_routes(repository: Repository, read_timeout_s: float) -> APIRouter:
+    routes = APIRouter(dependencies=[Depends(refuse_web_pages)])
 
     @routes.post("/v2/repository/index")
     async def index(request: Request) -> list[dict[str, str]]:
-        body = await _json_body(request)
+        body = await _json_body(request, read_timeout_s)
         return repository_index(repository, ready_only=bool(body.get("ready")))
 
     @routes.post("/v2/repository/models/{model}/load")
     async def load(model: str, request: Request) -> Response:
-        body = await _json_body(request)
+        body = await _json_body(request, read_timeout_s)
         if body.get("parameters"):
             raise ServeError(Fault.UNSUPPORTED, "load takes no parameters here: the model's files say it all")
         await repository.load(model)
@@ -132,7 +136,7 @@ def _repository_routes(repository: Repository) -> APIRouter:
 
     @routes.post("/v2/repository/models/{model}/unload")
     async def unload(model: str, request: Request) -> Response:
-        await _json_body(request)
+        await _json_body(request, read_timeout_s)
         await repository.unload(model)
         return Response()
 
@@ -163,9 +167,28 @@ def repository_index(repository: Repository, *, ready_only: bool) -> list[dict[s
     return entries
 
 
-async def _json_body(request: Request) -> dict[str, Any]:
+def model_statistics(
+    repository: Repository, metrics: Metrics, name: str = "", version: str = ""
+) -> list[dict[str, Any]]:
+    """What was counted of one version, of one model, or of all that are ready. Raises ServeError."""
+    if not name:
+        models = [each for each in repository.models() if each.state == ModelState.READY]
+    else:
+        models = [repository.get(name, version)] if version else repository.versions(name)
+    return [statistics(*each.id, metrics.stats(*each.id)) for each in models]
+
+
+async def _json_body(request: Request, timeout_s: float) -> dict[str, Any]:
     """Clients send JSON under any content type, or nothing at all."""
-    text = await request.body()
+    text = b""
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                text += chunk
+                if len(text) > BODY_BYTES:
+                    raise ServeError(Fault.TOO_LARGE, f"the body is longer than {BODY_BYTES} bytes")
+    except TimeoutError:
+        raise invalid(f"the body did not arrive within {timeout_s:g} s") from None
     if not text.strip():
         return {}
     try:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import msgspec
+import structlog
 
 from preprocess.cpu import BadInputError
 from preprocess.pipeline import PipelineFile
 from preprocess.pool import PoolFullError, PreprocessPool
 from scheduler.arena import Arena, ArenaFullError
-from scheduler.driver import Answered, Driver, RefusedError
+from scheduler.driver import Answered, Driver, Pending, RefusedError
 from scheduler.messages import DEFAULT_PRIORITY, Request
-from scheduler.tensors import DATATYPES
+from scheduler.staff import resolve
+from scheduler.tensors import DATATYPES, TensorSpec
 from server import codec
-from server.codec import Checked, OutputData, Tensor
-from server.errors import Fault, ServeError, from_refusal, invalid
-from server.metrics import Metrics
+from server.codec import Checked, OutputChoice, OutputData, Tensor
+from server.errors import Fault, ServeError, from_refusal, internal, invalid
 from server.repository import Model
+
+log = structlog.get_logger(__name__)
 
 # Where a slot, a place in the pool, or the daemon itself is only briefly not to be had.
 BRIEFLY_S = 1.0
@@ -45,13 +48,11 @@ Cancel = Callable[[], object]
 class InferenceService:
     """The way from decoded inputs to outputs."""
 
-    def __init__(self, driver: Driver, arena: Arena, pool: PreprocessPool, metrics: Metrics) -> None:
+    def __init__(self, driver: Driver, arena: Arena, pool: PreprocessPool) -> None:
         self._driver = driver
         self._arena = arena
         self._pool = pool
-        self._metrics = metrics
         self._ids = itertools.count(1)
-        self._preprocessing: set[asyncio.Task[None]] = set()
 
     def submit(
         self,
@@ -71,30 +72,27 @@ class InferenceService:
         if pipeline is not None:
             tensors, encoded = _split(tensors, pipeline.input)
             if not tensors and encoded is not None:
-                job = self._preprocess_and_schedule(model, pipeline, encoded, terms, on_outcome)
-                task = asyncio.create_task(job)
-                self._preprocessing.add(task)  # the loop itself would not keep it alive
-                task.add_done_callback(self._preprocessing.discard)
-                return task.cancel
+                return self._preprocess(model, pipeline, encoded, terms, on_outcome)
         checked, offset = self._place(model, tensors)
-        return self._schedule(model, checked, offset, terms, on_outcome)
+        pending = self._accept(model, checked, terms, on_outcome)
+        self._driver.start(pending, offset)
+        return partial(self._driver.cancel, pending)
 
     async def infer(
         self, model: Model, tensors: list[Tensor], parameters: dict[str, Any] | None, arrival_ns: int
-    ) -> Answered:
-        """`submit` for those who can wait. Raises ServeError."""
+    ) -> Outcome:
+        """`submit` for those who can wait. Raises ServeError for what is wrong at once."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        cancel = self.submit(model, tensors, parameters, arrival_ns, future.set_result)
+        # The future may be cancelled already, with its task not told yet, when the outcome comes.
+        cancel = self.submit(model, tensors, parameters, arrival_ns, partial(resolve, future))
         try:
-            outcome = await future
+            return await future
         except asyncio.CancelledError:
             cancel()
             raise
-        if isinstance(outcome, ServeError):
-            raise outcome
-        return outcome
 
-    def _schedule(self, model: Model, checked: Checked, offset: int, terms: Terms, on_outcome: OnOutcome) -> Cancel:
+    def _accept(self, model: Model, checked: Checked, terms: Terms, on_outcome: OnOutcome) -> Pending:
+        """From here on the request is counted as unfinished."""
         request = Request(
             next(self._ids),
             model.key,
@@ -112,8 +110,7 @@ class InferenceService:
             else:
                 on_outcome(end)
 
-        pending = self._driver.submit(request, offset, terms.arrival_ns, on_end)
-        return partial(self._driver.cancel, pending)
+        return self._driver.accept(request, terms.arrival_ns, on_end)
 
     def _place(self, model: Model, tensors: list[Tensor]) -> tuple[Checked, int]:
         """Inputs into the arena. Returns what they are, and the offset of their slot."""
@@ -129,34 +126,17 @@ class InferenceService:
             raise
         return checked, offset
 
-    async def _preprocess_and_schedule(
+    def _preprocess(
         self, model: Model, pipeline: PipelineFile, tensor: Tensor, terms: Terms, on_outcome: OnOutcome
-    ) -> None:
-        try:
-            checked, offset = await self._preprocess(model, pipeline, tensor)
-        except ServeError as error:
-            on_outcome(error)
-            return
-        except asyncio.CancelledError:
-            self._metrics.cancelled(model.key, before_compute=True)
-            raise
-        answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        cancel = self._schedule(model, checked, offset, terms, answered.set_result)
-        try:
-            on_outcome(await answered)
-        except asyncio.CancelledError:
-            cancel()
-            raise
-
-    async def _preprocess(self, model: Model, pipeline: PipelineFile, tensor: Tensor) -> tuple[Checked, int]:
+    ) -> Cancel:
         """A BYTES input through the model's pipeline, straight into the arena."""
         if tensor.datatype != "BYTES":
             raise invalid(f"input {tensor.name} has datatype {tensor.datatype}, expected BYTES")
         if tensor.shape[1:] not in ((), (1,)):
             raise invalid(f"input {tensor.name} has shape {list(tensor.shape)}, expected [batch] or [batch, 1]")
-        elements = codec.byte_elements(tensor)
-        made = Tensor(pipeline.output, "FP32", (len(elements), *pipeline.image.shape), [])
+        made = Tensor(pipeline.output, "FP32", (math.prod(tensor.shape), *pipeline.image.shape), [])
         checked = codec.check_inputs(model.signature, [made])
+        elements = codec.byte_elements(tensor)
         nbytes = model.layout.slot(checked.items, checked.dims).nbytes
         offset = self._allocate(nbytes)
         try:
@@ -164,21 +144,34 @@ class InferenceService:
         except PoolFullError as error:
             self._arena.free(offset)
             raise ServeError(Fault.REFUSED, str(error), reason="pool_full", retry_after_s=BRIEFLY_S) from None
-        try:
-            await asyncio.shield(job)
-        except asyncio.CancelledError:
-            # The thread may be writing: the slot is free once it is through.
-            job.add_done_callback(lambda done: self._arena.free(offset))
-            raise
-        except BadInputError as error:
-            self._arena.free(offset)
-            raise invalid(f"{error}; expected a PNG or JPEG image") from None
-        except BaseException:
-            self._arena.free(offset)
-            raise
-        return checked, offset
+        pending = self._accept(model, checked, terms, on_outcome)
+        # A thread may be writing to the slot until the job is done, even if the request has ended before.
+        job.future.add_done_callback(partial(self._preprocessed, pending, offset, on_outcome))
+
+        def cancel() -> None:
+            job.stop()
+            self._driver.cancel(pending)
+
+        return cancel
+
+    def _preprocessed(self, pending: Pending, offset: int, on_outcome: OnOutcome, job: asyncio.Future[None]) -> None:
+        error = job.exception()
+        if error is None:
+            self._driver.start(pending, offset)
+            return
+        self._arena.free(offset)
+        if not self._driver.withdraw(pending):
+            return
+        if isinstance(error, BadInputError):
+            on_outcome(invalid(f"{error}; expected a PNG or JPEG image"))
+        else:
+            log.error("preprocessing failed", model=pending.request.model, exc_info=error)
+            on_outcome(internal())
 
     def _allocate(self, nbytes: int) -> int:
+        if nbytes > self._arena.size:
+            message = f"the inputs take {nbytes} bytes, the arena has {self._arena.size}; send fewer items at once"
+            raise ServeError(Fault.TOO_LARGE, message)
         try:
             return self._arena.allocate(nbytes)
         except ArenaFullError as error:
@@ -193,17 +186,33 @@ def _split(tensors: list[Tensor], encoded_name: str) -> tuple[list[Tensor], Tens
     return ready, next((tensor for tensor in tensors if tensor.name == encoded_name), None)
 
 
-def outputs_of(
-    model: Model, answered: Answered, choice: list[codec.OutputChoice] | None, binary: bool
-) -> list[OutputData]:
-    """A request's share of its batch's outputs, those that were asked for. Raises ServeError."""
+def check_outputs(model: Model, choice: list[OutputChoice] | None, binary: bool) -> None:
+    """Can the model give what is asked for? Told before anything is computed. Raises ServeError."""
+    specs = model.signature.outputs
+    if choice is None:
+        if not binary:
+            for spec in specs:
+                _check_json(spec)
+        return
+    by_name = {spec.name: spec for spec in specs}
+    for each in choice:
+        if each.name not in by_name:
+            raise invalid(f"unknown output {each.name[:100]}; model {model.name} has {', '.join(by_name)}")
+        if not each.binary:
+            _check_json(by_name[each.name])
+
+
+def _check_json(spec: TensorSpec) -> None:
+    if spec.datatype in ("FP16", "BF16"):
+        raise invalid(f"output {spec.name} is {spec.datatype}, which JSON cannot carry; ask for it as binary data")
+
+
+def outputs_of(model: Model, answered: Answered, choice: list[OutputChoice] | None, binary: bool) -> list[OutputData]:
+    """A request's share of its batch's outputs, those that were asked for, which `check_outputs` has seen."""
     specs = model.signature.outputs
     if choice is None:
         return [_output(model, answered, index, binary) for index in range(len(specs))]
     indexes = {spec.name: index for index, spec in enumerate(specs)}
-    for each in choice:
-        if each.name not in indexes:
-            raise invalid(f"unknown output {each.name}; model {model.name} has {', '.join(indexes)}")
     return [_output(model, answered, indexes[each.name], each.binary) for each in choice]
 
 
@@ -221,8 +230,6 @@ def _output(model: Model, answered: Answered, index: int, binary: bool) -> Outpu
     if binary:
         data = memoryview(outputs.data[index])[begin * datatype.itemsize : end * datatype.itemsize]
         return OutputData(spec, shape, data, None)
-    if spec.datatype in ("FP16", "BF16"):
-        raise invalid(f"output {spec.name} is {spec.datatype}, which JSON cannot carry; ask for it as binary data")
     return OutputData(spec, shape, None, outputs.values(index, datatype.numpy)[begin:end])
 
 
@@ -268,8 +275,3 @@ def _whole(parameters: dict[str, Any], name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise invalid(f"parameter {name} must be a whole number of at least 0, not {value!r}")
     return value
-
-
-def now_ns() -> int:
-    """The clock of all deadlines."""
-    return time.monotonic_ns()

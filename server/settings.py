@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
 
 MIB = 1024 * 1024
+PREFIX = "MIGSERVE_"
+# Set by Kubernetes in every pod beside a service that is called migserve.
+_OF_KUBERNETES = re.compile(r"SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?")
+
+
+class ConfigError(ValueError):
+    """Settings that make no sense. Each line of the message names one, as it was given, and says what is wrong."""
 
 
 def _setting(default: Any, group: str, description: str, **bounds: Any) -> Any:
@@ -24,12 +37,13 @@ def _setting(default: Any, group: str, description: str, **bounds: Any) -> Any:
 class Settings(BaseSettings):
     """Flag names follow Triton's where it has one. Times in seconds, sizes in MiB where the name says so."""
 
-    model_config = SettingsConfigDict(env_prefix="MIGSERVE_", extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid")
 
-    model_repository: list[Path] = _setting(
+    model_repository: Annotated[list[Path], NoDecode] = _setting(
         [Path("models")],
         "served",
-        "Folder of models, as Triton's: MODEL/VERSION/model.pt2. May be given several times.",
+        "Folder of models, as Triton's: MODEL/VERSION/model.pt2. May be given several times; elsewhere A:B.",
+        min_length=1,
     )
     http_address: str = _setting("127.0.0.1", "served", "Where HTTP listens; 0.0.0.0 for everywhere.")
     http_port: int = _setting(8000, "served", "0: any that is free, like the other ports.", ge=0, le=65535)
@@ -78,6 +92,12 @@ class Settings(BaseSettings):
     )
     replan_interval_secs: float = _setting(10.0, "planning", "How often to think.", gt=0)
     replan_dwell_secs: float = _setting(60.0, "planning", "No change sooner after another, or after the start.", ge=0)
+    replan_horizon_secs: float = _setting(
+        300.0,
+        "planning",
+        "How long traffic is expected to stay as it is: what a change gains so long must pay for it.",
+        gt=0,
+    )
     replan_half_life_secs: float = _setting(30.0, "planning", "Traffic so old counts half.", gt=0)
     allow_admin: bool = _setting(True, "planning", "Serve the admin endpoints: layouts and plans.")
     admin_address: str = _setting("127.0.0.1", "planning", "Where the admin endpoints are.")
@@ -89,9 +109,15 @@ class Settings(BaseSettings):
         min_length=8,
     )
     state_dir: Path = _setting(
-        Path("~/.local/state/migserve"), "planning", "Where a re-cut is recorded while it lasts, and the token is."
+        Path("~/.local/state/migserve"), "gpus", "Where a re-cut is recorded while it lasts, and the token is."
     )
 
+    policy: Literal["late", "elsa"] = _setting(
+        "late",
+        "operation",
+        "late: a request waits in its model's queue until a slice is free, which takes what is most urgent. elsa: it "
+        "is bound on arrival to the smallest slice that meets its target, as published.",
+    )
     strict_readiness: bool = _setting(True, "operation", "Ready only if every model is served.")
     drain_delay_secs: float = _setting(1.0, "operation", "On SIGTERM: unready, but serving on, for so long.", ge=0)
     exit_timeout_secs: float = _setting(30.0, "operation", "On SIGTERM: gone after this at the latest.", gt=0)
@@ -99,7 +125,9 @@ class Settings(BaseSettings):
         None, "operation", "Write every scheduling event and command to this file; see migserve replay."
     )
     log_verbose: int = _setting(0, "operation", "1: a line for each request. 2: debugging too.", ge=0)
-    log_format: Literal["console", "json"] = _setting("console", "operation", "Lines for people, or for machines.")
+    log_format: Literal["console", "json"] = _setting(
+        "console", "operation", "console: lines for people. json: for machines."
+    )
 
     @field_validator("arena_mib")
     @classmethod
@@ -108,29 +136,93 @@ class Settings(BaseSettings):
             raise ValueError("must be a power of two")
         return value
 
+    @field_validator("model_repository", mode="before")
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+    def _folders(cls, value: Any) -> Any:
+        return [path for path in value.split(":") if path] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _serves_something(self) -> Settings:
+        if not (self.allow_http or self.allow_grpc):
+            raise ValueError("nothing would be served: leave out --no-allow-http or --no-allow-grpc")
+        return self
 
 
 def load(config: Path | None, flags: dict[str, Any]) -> Settings:
     """Settings from flags that were given (not None), environment, and file.
 
-    Raises pydantic.ValidationError for values that make no sense, OSError for a file that cannot be read.
+    Raises ConfigError for what makes no sense, OSError for a file that cannot be read.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    if config is None:
-        return Settings(**given)
-    config.open().close()  # pydantic would take a missing file for an empty one
+    in_file = {} if config is None else _read(config)
 
-    class FromFile(Settings):
-        model_config = SettingsConfigDict(yaml_file=config)
+    class Chosen(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, in_file)
 
-    return FromFile(**given)
+    try:
+        return Chosen(**given)
+    except ValidationError as error:
+        lines = [_explain(each, given, config) for each in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """MIGSERVE_* variables that set nothing, with the nearest that does."""
+    names = sorted(name.removeprefix(PREFIX) for name in environment if name.startswith(PREFIX))
+    known = {name.upper() for name in Settings.model_fields} | {"CONFIG"}
+    return [
+        f"{PREFIX}{name} sets nothing{_nearest(name, known, PREFIX)}"
+        for name in names
+        if name not in known and not _OF_KUBERNETES.fullmatch(name)
+    ]
+
+
+def _read(config: Path) -> dict[str, Any]:
+    """What a settings file says; its values are not looked at yet."""
+    try:
+        data = yaml.safe_load(config.read_text())
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{config}{line} is not YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{config} is not YAML: it is not text in UTF-8") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{config} must hold settings by their names, a line for each, such as `http_port: 8000`")
+    unknown = [str(key) for key in data if key not in Settings.model_fields]
+    if unknown:
+        known = list(Settings.model_fields)
+        lines = [f"{config}: unknown key {key}{_nearest(key.replace('-', '_'), known)}" for key in unknown]
+        raise ConfigError("\n".join(lines))
+    return data
+
+
+def _nearest(name: str, known: Collection[str], prefix: str = "") -> str:
+    near = get_close_matches(name, known, 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else "; see migserve serve --help"
+
+
+def _explain(error: Mapping[str, Any], given: Mapping[str, Any], config: Path | None) -> str:
+    """One line: where the value was given, the value, and what is wrong with it."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    name = str(error["loc"][0])
+    if name in given:
+        where = "--" + name.replace("_", "-")
+    elif any(variable.upper() == PREFIX + name.upper() and value for variable, value in os.environ.items()):
+        where = PREFIX + name.upper()
+    else:
+        where = f"{config}: {name}"
+    value = "" if name == "admin_token" else f" {error['input']!r}"
+    return f"{where}{value}: {message}; see migserve serve --help"

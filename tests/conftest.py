@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from tests.harness import MODELS, RunningDaemon, running
+from tests.harness import MODELS, REPOSITORY, RunningDaemon, running
 
 
 @pytest.fixture(scope="session")
 def demo_models() -> None:
-    if not (MODELS / "digits").is_dir():
-        pytest.exit("the demo models are missing; `make models` makes them (`make test` does it by itself)", 2)
+    """The demo models are in MODELS; made once, in seconds."""
+    command = [sys.executable, "-m", "server", "demo-models", "--out", str(MODELS)]
+    if not all((MODELS / name).is_dir() for name in ("affine", "digits", "mlp", "resnet50")):
+        subprocess.run(command, cwd=REPOSITORY, check=True, timeout=150)
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,8 @@ EXPRESSIONS = [
 ]
 VARIABLES = [variable for variable in DASHBOARD["templating"]["list"] if variable["type"] == "query"]
 
-# A simulated GPU has no power, utilization, or memory in use; and no slice is out.
-MAY_BE_EMPTY = {"Power", "Utilization", "Memory", "Slices that are out, and why"}
+# A simulated GPU has no power, utilization, memory in use, or XID; and no slice is out.
+MAY_BE_EMPTY = {"Power", "Utilization", "Memory", "Slices that are out, and why", "XID errors"}
 
 # Triton's own names, which its dashboards read.
 LINT_OF_TRITONS_NAMES = {

@@ -58,7 +58,11 @@ def test_the_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
             pass
         other.kill()  # however it ends, the lock ends with it
     with exclusive(path):
-        assert f"pid {os.getpid()}" in path.read_text()
+        assert path.read_text().startswith(f"pid {os.getpid()} (")
+        assert path.read_text().count("pid") == 1
+    path.write_text("left by one that was killed" * 20)
+    with exclusive(path):
+        assert "left by" not in path.read_text()
     with exclusive(path):
         pass
 

@@ -59,6 +59,7 @@ CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("an astronomic shape", "affine", affine(shape=[2**62, 16]), {}, 400, "expected 1 to 64"),
     ("too few values", "affine", affine(data=SIXTEEN[1:]), {}, 400, "input x has 15 values in data, shape [1, 16] takes 16"),
     ("too many values", "affine", affine(data=[*SIXTEEN, 1]), {}, 400, "input x has 17 values in data"),
+    ("far too many values, not even numbers", "affine", affine(data=[1] * 1000 + ["x"]), {}, 400, "input x has 1001 values"),
     ("nested otherwise", "affine", affine(data=[SIXTEEN[:8], SIXTEEN[8:]]), {}, 400, "nested in another shape than [1, 16]"),
     ("nested unevenly", "affine", affine(data=[[1.0] * 15]), {}, 400, "nested in another shape than [1, 16]"),
     ("a string among numbers", "affine", affine(data=[*SIXTEEN[1:], "1"]), {}, 400, "Expected `float`, got `str`"),
@@ -81,6 +82,7 @@ CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("binary of another size", "affine", *binary(60, b"1" * 60), 400, "60 bytes were sent, FP32 of shape [1, 16] takes 64"),
     ("negative binary size", "affine", *binary(-1, b""), 400, "binary_data_size must be a number of bytes"),
     ("header length too large", "affine", b"{}", {HEADER: "3"}, 400, "Inference-Header-Content-Length is 3, but the body has 2"),
+    ("header length astronomic", "affine", b"{}", {HEADER: "9" * 5000}, 400, "must be a number"),
     ("header length no number", "affine", b"{}", {HEADER: "two"}, 400, "must be a number"),
     ("raw of another size", "affine", b"1234", {HEADER: "0"}, 400, "4 bytes were sent"),
     ("unknown encoding", "affine", b"{}", {"Content-Encoding": "br"}, 501, "use gzip, deflate or none"),
@@ -88,11 +90,14 @@ CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("half of a gzip", "affine", gzip.compress(b"{}" * 99)[:-9], {"Content-Encoding": "gzip"}, 400, "not one whole gzip"),
     ("more than a gzip", "affine", gzip.compress(b"{}") + b"x", {"Content-Encoding": "gzip"}, 400, "not one whole gzip"),
     ("unknown model", "nope", GOOD, {}, 404, "unknown model 'nope'; there are: affine, digits, mlp, resnet50"),
+    ("astronomic version", "affine/versions/" + "9" * 5000, GOOD, {}, 404, "model affine has no version '9"),
     ("unknown version", "affine/versions/7", GOOD, {}, 404, "model affine has no version '7'; served: 1"),
     ("an image that is text", "digits", b"not an image", {}, 400, "element 0: 12 bytes that are not a PNG or JPEG image"),
     ("an empty image", "digits", image([""]), {}, 400, "element 0: 0 bytes that are not"),
     ("not base64", "digits", image(["***"]), {}, 400, "BYTES in JSON must be base64"),
     ("images too few", "digits", image([""], (2,)), {}, 400, "input image has 1 elements, shape [2] takes 2"),
+    ("images too many", "digits", image([""] * 3), {}, 400, "input image has 3 values in data, shape [1] takes 1"),
+    ("images too many for the model", "digits", image(["***"], (65,)), {}, 400, "a batch of 65 items; expected 1 to 64"),
     ("images as numbers", "digits", image([1]), {}, 400, "Expected `str`, got `int`"),
     ("image of another datatype", "digits", image([1], datatype="UINT8"), {}, 400, "input image has datatype UINT8"),
     ("image of another shape", "digits", image([""], (1, 2)), {}, 400, "expected [batch] or [batch, 1]"),
@@ -179,6 +184,28 @@ def test_a_chunked_body_that_grows_too_long_is_refused(daemon: RunningDaemon) ->
         except (BrokenPipeError, ConnectionResetError):
             pass  # it stopped reading
         assert b"413" in sock.recv(20)
+
+
+def test_a_client_that_sends_all_of_a_body_that_is_too_long_sees_why(daemon: RunningDaemon) -> None:
+    """It reads the answer only after it has written the whole of the body; closing before would reset its connection."""
+    for _ in range(3):
+        answer = infer(daemon.http, "affine", b"x" * (70 << 20))
+        assert (answer.status, answer.error) == (413, f"the body is longer than {64 << 20} bytes")
+
+
+def test_requests_to_the_repository_are_small(daemon: RunningDaemon) -> None:
+    answer = request(daemon.http, "POST", "/v2/repository/index", b" " * 100_000)
+    assert (answer.status, answer.error) == (413, "the body is longer than 65536 bytes")
+
+
+@pytest.mark.parametrize("path", ["index", "models/affine/load", "models/affine/unload"])
+def test_web_pages_cannot_change_the_repository(path: str, daemon: RunningDaemon) -> None:
+    """A browser lets any page POST here, and tells whose page it is."""
+    answer = request(daemon.http, "POST", f"/v2/repository/{path}", b"", {"Origin": "https://example.org"})
+    assert answer.status == 403
+    assert "Origin" in answer.error
+    answer = request(daemon.admin, "GET", "/admin/layout", headers={"Origin": "https://example.org"})
+    assert answer.status == 403
 
 
 def test_what_is_not_http_gets_a_400(daemon: RunningDaemon) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.tensors import DATATYPES, Signature, TensorSpec
-from server import codec
+from server import codec, compression
 from server.codec import Tensor
 from server.errors import ServeError
 
@@ -146,9 +146,11 @@ def test_shapes_that_do_not_fit_are_refused(a: tuple[int, ...], b: tuple[int, ..
         ("deflate, gzip", "deflate"),
         ("br;q=1.0, gzip;q=0.8", "gzip"),
         ("gzip;q=0", None),
+        ("gzip; q=0.00, deflate;q=0.01", "deflate"),
+        ("GZIP", "gzip"),
         ("identity", None),
         ("", None),
     ],
 )
 def test_accepted_encoding(header: str, expected: str | None) -> None:
-    assert codec.accepted_encoding(header) == expected
+    assert compression.accepted_encoding(header) == expected

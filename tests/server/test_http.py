@@ -6,12 +6,15 @@ import gzip
 import http.client
 import json
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as grpcclient
 
-from tests.harness import MODELS, RunningDaemon
+from tests import repositories
+from tests.harness import MODELS, RunningDaemon, running
 from tests.server.raw_http import Answer, connect, infer, read_answers, request
 
 X = np.arange(32, dtype=np.float32).reshape(2, 16)
@@ -102,7 +105,7 @@ def test_a_version_can_be_named(daemon: RunningDaemon) -> None:
 def test_compressed_in_and_out(encoding: str, compress: Any, daemon: RunningDaemon) -> None:
     x = np.zeros((64, 16), np.float32)
     body, headers = binary_request(x, parameters={"binary_data_output": True})
-    headers |= {"Content-Encoding": encoding, "Accept-Encoding": f"br, {encoding};q=0.5"}
+    headers |= {"Content-Encoding": encoding.upper(), "Accept-Encoding": f"br, {encoding};q=0.5"}
     answer = infer(daemon.http, "affine", compress(body), headers)
     assert answer.headers["content-encoding"] == encoding
     plain = gzip.decompress(answer.body) if encoding == "gzip" else zlib.decompress(answer.body)
@@ -222,9 +225,56 @@ def test_health_metadata_config_and_statistics(daemon: RunningDaemon) -> None:
     assert {each["name"] for each in get("/v2/models/stats")["model_stats"]} == {"affine", "digits", "mlp", "resnet50"}
 
 
+@pytest.mark.parametrize("path", ["/v2", "/v2/health/live", "/v2/models/affine", "/metrics", "/docs"])
+def test_head_is_answered_as_get_without_the_body(path: str, daemon: RunningDaemon) -> None:
+    got, head = request(daemon.http, "GET", path), request(daemon.http, "HEAD", path)
+    assert (head.status, head.body) == (got.status, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
+
+
+def test_statistics_of_all_models_leave_out_what_is_not_ready(tmp_path: Path) -> None:
+    for name in ("kept", "unloaded"):
+        repositories.emulated(tmp_path / name, 1)
+    flags = ("--model-repository", str(tmp_path), "--layout", "1g.10gb", "--http-read-timeout-secs", "0.5")
+    with running(*flags) as daemon, grpcclient.InferenceServerClient(daemon.grpc) as client:
+        client.unload_model("unloaded")
+        over_http = request(daemon.http, "GET", "/v2/models/stats").json["model_stats"]
+        over_grpc = client.get_inference_statistics().model_stats
+        assert [each["name"] for each in over_http] == [each.name for each in over_grpc] == ["kept"]
+        # And while it is there: a body that does not come is not waited for, on any route.
+        with connect(daemon.http) as sock:
+            sock.sendall(b"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            (answer,) = read_answers(sock, 1)
+        assert (answer.status, answer.error) == (400, "the body did not arrive within 0.5 s")
+
+
+def test_a_client_that_offers_http_2_is_answered_in_http_1_1(daemon: RunningDaemon) -> None:
+    """As curl --http2 and Java's client ask."""
+    offer = (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQAAP__")
+    body = json.dumps(json_request()).encode()
+    with connect(daemon.http) as sock:
+        for message in (raw(body, *offer), raw(b"{}", *offer, path=b"/v2/repository/index"), raw(body)):
+            sock.sendall(message[:-5])
+            sock.sendall(message[-5:])
+            (answer,) = read_answers(sock, 1)
+            assert answer.status == 200
+        sock.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n" + b"\r\n".join(offer) + b"\r\n\r\n")
+        (answer,) = read_answers(sock, 1)
+        assert answer.json == {"live": True}
+
+
+def test_values_that_json_cannot_carry_are_refused_and_come_in_binary(daemon: RunningDaemon) -> None:
+    x = np.full((1, 16), 3e38, np.float32)
+    answer = infer(daemon.http, "affine", json_request(x))
+    assert (answer.status, "infinite or not a number" in answer.error) == (400, True)
+    body, headers = binary_request(x, parameters={"binary_data_output": True})
+    assert np.isinf(binary_output(infer(daemon.http, "affine", body, headers))).all()
+
+
 def test_the_metrics_port_has_metrics_and_nothing_else(daemon: RunningDaemon) -> None:
     assert request(daemon.metrics, "GET", "/metrics").status == 200
-    assert request(daemon.metrics, "GET", "/v2").status == 404
+    for path in ("/v2", "/docs", "/openapi.json", "/v2/health/live"):
+        assert request(daemon.metrics, "GET", path).status == 404
     assert request(daemon.http, "GET", "/metrics").status == 200
 
 

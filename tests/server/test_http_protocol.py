@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -27,6 +28,8 @@ class App:
 
     def __init__(self) -> None:
         self.begun: list[Respond] = []
+        self.answered = 0
+        self.last_chunk = b""
         self.arrived = asyncio.Event()
         self.cancelled = asyncio.Event()
 
@@ -34,8 +37,10 @@ class App:
         return raw_path if raw_path.startswith(b"/direct") else None
 
     def begin(self, target: Any, headers: dict[bytes, bytes], chunks: list[bytes], respond: Respond) -> Any:
-        if target == b"/direct/auto":
-            respond(reply(b"".join(chunks)))
+        if target.startswith(b"/direct/auto"):
+            self.answered += 1
+            self.last_chunk = chunks[0]
+            respond(reply(b"".join(chunks) * (100_000 if target == b"/direct/auto/large" else 1)))
         else:
             self.begun.append(respond)
             self.arrived.set()
@@ -154,6 +159,50 @@ def test_a_body_that_is_too_long_is_refused_by_its_announcement() -> None:
         async with served(App()) as connect:
             reader, writer = await connect()
             writer.write(post(body=b"", length=1001))
+            assert await read(reader) == (413, b"too long")
+            assert await ended(reader)
+
+    asyncio.run(story())
+
+
+def test_a_client_that_does_not_read_its_answers_is_waited_for() -> None:
+    """Or else they would pile up in memory without bounds."""
+
+    async def story() -> None:
+        app = App()
+        async with served(app) as connect:
+            reader, writer = await connect()
+            writer.write(post("/direct/auto/large") * 500)
+            assert await read(reader) == (200, b"hi" * 100_000)
+            assert app.answered < 50
+            answers = [await read(reader) for _ in range(499)]
+            assert {status for status, _ in answers} == {200}
+
+    asyncio.run(story())
+
+
+def test_an_idle_connection_does_not_keep_the_body_of_its_last_request() -> None:
+    async def story() -> None:
+        app = App()
+        async with served(app) as connect:
+            reader, writer = await connect()
+            writer.write(post("/direct/auto", body=b"a body that is no constant"))
+            await read(reader)
+            references = sys.getrefcount(app.last_chunk)
+            assert references == 2, "the app's own, and the one of this question"
+
+    asyncio.run(story())
+
+
+def test_the_rest_of_a_refused_body_is_read_and_the_connection_closed_after_it() -> None:
+    async def story() -> None:
+        async with served(App()) as connect:
+            reader, writer = await connect()
+            size = 20_000_000
+            writer.write(post(body=b"", length=size))
+            for _ in range(size // 1_000_000):
+                writer.write(bytes(1_000_000))
+                await asyncio.wait_for(writer.drain(), 10)
             assert await read(reader) == (413, b"too long")
             assert await ended(reader)
 

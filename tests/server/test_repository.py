@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
+from PIL import Image
 from torch import nn
 
 from server.demo import MAX_BATCH
@@ -108,6 +111,18 @@ def make_broken(root: Path, good: Path) -> None:
     shutil.copy(good, broken("table", serving_yaml="latency_table: {file: none.csv}") / "1")
     (repositories.picky(root / "broken_script") / "config.pbtxt").unlink()
     repositories.emulated(root / "broken_emulated", 1).joinpath("serving.yaml").write_text("slo_ms: 5")
+    emulated = {
+        name: repositories.emulated(root / f"broken_{name}", 1) for name in ("rate", "latin", "endless", "policy")
+    }
+    (emulated["rate"] / "table.csv").write_text(
+        "model,mig_profile,batch,latency_ms,items_per_s\nbroken_rate,1g.10gb,1,1,0"
+    )
+    (emulated["latin"] / "table.csv").write_bytes(b"model,\xff\xfe\n")
+    (emulated["endless"] / "serving.yaml").write_text("slo_ms: .inf")
+    with (emulated["policy"] / "config.pbtxt").open("a") as config:
+        config.write(" version_policy { specific { versions: [7] } }")
+    repositories.emulated(root / "broken_folder", 1).joinpath("serving.yaml").unlink()
+    (root / "broken_folder" / "serving.yaml").mkdir()
 
 
 REASONS = {
@@ -125,6 +140,11 @@ REASONS = {
     "table": "No such file",
     "script": "declare them in config.pbtxt",
     "emulated": "needs a latency_table in serving.yaml",
+    "rate": "items_per_s must be more than 0",
+    "latin": "codec can't decode",
+    "endless": "slo_ms: Input should be less than",
+    "policy": "version_policy asks for 7; there are 1",
+    "folder": "Is a directory",
 }
 
 
@@ -259,10 +279,20 @@ def test_the_index_can_be_of_ready_models_only(models: RunningDaemon) -> None:
     assert {entry.state for entry in entries} == {"READY", "UNAVAILABLE"}
 
 
+def large_picture() -> bytes:
+    """Takes some 10 ms to decode, so that many of them wait."""
+    out = io.BytesIO()
+    Image.new("L", (1500, 1500)).save(out, "PNG")
+    return out.getvalue()
+
+
 def test_a_model_is_replaced_under_load_without_an_error(tmp_path: Path) -> None:
     """Version 1 doubles, version 2 triples; every answer is one or the other, and in the end all are the new one."""
     folder = export(Scale(2), (torch.zeros(2, 3),), ({0: BATCH},), tmp_path / "models" / "scale")
     new = export(Scale(3), (torch.zeros(2, 3),), ({0: BATCH},), tmp_path / "new")
+    pipeline = "preprocess: {input: image, output: x, image: {mode: L, size: [8, 8]}}\n"
+    pictures = repositories.emulated(folder.parent / "pictures", 1, serving=pipeline) / "config.pbtxt"
+    pictures.write_text(pictures.read_text().replace("dims: [16]", "dims: [1, 8, 8]"))
     with running("--model-repository", str(folder.parent), "--layout", "2g.20gb+1g.10gb") as daemon:
         factors: list[float] = []
         stop = threading.Event()
@@ -271,15 +301,25 @@ def test_a_model_is_replaced_under_load_without_an_error(tmp_path: Path) -> None
             while not stop.is_set():
                 factors.append(float(ask(daemon, "scale", x=np.ones((1, 3), np.float32))[0, 0]))
 
+        answered: Counter[int] = Counter()
+        picture = large_picture()
+
+        def send_pictures() -> None:
+            while not stop.is_set():
+                answered[infer(daemon.http, "pictures", picture).status] += 1
+
         threads = [threading.Thread(target=send) for _ in range(4)]
+        threads += [threading.Thread(target=send_pictures) for _ in range(8)]
         for thread in threads:
             thread.start()
         shutil.copytree(new / "1", folder / "2")
         for _ in range(3):
             assert request(daemon.http, "POST", "/v2/repository/models/scale/load").status == 200
+            assert request(daemon.http, "POST", "/v2/repository/models/pictures/load").status == 200
         stop.set()
         for thread in threads:
             thread.join()
+        assert list(answered) == [200]
         assert set(factors) <= {2, 3}
         assert factors[-1] == 3
         assert float(ask(daemon, "scale", x=np.ones((1, 3), np.float32))[0, 0]) == 3

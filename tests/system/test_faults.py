@@ -261,14 +261,16 @@ def test_a_deadline_that_passes_in_the_queue_ends_the_request_before_compute(slo
     assert metric(slow, "migserve_requests_not_answered_total", reason="expired") == 1
 
 
-def test_a_client_that_leaves_the_queue_is_not_computed_for(slow: RunningDaemon) -> None:
+@pytest.mark.parametrize("header", [b"", b"Expect: 100-continue\r\n"])
+def test_a_client_that_leaves_the_queue_is_not_computed_for(header: bytes, slow: RunningDaemon) -> None:
     batches = metric(slow, "nv_inference_exec_count")
     before = metric(slow, "migserve_requests_cancelled_before_compute_total")
     with Occupied(slow, 2):
         body = json.dumps(sixteen()).encode()
         with socket.create_connection(("127.0.0.1", int(slow.http.split(":")[1]))) as client:
             client.sendall(
-                b"POST /v2/models/slow/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+                b"POST /v2/models/slow/infer HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n" % (header, len(body))
+                + body
             )
             until(lambda: metric(slow, "nv_inference_pending_request_count") == 3, "it waits")
         cancelled = "migserve_requests_cancelled_before_compute_total"
@@ -351,9 +353,10 @@ def test_a_second_signal_hurries_and_tells_those_it_cuts_off(tmp_path: Path) -> 
     assert (status, body["error"]) == (503, "the server is shutting down")
 
 
-def test_exit_timeout_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay_s", ["0", "50"])
+def test_exit_timeout_is_kept(delay_s: str, tmp_path: Path) -> None:
     repositories.emulated(tmp_path / "slow", 60_000, max_batch=1)
-    flags = ("--model-repository", str(tmp_path), "--layout", "7g.80gb", "--drain-delay-secs", "0")
+    flags = ("--model-repository", str(tmp_path), "--layout", "7g.80gb", "--drain-delay-secs", delay_s)
     with running(*flags, "--exit-timeout-secs", "1") as daemon:
         thread = threading.Thread(target=lambda: post(daemon.http, "slow", sixteen()))
         thread.start()
@@ -372,9 +375,17 @@ def test_sigterm_while_starting_ends_it(demo_models: None) -> None:
         assert daemon.wait() == 0
 
 
-def test_a_killed_daemon_leaves_no_worker_behind(demo_models: None) -> None:
-    with running() as daemon:
+def test_a_killed_daemon_leaves_no_worker_behind_not_even_one_that_hangs(tmp_path: Path) -> None:
+    repositories.picky(tmp_path / "picky")
+    with running("--model-repository", str(tmp_path), "--layout", "1g.10gb+1g.10gb") as daemon:
         pids = list(daemon.workers().values())
+        body = json.dumps(x_of(repositories.STUCK)).encode()
+        with socket.create_connection(("127.0.0.1", int(daemon.http.split(":")[1]))) as client:
+            client.sendall(
+                b"POST /v2/models/picky/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+            until(lambda: metric(daemon, "nv_inference_pending_request_count", model="picky") == 1, "it hangs")
+        assert len(pids) == 2
         daemon.process.kill()
         daemon.wait()
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "its workers have ended")

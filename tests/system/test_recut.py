@@ -162,6 +162,45 @@ def _ignoring_errors(function: Any, *arguments: Any) -> None:
         function(*arguments)
 
 
+BERT = """
+backend: "emulated" max_batch_size: 64
+input { name: "x" data_type: TYPE_FP32 dims: [1] }
+output { name: "y" data_type: TYPE_FP32 dims: [1] }
+"""
+
+
+def bert(folder: Path) -> None:
+    """Emulated with the timing of BERT on A100 slices; 32 items take a 1g slice 310 ms, a 3g slice 166 ms."""
+    (folder / "bert" / "1").mkdir(parents=True)
+    (folder / "bert" / "config.pbtxt").write_text(BERT)
+    (folder / "bert" / "serving.yaml").write_text("slo_ms: 198\nlatency_table: {measured: a100, model: bert}\n")
+
+
+@pytest.mark.parametrize("replan", ["auto", "propose"])
+def test_the_layout_follows_the_traffic_where_it_may(tmp_path: Path, replan: str) -> None:
+    bert(tmp_path)
+    often = ("--replan-interval-secs", "0.2", "--replan-half-life-secs", "2", "--replan-dwell-secs", "1")
+    with running("--model-repository", str(tmp_path), "--layout", ONES, "--replan", replan, *often) as daemon:
+        large = x_of(*range(32))
+        assert post(daemon.http, "bert", large)[0] == 429, "no 1g slice can do it in time"
+
+        def plan() -> Any:
+            post(daemon.http, "bert", large)
+            return admin(daemon, "plan")[1]
+
+        if replan == "propose":
+            found = until(lambda: (seen := plan())["proposal"] and seen["worthwhile"] and seen, "a proposal")
+            assert list(found["proposal"].values()) == ["4g.40gb+3g.40gb"]
+            assert (found["served_now"], found["served_then"]) == (0.0, 1.0)
+            assert found["traffic"]["bert"]["items"] == {"32": 1.0}
+            assert admin(daemon, "layout")[1]["gpus"][0]["layout"] == ONES
+        else:
+            until(lambda: plan() and daemon.events("re-cut done"), "a re-cut by itself")
+            (line,) = daemon.events("re-cutting by itself")
+            assert line["reason"] == "it serves 100% of the queries in time, the present one 0%"
+            assert post(daemon.http, "bert", large)[0] == 200
+
+
 def test_the_admin_endpoints_need_their_token(daemon: RunningDaemon) -> None:
     status, answer = admin(daemon, "layout", token="guessed")
     assert status == 401

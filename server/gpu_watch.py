@@ -1,0 +1,74 @@
+"""Watches the GPUs beside serving: what NVML measures, every few seconds, and the events that it tells."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from partitioner.nvml import NvmlDoor
+from partitioner.nvml_errors import NvmlError
+from partitioner.nvml_events import Events
+from partitioner.nvml_types import EventKind, GpuEvent, SliceMemory
+from server.layouts import Layouts
+from server.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+READ_INTERVAL_S = 5.0
+EVENT_WAIT_S = 0.5
+
+
+class GpuWatch:
+    """Tells the metrics and the log. Changes nothing: a worker that an XID kills is noticed by its end."""
+
+    def __init__(self, door: NvmlDoor, layouts: Layouts, metrics: Metrics) -> None:
+        self._door = door
+        self._layouts = layouts
+        self._metrics = metrics
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await asyncio.gather(self._measure(), self._listen())
+
+    async def _measure(self) -> None:
+        while True:
+            for gpu in self._layouts.gpus:
+                try:
+                    self._metrics.gpu_read(gpu.uuid, await asyncio.to_thread(self._door.readings, gpu.uuid))
+                except NvmlError as error:  # a lost GPU must not end the daemon
+                    self._metrics.gpu_read(gpu.uuid, None)
+                    log.warning("gpu cannot be read", uuid=gpu.uuid, reason=str(error))
+                for each in gpu.slices:
+                    self._metrics.slice_read(each, await asyncio.to_thread(self._memory, each.device_uuid))
+            await asyncio.sleep(READ_INTERVAL_S)
+
+    def _memory(self, device_uuid: str) -> SliceMemory | None:
+        try:
+            return self._door.memory(device_uuid)
+        except NvmlError:
+            return None  # it went with a re-cut just now
+
+    async def _listen(self) -> None:
+        """Events of the GPUs that there were at the start; without the right or the means to have them, none."""
+        try:
+            with self._door.events() as events:
+                while True:
+                    event = await asyncio.to_thread(_next, events)
+                    if event is not None:
+                        self._tell(event)
+        except NvmlError as error:
+            log.warning("no events of GPUs", reason=str(error))
+
+    def _tell(self, event: GpuEvent) -> None:
+        where = next((each for each in self._layouts.gpus if each.uuid == event.gpu_uuid), None)
+        gpu = None if where is None else where.index
+        if event.kind == EventKind.XID:
+            self._metrics.xid(event)
+            log.error("XID", gpu=gpu, gpu_instance=event.gi_id, code=event.code)
+        elif not self._layouts.changing:
+            log.warning("the layout was changed by somebody else", gpu=gpu, uuid=event.gpu_uuid)
+
+
+def _next(events: Events) -> GpuEvent | None:
+    return events.wait(EVENT_WAIT_S)

@@ -1,0 +1,245 @@
+"""The core: properties over random stories, and a check that they notice a broken core."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from scheduler.core import SchedulerCore
+from scheduler.messages import (
+    Answer,
+    AnyCommand,
+    AnyEvent,
+    Arrived,
+    BatchDone,
+    BatchFailed,
+    Cancelled,
+    Drains,
+    Refuse,
+    Request,
+    Run,
+    Serves,
+    Tick,
+    Wake,
+    WorkerLost,
+    WorkerUp,
+)
+from tests.scheduler.test_core import KNEE, MS, TABLE
+
+
+@dataclass
+class World:
+    """Workers that do as they are told, and a check of every command the core gives."""
+
+    core: SchedulerCore
+    depth: int
+    now_ns: int = 0
+    next_request: int = 1
+    items: dict[int, int] = field(default_factory=dict)
+    open: set[int] = field(default_factory=set)  # neither answered, refused, nor cancelled
+    cancelled: set[int] = field(default_factory=set)
+    up: set[int] = field(default_factory=set)
+    serving: set[int] = field(default_factory=set)
+    coming_back: set[int] = field(default_factory=set)
+    running: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    wake_ns: int | None = None
+    expiries_ns: dict[int, float] = field(default_factory=dict)
+    journal: list[tuple[int, AnyEvent, list[AnyCommand]]] = field(default_factory=list)
+
+    def tell(self, event: AnyEvent) -> None:
+        if isinstance(event, Arrived):
+            expires_ns = event.request.expires_ns
+            self.expiries_ns[event.request.id] = math.inf if expires_ns is None else expires_ns
+        commands = self.core.handle(self.now_ns, event)
+        self.journal.append((self.now_ns, event, commands))
+        for command in commands:
+            match command:
+                case Run():
+                    self.check_run(command)
+                case Answer():
+                    for request_id in command.request_ids:
+                        assert request_id in self.open, "answered twice, or after it had ended"
+                        self.open.remove(request_id)
+                case Refuse():
+                    assert command.request_id in self.open, "refused twice, or after it had ended"
+                    self.open.remove(command.request_id)
+                case Wake():
+                    self.wake_ns = command.at_ns
+        self.check_timeouts()
+
+    def check_timeouts(self) -> None:
+        """What waits has time left, and the core will be woken when that is over."""
+        running = {number for batches in self.running.values() for ids in batches.values() for number in ids}
+        first_ns = min((self.expiries_ns[number] for number in self.open - running), default=math.inf)
+        assert first_ns > self.now_ns, "waits although its time is over"
+        assert first_ns == math.inf or (self.wake_ns is not None and self.wake_ns <= first_ns), "nobody will look"
+
+    def check_run(self, run: Run) -> None:
+        assert run.worker_id in self.serving, "sent to a worker that is not up"
+        batches = self.running.setdefault(run.worker_id, {})
+        batches[run.batch_id] = run.request_ids
+        assert len(batches) <= self.depth, "more batches than the worker takes"
+        assert len(set(run.request_ids)) == len(run.request_ids)
+        elsewhere = [i for w in self.running.values() for b, ids in w.items() if b != run.batch_id for i in ids]
+        assert not set(run.request_ids) & set(elsewhere), "one request in two batches at once"
+        assert set(run.request_ids) <= self.open, "run although it has ended"
+        self.check_batch(run)
+
+    def check_batch(self, run: Run) -> None:
+        items = sum(self.items[request_id] for request_id in run.request_ids)
+        assert items <= KNEE or len(run.request_ids) == 1
+
+    def arrive(self, items: int, slo_ms: int | None, timeout_ms: int | None, priority: int) -> None:
+        number = self.next_request
+        self.next_request += 1
+        self.items[number] = items
+        self.open.add(number)
+        due_ns = None if slo_ms is None else self.now_ns + slo_ms * MS
+        expires_ns = None if timeout_ms is None else self.now_ns + timeout_ms * MS
+        self.tell(Arrived(Request(number, "m", items, (), due_ns, expires_ns, priority)))
+        idle = [w for w in self.serving if not self.running.get(w)]
+        waits = [i for i in self.open if not any(i in ids for b in self.running.values() for ids in b.values())]
+        assert not (idle and waits == [number] and due_ns is None and len(self.serving) == 1), "waits for company"
+
+    def cancel(self, which: int) -> None:
+        if self.open:
+            number = sorted(self.open)[which % len(self.open)]
+            self.open.remove(number)
+            self.cancelled.add(number)
+            self.tell(Cancelled(number))
+
+    def end_batch(self, which: int, fails: bool) -> None:
+        batches = [(w, b) for w, running in sorted(self.running.items()) for b in sorted(running)[:1]]
+        if batches:
+            worker, batch = batches[which % len(batches)]
+            del self.running[worker][batch]
+            self.tell(BatchFailed(worker, batch, "raised") if fails else BatchDone(worker, batch))
+
+    def lose_worker(self, which: int, comes_back: bool) -> None:
+        if self.up:
+            worker = sorted(self.up)[which % len(self.up)]
+            self.up.discard(worker)
+            self.serving.discard(worker)
+            self.running.pop(worker, None)
+            if comes_back:
+                self.coming_back.add(worker)
+            self.tell(WorkerLost(worker, comes_back, "killed"))
+
+    def drain(self, which: int) -> None:
+        if self.serving:
+            worker = sorted(self.serving)[which % len(self.serving)]
+            self.serving.discard(worker)
+            self.tell(Drains(worker))
+
+    def bring_up(self, worker: int, gpcs: int) -> None:
+        if worker not in self.up:
+            self.up.add(worker)
+            self.coming_back.discard(worker)
+            self.tell(WorkerUp(worker, gpcs, self.depth))
+            self.serving.add(worker)
+            self.tell(Serves(worker, "m", TABLE))
+
+    def pass_time(self, ns: int) -> None:
+        self.now_ns += ns
+        if self.wake_ns is not None and self.wake_ns <= self.now_ns:
+            self.wake_ns = None
+            self.tell(Tick())
+
+    def finish(self) -> None:
+        """With one worker that lives, everything ends."""
+        self.bring_up(99, 1)
+        for _ in range(10_000):
+            if not self.open:
+                return
+            self.pass_time(MS)
+            self.end_batch(0, fails=False)
+        raise AssertionError(f"never ended: {sorted(self.open)}")
+
+
+ARRIVE = st.tuples(
+    st.just("arrive"),
+    st.integers(1, 30),
+    st.one_of(st.none(), st.integers(1, 20)),
+    st.one_of(st.none(), st.integers(0, 3), st.integers(0, 20)),
+    st.sampled_from([100, 100, 100, 1]),
+)
+BRING_UP = st.tuples(st.just("bring_up"), st.integers(0, 3), st.sampled_from([1, 2, 4]))
+STEPS = st.one_of(
+    ARRIVE,
+    ARRIVE,
+    ARRIVE,
+    st.tuples(st.just("cancel"), st.integers(0, 100)),
+    st.tuples(st.just("end_batch"), st.integers(0, 100), st.sampled_from([False, False, False, True])),
+    st.tuples(st.just("lose_worker"), st.integers(0, 100), st.booleans()),
+    st.tuples(st.just("drain"), st.integers(0, 100)),
+    BRING_UP,
+    BRING_UP,
+    st.tuples(st.just("pass_time"), st.sampled_from([1, MS // 3, MS, 3 * MS])),
+)
+
+
+def check_story(steps: list[tuple[object, ...]], depth: int, max_queued: int) -> None:
+    world = World(SchedulerCore(max_queued), depth)
+    world.bring_up(0, 1)
+    for name, *arguments in steps:
+        getattr(world, str(name))(*arguments)
+    world.finish()
+    again = SchedulerCore(max_queued)
+    for now_ns, event, commands in world.journal:
+        assert again.handle(now_ns, event) == commands
+
+
+STORIES = (st.lists(STEPS, min_size=30, max_size=120), st.sampled_from([1, 2]), st.sampled_from([3, 4096]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(*STORIES)
+def test_every_request_ends_exactly_once_and_the_journal_repeats(
+    steps: list[tuple[object, ...]], depth: int, max_queued: int
+) -> None:
+    check_story(steps, depth, max_queued)
+
+
+def lose_the_evicted(core: SchedulerCore, now_ns: int, evicted: object) -> None:
+    pass
+
+
+def answer_twice(core: SchedulerCore, now_ns: int, event: BatchDone, real=SchedulerCore._batch_done) -> None:  # type: ignore[no-untyped-def]
+    real(core, now_ns, event)
+    core._commands.append(core._commands[-1])
+
+
+def forget_the_parked(core: SchedulerCore, now_ns: int, event: Serves, real=SchedulerCore._serves) -> None:  # type: ignore[no-untyped-def]
+    core._parked.pop(event.model, None)
+    real(core, now_ns, event)
+
+
+def run_the_cancelled(core: SchedulerCore, event: Cancelled) -> None:
+    core._queries.pop(event.request_id, None)
+
+
+def never_expire(core: SchedulerCore, now_ns: int) -> None:
+    core._expiries.clear()
+
+
+@pytest.mark.parametrize(
+    ("method", "mutation"),
+    [
+        ("_place_again", lose_the_evicted),
+        ("_batch_done", answer_twice),
+        ("_serves", forget_the_parked),
+        ("_cancelled", run_the_cancelled),
+        ("_expire", never_expire),
+    ],
+)
+def test_the_property_notices_a_broken_core(method: str, mutation: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SchedulerCore, method, mutation)
+    quick = settings(
+        max_examples=300, deadline=None, database=None, phases=[Phase.generate], report_multiple_bugs=False
+    )
+    with pytest.raises((AssertionError, KeyError)):
+        quick(given(*STORIES)(check_story))()

@@ -1,0 +1,353 @@
+"""Requests between the protocols and the driver: told once, counted from acceptance on, and no garbage left."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tritonclient.grpc import service_pb2
+
+from preprocess.pipeline import ImageSteps, PipelineFile
+from preprocess.pool import PreprocessPool
+from scheduler.channel import ModelSource
+from scheduler.driver import Answered
+from scheduler.tensors import InputLayout, Signature, TensorSpec
+from server.codec import Tensor
+from server.errors import ServeError
+from server.grpc_api import InferenceServicer
+from server.http_protocol import Reply
+from server.infer import InferRoute, Target
+from server.metrics import Metrics
+from server.model_files import ServingFile
+from server.repository import Model, ModelState
+from server.service import InferenceService, Outcome
+from tests.stage import KEY, Stage
+
+PIPELINE = PipelineFile(input="image", output="x", image=ImageSteps(mode="L", size=(1, 1)))
+PLAIN = TensorSpec("x", "FP32", (1,))
+GOOD: dict[str, Any] = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1.0]}]}
+
+
+def make_model(*, pictures: bool = False, output: str = "FP32") -> Model:
+    spec = TensorSpec("x", "FP32", (1, 1, 1)) if pictures else PLAIN
+    signature = Signature((spec,), (TensorSpec("y", output, (1,)),), 8)
+    return Model(
+        "m",
+        1,
+        source=ModelSource(KEY, "m", 1, "emulated", ""),
+        serving=ServingFile(preprocess=PIPELINE) if pictures else ServingFile(),
+        state=ModelState.READY,
+        signature=signature,
+        layout=InputLayout(signature),
+    )
+
+
+class OneModel:
+    """A repository of one model."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def get(self, name: str, version: str | None = None) -> Model:
+        return self._model
+
+
+class Served(Stage):
+    """A stage with all that stands before the driver."""
+
+    def __init__(self, model: Model, arena_bytes: int = 1 << 16) -> None:
+        super().__init__(arena_bytes)
+        self.model = model
+        self.pool = PreprocessPool(1)
+        self.service = InferenceService(self.driver, self.arena, self.pool)
+        repository: Any = OneModel(model)
+        no_app: Any = None
+        self.http = InferRoute(no_app, repository, self.service, Metrics(), max_body_bytes=1 << 30, read_timeout_s=1)
+        self.grpc = InferenceServicer(repository, self.service, Metrics(), no_app, "n", "v")
+
+    def post(self, body: dict[str, Any] | list[Any]) -> list[Reply]:
+        """The replies so far to one HTTP request."""
+        replies: list[Reply] = []
+        self.http.begin(Target("m", None), {}, [json.dumps(body).encode()], replies.append)
+        return replies
+
+
+def on(served: Callable[[], Served], story: Callable[[Served], Awaitable[None]]) -> None:
+    async def run() -> None:
+        stage = served()
+        try:
+            await story(stage)
+        finally:
+            stage.pool.close()
+
+    asyncio.run(run())
+
+
+def plain() -> Served:
+    return Served(make_model())
+
+
+def pictures() -> Served:
+    return Served(make_model(pictures=True))
+
+
+def tensor() -> Tensor:
+    return Tensor("x", "FP32", (1, 1), [memoryview(bytes(4))])
+
+
+def test_a_task_that_is_cancelled_as_its_answer_comes_costs_no_other_its_own() -> None:
+    """gRPC cancels the handler's task; before that task is told, the worker's answer is read."""
+
+    async def story(stage: Served) -> None:
+        def one() -> asyncio.Task[Outcome]:
+            return asyncio.create_task(stage.service.infer(stage.model, [tensor()], None, time.monotonic_ns()))
+
+        first = one()
+        await asyncio.sleep(0)
+        rest = [one() for _ in range(4)]
+        await asyncio.sleep(0)
+        stage.finish(0)
+        await first
+        rest[0].cancel()
+        stage.finish(1)
+        done, waiting = await asyncio.wait(rest, timeout=5)
+        assert (len(done), len(waiting), rest[0].cancelled()) == (4, 0, True)
+        assert all(isinstance(task.result(), Answered) for task in rest[1:])
+        assert (stage.driver.unfinished(), stage.arena.used) == (0, 0)
+
+    on(plain, story)
+
+
+# ---- what cannot be given is told before it is computed ----
+
+
+@pytest.mark.parametrize(
+    ("output", "more", "message"),
+    [
+        ("FP32", {"outputs": [{"name": "nope"}]}, "unknown output nope; model m has y"),
+        ("FP16", {}, "output y is FP16, which JSON cannot carry"),
+        ("FP16", {"outputs": [{"name": "y", "parameters": {"binary_data": False}}]}, "which JSON cannot carry"),
+    ],
+)
+def test_an_output_that_cannot_be_given_is_refused_before_it_is_computed(
+    output: str, more: dict[str, Any], message: str
+) -> None:
+    async def story(stage: Served) -> None:
+        (reply,) = stage.post(GOOD | more)
+        assert (reply.status, message in reply.body.decode()) == (400, True)
+        assert stage.sent == []
+
+    on(lambda: Served(make_model(output=output)), story)
+
+
+def test_grpc_too_checks_the_outputs_first() -> None:
+    async def story(stage: Served) -> None:
+        unknown, classified = grpc_request(), grpc_request()
+        unknown.outputs.add(name="nope")
+        classified.outputs.add(name="y").parameters["classification"].int64_param = 1
+        assert "unknown output nope" in await grpc_error(stage, unknown)
+        assert "classification is not supported" in await grpc_error(stage, classified)
+        assert stage.sent == []
+
+    on(plain, story)
+
+
+def test_what_can_never_fit_the_arena_is_not_to_be_tried_again() -> None:
+    async def story(stage: Served) -> None:
+        body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [8, 1], "data": [1.0] * 8}]}
+        assert stage.post(body) == []
+        large = Served(wide_model(), arena_bytes=256)
+        (reply,) = large.post({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 100], "data": [1.0] * 100}]})
+        assert (reply.status, b"retry-after" in reply.head) == (413, False)
+        assert b"send fewer items at once" in reply.body
+
+    on(plain, story)
+
+
+def wide_model() -> Model:
+    model = make_model()
+    model.signature = Signature((TensorSpec("x", "FP32", (100,)),), model.signature.outputs, 8)
+    model.layout = InputLayout(model.signature)
+    return model
+
+
+# ---- pictures ----
+
+
+def picture(side: int = 8) -> bytes:
+    out = io.BytesIO()
+    Image.new("L", (side, side), 255).save(out, "PNG")
+    return out.getvalue()
+
+
+def submit(stage: Served, *elements: bytes) -> tuple[list[Outcome], Callable[[], object]]:
+    outcomes: list[Outcome] = []
+    encoded = Tensor("image", "BYTES", (len(elements), 1), list(elements))
+    return outcomes, stage.service.submit(stage.model, [encoded], None, time.monotonic_ns(), outcomes.append)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  # what it looks at is not told of
+            await asyncio.sleep(0.001)
+
+
+def test_a_request_is_unfinished_while_its_picture_is_decoded() -> None:
+    """So that a reload, and the end of the daemon, wait for it."""
+
+    async def story(stage: Served) -> None:
+        outcomes, _ = submit(stage, picture())
+        assert stage.driver.unfinished(KEY) == 1
+        await until(lambda: bool(stage.sent))
+        assert stage.driver.unfinished(KEY) == 1
+        inputs = np.frombuffer(stage.arena.memory[:4], np.float32)
+        assert inputs[0] == 1.0
+        del inputs
+        stage.finish(0)
+        assert [type(outcome) for outcome in outcomes] == [Answered]
+        assert (stage.driver.unfinished(), stage.arena.used) == (0, 0)
+
+    on(pictures, story)
+
+
+def test_giving_up_tells_those_in_preprocessing_too() -> None:
+    async def story(stage: Served) -> None:
+        outcomes, _ = submit(stage, picture(3000))
+        stage.driver.give_up("good bye")
+        assert [getattr(outcome, "message", "") for outcome in outcomes] == ["good bye"]
+        assert stage.driver.unfinished() == 0
+        await until(lambda: stage.arena.used == 0)
+        assert stage.sent == []
+
+    on(pictures, story)
+
+
+def test_a_client_that_leaves_stops_its_preprocessing_between_pictures() -> None:
+    async def story(stage: Served) -> None:
+        begin = time.monotonic()
+        submit(stage, picture(4000))
+        await until(lambda: bool(stage.sent))
+        one_s = time.monotonic() - begin
+        begin = time.monotonic()
+        outcomes, cancel = submit(stage, *[picture(4000)] * 8)
+        cancel()
+        assert stage.driver.unfinished() == 1, "only the first is left, which runs"
+        await until(lambda: stage.arena.used == 256)
+        assert time.monotonic() - begin < 5 * one_s + 0.5, "nothing like eight times"
+        assert (outcomes, stage.seen.left) == ([], [True])
+
+    on(pictures, story)
+
+
+def test_a_picture_that_is_none_ends_its_request_with_the_reason() -> None:
+    async def story(stage: Served) -> None:
+        outcomes, _ = submit(stage, b"no picture")
+        await until(lambda: bool(outcomes))
+        assert "not a PNG or JPEG image" in getattr(outcomes[0], "message", "")
+        assert (stage.driver.unfinished(), stage.arena.used) == (0, 0)
+
+    on(pictures, story)
+
+
+def test_many_pictures_are_refused_by_their_number_before_they_are_looked_at() -> None:
+    async def story(stage: Served) -> None:
+        data = memoryview(bytes(4 << 20))  # a million empty elements
+        many = Tensor("image", "BYTES", (1,), [data])
+        with pytest.raises(ServeError, match="has more than 1 elements, shape \\[1\\] takes 1"):
+            stage.service.submit(stage.model, [many], None, 0, print)
+
+    on(pictures, story)
+
+
+# ---- garbage ----
+
+
+def grpc_request(shape: tuple[int, ...] = (1, 1)) -> Any:
+    request = service_pb2.ModelInferRequest(model_name="m")
+    request.inputs.add(name="x", datatype="FP32", shape=shape)
+    request.raw_input_contents.append(bytes(4))
+    return request
+
+
+async def grpc_error(stage: Served, request: Any) -> str:
+    """What a stream of one request is told."""
+
+    async def requests() -> AsyncIterator[Any]:
+        yield request
+
+    no_context: Any = None
+    (reply,) = [reply async for reply in stage.grpc.ModelStreamInfer(requests(), no_context)]
+    return str(reply.error_message)
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+        found = gc.collect()
+    finally:
+        gc.enable()
+    assert found < 20, "ten requests, and a cycle or more in each"
+
+
+BAD_SHAPE = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1.0]}]}
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, BAD_SHAPE),
+        (400, []),
+        (400, GOOD | {"outputs": [{"name": "nope"}]}),
+        (429, GOOD | {"parameters": {"slo_ms": 0.0001}}),
+        (501, GOOD | {"parameters": {"sequence_id": 1}}),
+    ],
+)
+def test_refused_http_requests_leave_no_garbage(status: int, body: Any) -> None:
+    async def story(stage: Served) -> None:
+        stage.post(body)  # whatever is made once
+        with no_garbage():
+            for _ in range(10):
+                assert stage.post(body)[0].status == status
+
+    on(plain, story)
+
+
+def test_cut_off_and_cancelled_requests_leave_no_garbage() -> None:
+    async def story(stage: Served) -> None:
+        stage.post(GOOD)
+        with no_garbage():
+            for _ in range(10):
+                cancel = stage.http.begin(Target("m", None), {}, [json.dumps(GOOD).encode()], print)
+                assert cancel is not None
+                cancel()
+            stage.driver.give_up("good bye")
+            for _ in range(10):
+                assert stage.post(GOOD)[0].status == 503
+            del cancel
+
+    on(plain, story)
+
+
+def test_refused_grpc_requests_leave_no_garbage() -> None:
+    async def story(stage: Served) -> None:
+        requests = [grpc_request((1, 2)), grpc_request()]
+        requests[1].parameters["slo_ms"].double_param = 0.0001
+        for request in requests:
+            await grpc_error(stage, request)
+            with no_garbage():
+                for _ in range(10):
+                    assert await grpc_error(stage, request)
+
+    on(plain, story)
