@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from partitioner.latency import Measurement, per_batch
+from partitioner.latency import Measurement, interpolated, per_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class GangTable:
             points = [(gang.batch, gang.latency_ms) for gang in gangs if gang.processes == side_by_side]
             if points:
                 largest = min(batch, max(size for size, _ in points))
-                for size, ms in enumerate(per_batch(points, largest), start=1):
+                for size, ms in enumerate(interpolated(points, largest), start=1):
                     times[size * side_by_side - 1] = min(times[size * side_by_side - 1], ms)
         for index in range(len(times) - 2, -1, -1):
             times[index] = min(times[index], times[index + 1])

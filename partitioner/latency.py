@@ -161,13 +161,18 @@ def per_batch(points: Sequence[tuple[int, float]], max_batch: int) -> list[float
 
     Made monotone: a larger batch is never faster. Units are those of the points.
     """
-    points = sorted(points)
-    if points[0][0] > 1:
-        points = [(1, points[0][1]), *points]
-    times = [_at(points, batch) for batch in range(1, max_batch + 1)]
+    times = interpolated(points, max_batch)
     for index in range(1, len(times)):
         times[index] = max(times[index], times[index - 1])
     return times
+
+
+def interpolated(points: Sequence[tuple[int, float]], max_batch: int) -> list[float]:
+    """The same as it was measured: where a larger batch was faster, it stays so."""
+    points = sorted(points)
+    if points[0][0] > 1:
+        points = [(1, points[0][1]), *points]
+    return [_at(points, batch) for batch in range(1, max_batch + 1)]
 
 
 def _at(points: Sequence[tuple[int, float]], batch: int) -> float:
