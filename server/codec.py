@@ -222,7 +222,7 @@ def _varying(spec: TensorSpec, shape: tuple[int, ...], expected: tuple[int, ...]
     if len(shape) != len(expected) or any(
         not 1 <= dim <= MAX_DIM if want == -1 else dim != want for dim, want in pairs
     ):
-        may_vary = " (-1 may vary)" if -1 in expected else ""
+        may_vary = " (-1: any size from 1 on)" if -1 in expected else ""
         raise invalid(f"input {spec.name} has shape {list(shape)}, expected {list(expected)}{may_vary}")
     return tuple(dim for dim, want in pairs if want == -1)
 
