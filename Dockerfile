@@ -29,7 +29,8 @@ RUN pip install --no-cache-dir '.[torch,demo]' && migserve demo-models --out /mo
 
 FROM ${PYTHON_IMAGE} AS runtime
 # By number, so that Kubernetes can see that it is not root. With a name, since torch asks for one.
-RUN useradd --uid 10001 --user-group --no-log-init --create-home migserve && mkdir /models
+RUN useradd --uid 10001 --user-group --no-log-init --create-home migserve && mkdir /models \
+    && install -d -o 10001 -g 10001 /state
 COPY --from=builder /venv /venv
 ENV PATH=/venv/bin:$PATH \
     MIGSERVE_MODEL_REPOSITORY=/models \
@@ -37,6 +38,7 @@ ENV PATH=/venv/bin:$PATH \
     MIGSERVE_GRPC_ADDRESS=0.0.0.0 \
     MIGSERVE_METRICS_ADDRESS=0.0.0.0 \
     MIGSERVE_LOG_FORMAT=json \
+    MIGSERVE_STATE_DIR=/state \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
 USER 10001:10001

@@ -28,7 +28,9 @@ from partitioner.programme import InfeasibleError
 from partitioner.sharing import Balance, Rules, StaffedSlice
 
 # Shares of the SLO that a batch may take; half of it is the rest of the batch before, waited for in the worst case.
+# Slices of one model take longer to plan and gain less from the choice.
 SLO_SHARES = (0.5, 0.45, 0.55, 0.4, 0.35, 0.3)
+EXCLUSIVE_SHARES = (0.5, 0.45)
 # How often a share of the SLO is tried, each time with one more model on slices of its own.
 ATTEMPTS = 4
 
@@ -97,7 +99,8 @@ class _Search:
         self._demands, self._tables, self._gpu, self._choices = demands, tables, gpu, choices
         self._progress = progress
         self._sizes = [profile.gpcs for profile in slice_profiles(gpu)]
-        self._shares = (choices.slo_share,) if choices.slo_share else SLO_SHARES
+        chosen = EXCLUSIVE_SHARES if choices.exclusive else SLO_SHARES
+        self._shares = (choices.slo_share,) if choices.slo_share else chosen
         self._models = frozenset(demand.model for demand in demands)
         self._found_least: dict[float, Allotment] = {}
         possible = {share: self._capacities(share) for share in self._shares}

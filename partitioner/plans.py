@@ -84,8 +84,8 @@ class Plan:
 
     @property
     def gpcs(self) -> int:
-        """Compute slices in use."""
-        return sum(each.gpcs for gpu in self.gpus for each in gpu)
+        """Compute slices that serve something."""
+        return sum(each.gpcs for each in self.slices if each.models)
 
     @property
     def slices(self) -> list[PlannedSlice]:

@@ -10,12 +10,14 @@ import msgspec
 
 from scheduler.core import SchedulerCore
 from scheduler.messages import AnyCommand, AnyEvent
+from scheduler.policies.named import POLICIES
 
 
 class Header(msgspec.Struct, frozen=True):
     """The first line: how the core was made."""
 
     max_queued: int
+    policy: str
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -52,7 +54,9 @@ def replay(path: Path) -> int:
             header = msgspec.json.decode(next(lines, b""), type=Header)
         except msgspec.MsgspecError as error:
             raise JournalError(f"{path} is not a journal: {error}") from error
-        core = SchedulerCore(header.max_queued)
+        if header.policy not in POLICIES:
+            raise JournalError(f"{path}: there is no policy {header.policy!r}; there are {', '.join(POLICIES)}")
+        core = SchedulerCore(header.max_queued, POLICIES[header.policy])
         count = 0
         for count, entry in enumerate(_entries(path, lines), start=1):
             commands = tuple(core.handle(entry.now_ns, entry.event))

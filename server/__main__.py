@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-# Until the daemon handles it, Ctrl-C just ends the process: no traceback of half an import.
+# While this module is imported Ctrl-C just ends the process, without a traceback of half an import.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -125,11 +125,12 @@ def layout_show(
     gpu: _Gpu = "auto",
     simulation_state: _State = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Draw into this file, .svg or .png.")] = None,
 ) -> None:
     """Draw the GPUs as they are cut now."""
     from server import layout_command as do
 
-    raise typer.Exit(do.show(do.Machine(gpu, simulation_state), as_json=json))
+    raise typer.Exit(do.show(do.Machine(gpu, simulation_state), as_json=json, out=out))
 
 
 @layout_app.command("apply")
@@ -247,7 +248,6 @@ def demo_models(
     """
     from server import demo
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half made is removed
     demo.make_models(out)
 
 
@@ -261,6 +261,8 @@ def replay(journal: Annotated[Path, typer.Argument(help="A file that **serve --j
 
 def main() -> None:
     """Entry point of the `migserve` command."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # an ignored one stays ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what verbs have begun they end or undo
     app()
 
 

@@ -26,6 +26,7 @@ from scheduler.core import SchedulerCore
 from scheduler.driver import Driver
 from scheduler.fleet import Fleet
 from scheduler.journal import Header, JournalWriter
+from scheduler.policies.named import POLICIES
 from scheduler.staff import State
 from server import admin, grpc_api, rest
 from server.app import create_app
@@ -94,10 +95,10 @@ class Daemon:
         self._journal = None
         if settings.journal is not None:
             try:
-                self._journal = JournalWriter(settings.journal, Header(settings.max_queue_size))
+                self._journal = JournalWriter(settings.journal, Header(settings.max_queue_size, settings.policy))
             except OSError as error:
                 raise StartError(f"--journal {settings.journal} cannot be written: {error.strerror}") from error
-        core = SchedulerCore(settings.max_queue_size)
+        core = SchedulerCore(settings.max_queue_size, POLICIES[settings.policy])
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
         self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size)
         self._state_dir = settings.state_dir.expanduser()

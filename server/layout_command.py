@@ -17,7 +17,7 @@ from partitioner.nvml import NvmlDoor
 from partitioner.nvml_errors import NvmlError
 from partitioner.nvml_types import Gpu
 from partitioner.reconfigure import Nobody, Reconfigurer, RefusedChangeError, Result
-from server import picture
+from server import picture, plan_drawing
 from server.gpus import StartError, open_gpus
 
 OK, DIFFERENT, USAGE = 0, 1, 2
@@ -47,14 +47,21 @@ class _UsageError(Exception):
     """The wish cannot be understood. The message says why."""
 
 
-def show(machine: Machine, *, as_json: bool) -> int:
-    """Draws the GPUs, or prints them as JSON."""
+def show(machine: Machine, *, as_json: bool, out: Path | None = None) -> int:
+    """Draws the GPUs in the terminal or into a file, or prints them as JSON."""
     try:
         door = _open(machine)
     except StartError as error:
         return _fail(error, DIFFERENT)
     gpus = door.gpus()
-    if as_json:
+    if out is not None:
+        try:
+            plan_drawing.write_layout(
+                gpus, lambda where: [f"{where.gpcs} GPCs, {where.memory_mib / 1024:.1f} GiB"], out
+            )
+        except (ValueError, OSError) as error:
+            return _fail(f"--out {out}: {error}", USAGE)
+    elif as_json:
         print(json.dumps({"gpus": [_as_data(gpu) for gpu in gpus]}, indent=2))
     else:
         _out.print(picture.layout(gpus, lambda where: [f"{where.gpcs} GPCs, {where.device_uuid}"]))
@@ -221,6 +228,6 @@ def _as_data(gpu: Gpu) -> dict[str, object]:
     }
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: object, code: int) -> int:
     _err.print(str(error), markup=False)
     return code

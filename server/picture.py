@@ -34,7 +34,7 @@ def layout(gpus: Sequence[Gpu], serves: Callable[[Slice], Sequence[str]]) -> Ren
 def _gpu(gpu: Gpu, serves: Callable[[Slice], Sequence[str]]) -> Panel:
     legend: RenderableType = _legend(gpu, serves)
     if not gpu.slices:
-        legend = Text(" MIG is on, but the GPU has no instances: cut it with nvidia-smi mig -cgi ... -C", "red")
+        legend = Text(" MIG is on, but the GPU has no instances: see migserve layout apply", "red")
     title = Text.assemble((f"GPU {gpu.index} ", "bold"), gpu.name)
     return Panel(Group(_bar(gpu), legend), title=title, title_align="left", width=FULL_WIDTH, border_style="dim")
 

@@ -1,61 +1,24 @@
-"""A plan as a picture: SVG or PNG, drawn from the same shapes."""
+"""Plans and layouts as pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from xml.sax.saxutils import escape
 
-from PIL import Image, ImageDraw, ImageFont
-
-from partitioner.geometry import GpuModel
+from partitioner.geometry import GpuModel, Slice
+from partitioner.nvml_types import Gpu
 from partitioner.plans import Plan, PlannedSlice
-
-GRID_PX, ROW_PX, LEFT_PX, TOP_PX, MARGIN_PX = 800, 64, 72, 56, 16
-COLOURS = (
-    "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2",
-    "#edc948", "#9c755f", "#ff9da7", "#d37295", "#a0cbe8", "#bab0ac",
-)  # fmt: skip
-IDLE, INK, PAPER = "#ececec", "#222222", "#ffffff"
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A filled rectangle, in pixels from the upper left."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    colour: str
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """Text from its upper left corner on; not wider than `room` pixels."""
-
-    x: float
-    y: float
-    text: str
-    size: int
-    room: float
+from server.shapes import COLOURS, GRID_PX, IDLE, LEFT_PX, MARGIN_PX, ROW_PX, TOP_PX, Box, Label, Shape, save
 
 
 def write(plan: Plan, gpu: GpuModel, path: Path) -> None:
     """Draws to a file, by its suffix. Raises ValueError for another suffix than .svg and .png, OSError."""
     shapes = list(draw(plan, gpu))
-    width = LEFT_PX + GRID_PX + MARGIN_PX
     height = TOP_PX + ROW_PX * len(plan.gpus) + MARGIN_PX + 20 * (1 + len(_models(plan)) // 5)
-    if path.suffix == ".svg":
-        path.write_text(_svg(shapes, width, height))
-    elif path.suffix == ".png":
-        _png(shapes, width, height).save(path)
-    else:
-        raise ValueError("the name must end in .svg or .png")
+    save(shapes, height, path)
 
 
-def draw(plan: Plan, gpu: GpuModel) -> Iterator[Box | Label]:
+def draw(plan: Plan, gpu: GpuModel) -> Iterator[Shape]:
     """One row of the memory grid a GPU; each slice is divided as its time is, what is free stays grey."""
     models = _models(plan)
     colours = {model: COLOURS[index % len(COLOURS)] for index, model in enumerate(models)}
@@ -73,7 +36,7 @@ def draw(plan: Plan, gpu: GpuModel) -> Iterator[Box | Label]:
         yield Label(x + 18, y + index // 5 * 20, model, 12, GRID_PX / 5 - 18)
 
 
-def _slice(planned: PlannedSlice, gpu: GpuModel, y: float, colours: dict[str, str]) -> Iterator[Box | Label]:
+def _slice(planned: PlannedSlice, gpu: GpuModel, y: float, colours: dict[str, str]) -> Iterator[Shape]:
     cell = GRID_PX / gpu.memory_slices
     size = gpu.profile(planned.mig_profile).placements[0].size
     x, width, height = LEFT_PX + planned.start * cell, size * cell - 4, ROW_PX - 10
@@ -92,34 +55,17 @@ def _models(plan: Plan) -> list[str]:
     return sorted({share.model for each in plan.slices for share in each.models})
 
 
-def _fitted(label: Label) -> str:
-    """As much of the text as there is room for, by a cautious width of its characters."""
-    return label.text[: max(0, int(label.room / (0.58 * label.size)))]
-
-
-def _svg(shapes: list[Box | Label], width: int, height: int) -> str:
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="sans-serif" fill="{INK}">',
-        f'<rect width="{width}" height="{height}" fill="{PAPER}"/>',
-    ]
-    for shape in shapes:
-        if isinstance(shape, Box):
-            place = f'x="{shape.x:.1f}" y="{shape.y:.1f}" width="{shape.width:.1f}" height="{shape.height:.1f}"'
-            lines.append(f'<rect {place} rx="2" fill="{shape.colour}"/>')
-        else:
-            place = f'x="{shape.x:.1f}" y="{shape.y + shape.size:.1f}" font-size="{shape.size}"'
-            lines.append(f"<text {place}>{escape(_fitted(shape))}</text>")
-    return "\n".join([*lines, "</svg>", ""])
-
-
-def _png(shapes: list[Box | Label], width: int, height: int) -> Image.Image:
-    image = Image.new("RGB", (width, height), PAPER)
-    canvas = ImageDraw.Draw(image)
-    for shape in shapes:
-        if isinstance(shape, Box):
-            canvas.rectangle((shape.x, shape.y, shape.x + shape.width, shape.y + shape.height), fill=shape.colour)
-        else:
-            font = ImageFont.load_default(shape.size)
-            canvas.text((shape.x, shape.y), _fitted(shape), fill=INK, font=font)
-    return image
+def write_layout(gpus: Sequence[Gpu], serves: Callable[[Slice], Sequence[str]], path: Path) -> None:
+    """How GPUs are cut, and what each slice serves. Raises ValueError and OSError, as `write`."""
+    shapes: list[Shape] = []
+    for row, gpu in enumerate(gpus):
+        y = MARGIN_PX + row * (ROW_PX + 24)
+        shapes.append(Label(MARGIN_PX, y, f"GPU {gpu.index}: {gpu.name}", 13, LEFT_PX + GRID_PX))
+        shapes.append(Box(LEFT_PX, y + 20, GRID_PX - 4, ROW_PX - 10, IDLE))
+        for index, each in enumerate(gpu.slices):
+            cell = GRID_PX / each.grid
+            x, width = LEFT_PX + each.start * cell, each.size * cell - 4
+            shapes.append(Box(x, y + 20, width, ROW_PX - 10, COLOURS[index % len(COLOURS)]))
+            shapes.append(Label(x + 4, y + 23, each.mig_profile or "whole GPU", 12, width - 6))
+            shapes.append(Label(x + 4, y + 42, ", ".join(serves(each)), 11, width - 6))
+    save(shapes, 2 * MARGIN_PX + len(gpus) * (ROW_PX + 24), path)

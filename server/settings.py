@@ -112,6 +112,12 @@ class Settings(BaseSettings):
         Path("~/.local/state/migserve"), "gpus", "Where a re-cut is recorded while it lasts, and the token is."
     )
 
+    policy: Literal["late", "elsa"] = _setting(
+        "late",
+        "operation",
+        "late: a request waits in its model's queue until a slice is free, which takes what is most urgent. elsa: it "
+        "is bound on arrival to the smallest slice that meets its target, as published.",
+    )
     strict_readiness: bool = _setting(True, "operation", "Ready only if every model is served.")
     drain_delay_secs: float = _setting(1.0, "operation", "On SIGTERM: unready, but serving on, for so long.", ge=0)
     exit_timeout_secs: float = _setting(30.0, "operation", "On SIGTERM: gone after this at the latest.", gt=0)

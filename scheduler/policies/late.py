@@ -85,18 +85,13 @@ class LateBinding:
     # ---- arrivals ----
 
     def choose(self, now_ns: int, query: Query) -> tuple[Worker | None, int]:
-        due_ns = query.request.due_ns
-        idle = self._idle_worker(now_ns, query) if self._pool.idle else None
-        # Where something waits for it, as when a batch has just failed, `take` decides what goes first.
-        worker = idle if idle is not None and self.waiting(idle) is Waiting.NOTHING else None
-        if due_ns is None:
-            return worker, 0
-        if idle is not None:
-            table = idle.tables[query.request.model]
-            if now_ns + table.time_ns(query.request.items) <= due_ns:
-                return worker, 0
-        late_ns = max(self._finish_ns(now_ns, query) - due_ns, 0)
-        return (worker if late_ns else None), late_ns
+        idle, in_time = self._idle_worker(now_ns, query) if self._pool.idle else (None, False)
+        late_ns = 0 if in_time or query.request.due_ns is None else self._late_ns(now_ns, query)
+        if idle is None or self.waiting(idle) is not Waiting.NOTHING:
+            return None, late_ns  # where something waits, as when a batch has just failed, `take` says what is first
+        if not in_time and query.request.due_ns is not None and not late_ns:
+            return None, 0  # a busy slice will still end it in time, this one would not
+        return idle, late_ns
 
     def add(self, now_ns: int, query: Query) -> None:
         queue = self._queue(query.request.model)
@@ -214,40 +209,45 @@ class LateBinding:
         free_ns = min(worker.free_at_ns for worker in workers)
         return max(free_ns - now_ns, 0) + int((queue.timely.items + queue.open.items) / queue.peak_per_ns)
 
-    def _finish_ns(self, now_ns: int, query: Query) -> int:
-        """An optimist's estimate of when a new query ends, so that nothing is refused that could be in time.
+    def _late_ns(self, now_ns: int, query: Query) -> int:
+        """How late a new query would be; an optimist's estimate, so that nothing is refused that could be in time.
 
         What waits before it takes as long as all slices need at their best, or is done as one batch with it
         where that is sooner. Work of other models is not counted: it may well wait longer than this query.
         """
-        model, items = query.request.model, query.request.items
+        model, items, due_ns = query.request.model, query.request.items, query.request.due_ns
+        assert due_ns is not None  # nothing is late without
         queue = self._queue(model)
-        ahead = queue.timely.items
-        drain_ns = int(ahead / queue.peak_per_ns)
-        finish_ns = []
+        together = queue.timely.items + items
+        drain_ns = int(queue.timely.items / queue.peak_per_ns)
+        late_ns: int | None = None
         for worker in self._pool.serving[model]:
             table = worker.tables[model]
             time_ns = drain_ns + table.time_ns(items)
-            if ahead + items <= table.max_batch:
-                time_ns = min(time_ns, table.ns[ahead + items])
-            finish_ns.append(max(worker.free_at_ns, now_ns) + time_ns)
-        return min(finish_ns)
+            if together <= table.max_batch:
+                time_ns = min(time_ns, table.ns[together])
+            own_ns = max(worker.free_at_ns, now_ns) + time_ns - due_ns
+            if own_ns <= 0:
+                return 0
+            if late_ns is None or own_ns < late_ns:
+                late_ns = own_ns
+        assert late_ns is not None  # somebody serves the model
+        return late_ns
 
-    def _idle_worker(self, now_ns: int, query: Query) -> Worker | None:
-        """The smallest idle one that meets the due time, else the fastest; of equal ones the lowest id."""
+    def _idle_worker(self, now_ns: int, query: Query) -> tuple[Worker | None, bool]:
+        """The smallest idle one that meets the due time, and True; else the fastest, the first of equal ones."""
         model, items, due_ns = query.request.model, query.request.items, query.request.due_ns
+        idle = self._pool.idle
         best: Worker | None = None
-        best_key: tuple[int, int, int] | None = None
-        for worker in self._pool.idle.values():
-            table = worker.tables.get(model)
-            if table is None:
-                continue
-            time_ns = table.time_ns(items)
-            in_time = due_ns is not None and now_ns + time_ns <= due_ns
-            key = (0, worker.gpcs, worker.id) if in_time else (1, time_ns, worker.id)
-            if best_key is None or key < best_key:
-                best, best_key = worker, key
-        return best
+        best_ns = 0
+        for worker in self._pool.serving[model]:
+            if worker.id in idle:
+                time_ns = worker.tables[model].time_ns(items)
+                if due_ns is not None and now_ns + time_ns <= due_ns:
+                    return worker, True
+                if best is None or time_ns < best_ns:
+                    best, best_ns = worker, time_ns
+        return best, False
 
     def _queue(self, model: str) -> _Queue:
         queue = self._queues.get(model)

@@ -31,7 +31,7 @@ PLAN = Plan(
 def test_json_is_as_documented() -> None:
     assert json.loads(json.dumps(PLAN.to_json())) == {
         "gpus": 2,
-        "gpcs": 14,
+        "gpcs": 11,
         "layout": [
             [
                 {

@@ -129,7 +129,7 @@ def check_story(
 
 @pytest.mark.parametrize("policy", [Elsa, LateBinding])
 def test_every_request_ends_exactly_once_and_the_journal_repeats(policy: type[Policy]) -> None:
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=120, deadline=None)
     @given(*STORIES)
     def check(steps: list[tuple[object, ...]], depth: int, max_queued: int, refuse_late: bool) -> None:
         check_story(policy, steps, depth, max_queued, refuse_late)

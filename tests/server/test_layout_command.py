@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from PIL import Image
 from typer.testing import CliRunner
 
 from server.__main__ import app
@@ -81,6 +82,18 @@ def test_an_ampere_gpu_whose_mode_waits_for_a_reset_says_so(layout: Run) -> None
     assert done.exit_code == 1
     assert "MIG off is pending (RESET_REQUIRED): the GPU needs a reset: nvidia-smi --gpu-reset -i GPU-" in done.stderr
     assert layout("apply", "0=7g.80gb").exit_code == 0, "wanted on again"
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_a_layout_is_drawn_into_a_file(layout: Run, tmp_path: Path, suffix: str) -> None:
+    picture = tmp_path / f"layout.{suffix}"
+    assert layout("show", "--out", str(picture)).exit_code == 0
+    if suffix == "svg":
+        assert picture.read_text().count(">4g.40gb<") == 2
+    else:
+        with Image.open(picture) as image:
+            assert image.width > 800
+    assert layout("show", "--out", str(tmp_path / "layout.gif")).exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,12 @@
+"""The policies by the names that settings and journals know them by. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from scheduler.domain import Pool
+from scheduler.policies import Policy
+from scheduler.policies.elsa import Elsa
+from scheduler.policies.late import LateBinding
+
+POLICIES: dict[str, Callable[[Pool], Policy]] = {"late": LateBinding, "elsa": Elsa}
