@@ -155,6 +155,8 @@ class InferenceService:
         return cancel
 
     def _preprocessed(self, pending: Pending, offset: int, on_outcome: OnOutcome, job: asyncio.Future[None]) -> None:
+        if job.cancelled():
+            return  # the pool is closed, and a thread may still be writing to the slot
         error = job.exception()
         if error is None:
             self._driver.start(pending, offset)
