@@ -21,7 +21,7 @@ from scheduler.messages import Arrived, BatchDone, Request, Run, Serves, WorkerU
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from scheduler.worker import _Worker
 from server import codec
-from server.infer import _reply
+from server.infer import make_reply
 from server.repository import Model
 from server.service import outputs_of
 from tests.harness import MODELS
@@ -140,7 +140,7 @@ def _encode_reply() -> Part:
             outputs = BatchOutputs(done, outbox)
             for row in range(batch):
                 data = outputs_of(model, Answered(outputs, row, 1), None, False)
-                _reply(*codec.encode_reply("affine", "1", None, data), None)
+                make_reply(*codec.encode_reply("affine", "1", None, data), None)
 
         return _us(encode) / batch if batch == 1 else _us_few(encode) / batch
 

@@ -24,7 +24,7 @@ class StoppedError(RuntimeError):
 
 
 class Job:
-    """One request's preprocessing. When `future` is done no thread writes to its target any more."""
+    """One request's preprocessing. When `future` has a result no thread writes to its target any more."""
 
     __slots__ = ("future", "stopped")
 
@@ -62,9 +62,10 @@ class PreprocessPool:
         return job
 
     def close(self) -> None:
-        """Ends all jobs; waits for none of them."""
+        """Ends all jobs and waits for none: their futures are cancelled, though a thread may be at its last element."""
         for job in self._jobs:
             job.stop()
+            job.future.cancel()
         self._executor.shutdown(wait=False)
 
 

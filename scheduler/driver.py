@@ -334,7 +334,7 @@ class Driver:
         for pending in running.requests:
             pending.running = False
             if pending.ended:
-                self._free(pending)
+                self._arena.free(pending.offset)
             else:
                 arrivals_ns.append(pending.arrival_ns)
         return arrivals_ns
@@ -343,16 +343,12 @@ class Driver:
         """The request has ended. A slot that a worker may be reading is freed when its batch ends."""
         pending.ended = True
         del self._pending[pending.request.id]
-        if not pending.running:
-            self._free(pending)
+        if not pending.running and pending.offset != NO_SLOT:
+            self._arena.free(pending.offset)
         model = pending.request.model
         self._unfinished[model] -= 1
         if self._idle:
             self._tell_idle(model)
-
-    def _free(self, pending: Pending) -> None:
-        if pending.offset != NO_SLOT:
-            self._arena.free(pending.offset)
 
     def _tell_idle(self, model: str) -> None:
         if not self._unfinished[model] and model in self._idle:

@@ -25,8 +25,8 @@ Pieces = list[memoryview]
 
 # Of one varying axis. Whatever is larger makes no sense, and its digits would fill logs.
 MAX_DIM = 2**31 - 1
-# JSON numbers are rarely longer, so data that are not much longer than that are decoded without counting first.
-USUAL_CHARS = 32
+# From so much JSON on, values are counted before they are decoded.
+COUNT_FROM_BYTES = 64 * 1024
 
 # How struct writes each datatype, and what JSON value it takes.
 _STRUCT_CODES = {
@@ -96,6 +96,8 @@ def decode_request(chunks: Sequence[bytes], header_length: int | None) -> Decode
     tensors, end = [], header_length
     for entry in request.inputs:
         tensor, end = _tensor(entry, chunks, end, size)
+        if header_length > COUNT_FROM_BYTES and isinstance(tensor.data, msgspec.Raw):
+            _check_commas(tensor.data, tensor.name, tensor.shape)
         tensors.append(tensor)
     if end != size:
         raise invalid(f"unexpected additional input data: the inputs end at byte {end}, the body has {size}")
@@ -127,6 +129,16 @@ def _tensor(entry: wire.InferInput, chunks: Sequence[bytes], begin: int, size: i
             f"unexpected size for input {entry.name}: {nbytes} bytes are announced, {size - begin} are in the body"
         )
     return Tensor(entry.name, entry.datatype, entry.shape, _pieces(chunks, begin, end)), end
+
+
+def _check_commas(raw: msgspec.Raw, name: str, shape: tuple[int, ...]) -> None:
+    """Refuses many values for a small shape before they are decoded, which takes 50 ns and 50 bytes each.
+
+    That the shape is one that the model takes is checked before, too.
+    """
+    separated = 1 + bytes(raw).count(b",")
+    if separated > max(math.prod(shape), 1):
+        raise invalid(f"input {name} has {separated} values in data, shape {list(shape)} takes {math.prod(shape)}")
 
 
 def _pieces(chunks: Sequence[bytes], begin: int, end: int) -> Pieces:
@@ -210,7 +222,7 @@ def _varying(spec: TensorSpec, shape: tuple[int, ...], expected: tuple[int, ...]
     if len(shape) != len(expected) or any(
         not 1 <= dim <= MAX_DIM if want == -1 else dim != want for dim, want in pairs
     ):
-        may_vary = " (-1 may vary)" if -1 in expected else ""
+        may_vary = " (-1: any size from 1 on)" if -1 in expected else ""
         raise invalid(f"input {spec.name} has shape {list(shape)}, expected {list(expected)}{may_vary}")
     return tuple(dim for dim, want in pairs if want == -1)
 
@@ -244,8 +256,6 @@ def _write_json(raw: msgspec.Raw, spec: TensorSpec, shape: tuple[int, ...], targ
     if spec.datatype not in _STRUCT_CODES:
         raise invalid(f"input {spec.name}: {spec.datatype} cannot be sent as JSON; use the binary tensor extension")
     count = math.prod(shape)
-    if memoryview(raw).nbytes > USUAL_CHARS * max(count, 1):
-        _check_commas(raw, spec.name, shape)
     values = _json_values(raw, spec.name, _STRUCT_CODES[spec.datatype][1], shape)
     if len(values) != count:
         raise invalid(f"input {spec.name} has {len(values)} values in data, shape {list(shape)} takes {count}")
@@ -253,13 +263,6 @@ def _write_json(raw: msgspec.Raw, spec: TensorSpec, shape: tuple[int, ...], targ
         _packer(spec.datatype, count).pack_into(target, 0, *values)
     except (struct.error, OverflowError) as error:
         raise invalid(f"input {spec.name}: a value does not fit {spec.datatype}: {error}") from None
-
-
-def _check_commas(raw: msgspec.Raw, name: str, shape: tuple[int, ...]) -> None:
-    """Refuses many values for a small shape before they are decoded, which takes 50 ns and 50 bytes each."""
-    separated = 1 + bytes(raw).count(b",")
-    if separated > max(math.prod(shape), 1):
-        raise invalid(f"input {name} has {separated} values in data, shape {list(shape)} takes {math.prod(shape)}")
 
 
 def _json_values(raw: msgspec.Raw, name: str, kind: type, shape: tuple[int, ...]) -> list[Any]:
@@ -315,7 +318,6 @@ def byte_elements(tensor: Tensor) -> list[bytes]:
     data = tensor.data
     count = math.prod(tensor.shape)
     if isinstance(data, msgspec.Raw):
-        _check_commas(data, tensor.name, tensor.shape)
         texts = _json_values(data, tensor.name, str, tensor.shape)
         try:
             elements = [base64.b64decode(text, validate=True) for text in texts]

@@ -151,7 +151,7 @@ class InferRoute:
         try:
             outputs = outputs_of(model, outcome, request.outputs, request.binary_default)
             parts, header_length = codec.encode_reply(model.name, str(model.version), request.id, outputs)
-            return _answer(parts, header_length, headers.get(b"accept-encoding"))
+            return make_reply(parts, header_length, headers.get(b"accept-encoding"))
         except Exception as error:
             return self._failure(model, error)
 
@@ -239,7 +239,8 @@ def _raw(model: Model, chunks: list[bytes], *, binary_outputs: bool) -> DecodedR
     return DecodedRequest([tensor], None, binary_outputs, None, None)
 
 
-def _answer(parts: list[bytes | memoryview], header_length: int | None, accept: bytes | None) -> Reply:
+def make_reply(parts: list[bytes | memoryview], header_length: int | None, accept: bytes | None) -> Reply:
+    """A 200 of these parts, compressed where `accept`, an Accept-Encoding header, allows it and it pays."""
     body = b"".join(parts) if len(parts) > 1 else bytes(parts[0])
     head = _JSON if header_length is None else _BINARY % header_length
     if accept is not None and len(body) >= COMPRESS_FROM_BYTES:

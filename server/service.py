@@ -155,6 +155,8 @@ class InferenceService:
         return cancel
 
     def _preprocessed(self, pending: Pending, offset: int, on_outcome: OnOutcome, job: asyncio.Future[None]) -> None:
+        if job.cancelled():
+            return  # the pool is closed, and a thread may still be writing to the slot
         error = job.exception()
         if error is None:
             self._driver.start(pending, offset)
@@ -192,19 +194,22 @@ def check_outputs(model: Model, choice: list[OutputChoice] | None, binary: bool)
     if choice is None:
         if not binary:
             for spec in specs:
-                _check_json(spec)
+                if spec.datatype in _NOT_IN_JSON:
+                    raise _not_in_json(spec)
         return
     by_name = {spec.name: spec for spec in specs}
     for each in choice:
         if each.name not in by_name:
             raise invalid(f"unknown output {each.name[:100]}; model {model.name} has {', '.join(by_name)}")
-        if not each.binary:
-            _check_json(by_name[each.name])
+        if not each.binary and by_name[each.name].datatype in _NOT_IN_JSON:
+            raise _not_in_json(by_name[each.name])
 
 
-def _check_json(spec: TensorSpec) -> None:
-    if spec.datatype in ("FP16", "BF16"):
-        raise invalid(f"output {spec.name} is {spec.datatype}, which JSON cannot carry; ask for it as binary data")
+_NOT_IN_JSON = ("FP16", "BF16")
+
+
+def _not_in_json(spec: TensorSpec) -> ServeError:
+    return invalid(f"output {spec.name} is {spec.datatype}, which JSON cannot carry; ask for it as binary data")
 
 
 def outputs_of(model: Model, answered: Answered, choice: list[OutputChoice] | None, binary: bool) -> list[OutputData]:

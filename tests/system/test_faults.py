@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import repositories
 from tests.clients import http_binary
@@ -366,6 +369,29 @@ def test_exit_timeout_is_kept(delay_s: str, tmp_path: Path) -> None:
         thread.join()
         assert daemon.wait() == 1
         assert time.monotonic() - begin < 8
+
+
+def test_pictures_under_way_are_waited_for_and_cut_off_in_time(tmp_path: Path) -> None:
+    pipeline = "preprocess: {input: image, output: x, image: {mode: L, size: [8, 8]}}\n"
+    config = repositories.emulated(tmp_path / "model", 1, max_batch=64, serving=pipeline) / "config.pbtxt"
+    config.write_text(config.read_text().replace("dims: [16]", "dims: [1, 8, 8]"))
+    out = io.BytesIO()
+    Image.new("L", (3500, 3500)).save(out, "PNG", compress_level=1)
+    encoded = base64.b64encode(out.getvalue()).decode()
+    pictures = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [64], "data": [encoded] * 64}]}
+    flags = ("--model-repository", str(tmp_path), "--layout", "7g.80gb", "--drain-delay-secs", "0")
+    with running(*flags, "--exit-timeout-secs", "0.5") as daemon:
+        answers: list[Any] = []
+        thread = threading.Thread(target=lambda: answers.append(post(daemon.http, "model", pictures)))
+        thread.start()
+        until(lambda: metric(daemon, "nv_inference_pending_request_count", model="model") == 1, "they are decoded")
+        daemon.terminate()
+        daemon.wait_for("draining", unfinished=1)
+        thread.join()
+        assert daemon.wait() == 1, "what was cut off shows in the exit code"
+    status, _, body = answers[0]
+    assert (status, body["error"]) == (503, "the server is shutting down")
+    assert "Traceback" not in "".join(daemon.text)
 
 
 def test_sigterm_while_starting_ends_it(demo_models: None) -> None:
