@@ -37,7 +37,6 @@ ONES = "+".join(["1g.10gb"] * 7)
 FIXED = [
     ONES,
     "2g.20gb+2g.20gb+2g.20gb+1g.10gb",
-    "3g.40gb+3g.40gb",
     "4g.40gb+3g.40gb",
     "7g.80gb",
     "4g.40gb+1g.10gb+1g.10gb+1g.10gb",
