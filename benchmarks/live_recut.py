@@ -20,6 +20,7 @@ import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,11 @@ from rich.progress import Progress
 from rich.table import Table
 from tritonclient.utils import InferenceServerException
 
+from partitioner.catalog import GPU_MODELS
+from partitioner.cuts import cuts
+from partitioner.latency import per_batch, shipped
+from scheduler.simulator import EXACT, SimSlice, simulate
+from scheduler.workload import Arrival
 from tests.harness import RunningDaemon, running
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,6 +45,7 @@ FIXED = [
     "2g.20gb+2g.20gb+2g.20gb+1g.10gb",
     "4g.40gb+3g.40gb",
     "7g.80gb",
+    "1g.10gb+1g.10gb+1g.10gb+1g.10gb+3g.40gb",
     "4g.40gb+1g.10gb+1g.10gb+1g.10gb",
     f"{ONES} / 4g.40gb+3g.40gb",
 ]
@@ -189,6 +196,22 @@ def repository(folder: Path) -> Path:
     return folder
 
 
+def screen(queries: Sequence[tuple[float, int, int]]) -> list[tuple[float, str]]:
+    """Share within the SLO of every pair of maximal layouts, best first: simulated, by the daemon's own core."""
+    gpu, table = GPU_MODELS["A100-80GB"], shipped("bert")
+    sent = [Arrival(int(at_s * 1e9), "bert", items) for at_s, _, items in queries]
+    found = []
+    for pair in combinations_with_replacement(cuts(gpu), 2):
+        sizes = [placed.profile.gpcs for layout in pair for placed in layout]
+        slices = [
+            SimSlice(str(index), gpcs, {"bert": per_batch(table.points(gpcs), 64)}) for index, gpcs in enumerate(sizes)
+        ]
+        report = simulate(slices, sent, slo_ms={"bert": SLO_MS}, noise=EXACT).models["bert"]
+        names = " / ".join("+".join(placed.profile.name for placed in layout) for layout in pair)
+        found.append((report.within_slo, names))
+    return sorted(found, reverse=True)
+
+
 # ---- what is shown ----
 
 
@@ -253,7 +276,7 @@ def picture(runs: Sequence[Run], plan: Sequence[Phase], path: Path) -> None:
     figure.savefig(path)
 
 
-def report(runs: Sequence[Run], plan: Sequence[Phase]) -> str:
+def report(runs: Sequence[Run], plan: Sequence[Phase], screened: Sequence[tuple[float, str]]) -> str:
     console = Console(width=118, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(runs, plan))
     recuts = [f"- {at:.1f} s: {short(layouts)}" for each in runs for at, layouts in each.recuts]
@@ -274,6 +297,10 @@ def report(runs: Sequence[Run], plan: Sequence[Phase]) -> str:
             "",
             *recuts,
             "",
+            f"Of all {len(screened)} fixed layouts of the two GPUs, simulated with exact timing, the best ones:",
+            "",
+            *(f"- {share:.1%}: {short(layouts)}" for share, layouts in screened[:5]),
+            "",
             "![share within the SLO over time](live_recut.svg)",
             "",
         ]
@@ -286,6 +313,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=["auto", "fixed"], help="leave out the others")
     parser.add_argument("--write", action="store_true", help="into benchmarks/results")
+    parser.add_argument("--layouts", nargs="*", default=FIXED, help="the fixed ones")
     chosen = parser.parse_args()
     plan = phases(chosen.seconds)
     queries = arrivals(plan, chosen.seed)
@@ -295,11 +323,11 @@ def main() -> None:
         if chosen.only != "fixed":
             runs.append(run("follows the traffic", ("--layout", ONES, *FOLLOW.split()), models, queries, bar))
         if chosen.only != "auto":
-            runs += [run(each, ("--layout", each.split(" / ")[0]), models, queries, bar) for each in FIXED]
+            runs += [run(each, ("--layout", each.split(" / ")[0]), models, queries, bar) for each in chosen.layouts]
     Console().print(table(runs, plan))
     if chosen.write:
         picture(runs, plan, RESULTS / "live_recut.svg")
-        (RESULTS / "live_recut.md").write_text(report(runs, plan))
+        (RESULTS / "live_recut.md").write_text(report(runs, plan, screen(queries)))
 
 
 if __name__ == "__main__":
