@@ -89,6 +89,7 @@ class Daemon:
             workers_per_slice=settings.workers_per_slice,
             threads_per_worker=settings.threads_per_worker,
             batch_timeout_s=settings.batch_timeout_secs,
+            load_timeout_s=settings.load_timeout_secs,
         )
         self._door = open_gpus(settings.gpu, settings.layout, settings.simulation_state, self.fleet.pids)
         self.metrics = Metrics()
