@@ -103,6 +103,8 @@ def make_broken(root: Path, good: Path) -> None:
     shutil.copy(good, broken("config", config_pbtxt="max_batch_size: many") / "1")
     shutil.copy(good, broken("batch", config_pbtxt="max_batch_size: 1000") / "1")
     shutil.copy(good, broken("names", config_pbtxt='input { name: "x" data_type: TYPE_INT8 dims: [3] }') / "1")
+    nine = """input { name: "x" data_type: TYPE_FP32 dims: [9] }"""
+    shutil.copy(good, broken("dims", config_pbtxt=nine) / "1")
     shutil.copy(good, broken("yaml", serving_yaml="slo_ms: fast") / "1")
     shutil.copy(good, broken("keys", serving_yaml="slo: 5") / "1")
     shutil.copy(good, broken("slices", serving_yaml="mig_profiles: [9g.90gb]") / "1")
@@ -134,7 +136,8 @@ REASONS = {
     "batch": "sets max_batch_size 1000, the model was exported for 64",
     "names": "declares input x as INT8 [3], the model has FP32 [3]",
     "yaml": "slo_ms: Input should be a valid number",
-    "keys": "slo: Extra inputs are not permitted",
+    "keys": "unknown key slo; did you mean slo_ms?",
+    "dims": "declares input x as FP32 [9], the model has FP32 [3]",
     "slices": "no slice has one of the MIG profiles 9g.90gb",
     "pipeline": "preprocess.image makes FP32 [3, 8, 8], input x is FP32 [3]",
     "table": "No such file",
