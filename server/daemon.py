@@ -270,7 +270,15 @@ class Daemon:
         if settings.allow_admin:
             await self._open_admin()
         if settings.allow_grpc:
-            servicer = grpc_api.InferenceServicer(self.repository, self.service, self.metrics, self, NAME, self.version)
+            servicer = grpc_api.InferenceServicer(
+                self.repository,
+                self.service,
+                self.metrics,
+                self,
+                NAME,
+                self.version,
+                log_requests=settings.log_verbose > 0,
+            )
             self._grpc = grpc_api.create_server(servicer, self, settings.http_max_input_size)
             # Tried before, since gRPC complains in lines of its own.
             _listen("grpc", settings.grpc_address, settings.grpc_port).close()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from structlog.testing import capture_logs
 from tritonclient.grpc import service_pb2
 
 from preprocess.pipeline import ImageSteps, PipelineFile
@@ -22,7 +23,7 @@ from scheduler.channel import ModelSource
 from scheduler.driver import Answered
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from server.codec import Tensor
-from server.errors import ServeError
+from server.errors import Fault, ServeError
 from server.grpc_api import InferenceServicer
 from server.http_protocol import Reply
 from server.infer import InferRoute, Target
@@ -58,7 +59,12 @@ class OneModel:
         self._model = model
 
     def get(self, name: str, version: str | None = None) -> Model:
+        if name != self._model.name:
+            raise ServeError(Fault.NOT_FOUND, f"unknown model {name!r}")
         return self._model
+
+    def servers(self, model: Model) -> list[str]:
+        return ["somebody"]
 
 
 class Served(Stage):
@@ -71,13 +77,15 @@ class Served(Stage):
         self.service = InferenceService(self.driver, self.arena, self.pool)
         repository: Any = OneModel(model)
         no_app: Any = None
-        self.http = InferRoute(no_app, repository, self.service, Metrics(), max_body_bytes=1 << 30, read_timeout_s=1)
-        self.grpc = InferenceServicer(repository, self.service, Metrics(), no_app, "n", "v")
+        limits = {"max_body_bytes": 1 << 30, "read_timeout_s": 1, "log_requests": True}
+        self.http = InferRoute(no_app, repository, self.service, Metrics(), **limits)
+        self.grpc = InferenceServicer(repository, self.service, Metrics(), no_app, "n", "v", log_requests=True)
 
-    def post(self, body: dict[str, Any] | list[Any]) -> list[Reply]:
+    def post(self, body: dict[str, Any] | list[Any] | bytes, model: str = "m") -> list[Reply]:
         """The replies so far to one HTTP request."""
         replies: list[Reply] = []
-        self.http.begin(Target("m", None), {}, [json.dumps(body).encode()], replies.append)
+        text = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.http.begin(Target(model, None), {}, [text], replies.append)
         return replies
 
 
@@ -178,6 +186,78 @@ def wide_model() -> Model:
     model.signature = Signature((TensorSpec("x", "FP32", (100,)),), model.signature.outputs, 8)
     model.layout = InputLayout(model.signature)
     return model
+
+
+def test_a_refusal_names_the_limit_its_source_and_the_estimate() -> None:
+    async def story(stage: Served) -> None:
+        # The table says 1 us.
+        (reply,) = stage.post(GOOD | {"parameters": {"slo_ms": 0.0001}})
+        assert reply.status == 429
+        assert b"slo_ms of the request is 0.0001 ms, the estimate is 0." in reply.body
+        stage.model.serving = ServingFile(slo_ms=0.0002)
+        (reply,) = stage.post(GOOD)
+        assert b"slo_ms in the model's serving.yaml is 0.0002 ms, the estimate is 0." in reply.body
+        assert stage.post(GOOD | {"parameters": {"deadline_ms": 5000}}) == [], "it replaces the model's"
+        assert len(stage.sent) == 1
+
+    on(plain, story)
+
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is empty; expected JSON such as"),
+        (PNG, "the body is a PNG image; only a model with `preprocess` in its serving.yaml takes images"),
+        (b"\xff\xd8\xff\xe0 and so on", "the body is a JPEG image"),
+    ],
+)
+def test_a_body_that_is_no_json_is_called_what_it_is(body: bytes, message: str) -> None:
+    async def story(stage: Served) -> None:
+        (reply,) = stage.post(body)
+        assert (reply.status, message in reply.body.decode()) == (400, True)
+
+    on(plain, story)
+
+
+def test_every_request_has_a_line_in_the_log() -> None:
+    async def story(stage: Served) -> None:
+        bad = GOOD | {"id": "b", "outputs": [{"name": "nope"}]}
+        unknown = grpc_request()
+        unknown.model_name = unknown.id = "nope"
+        with capture_logs() as lines:
+            stage.post(GOOD | {"id": "a"})
+            stage.finish(0)
+            stage.post(bad)
+            stage.post(b"", "nope")
+            await grpc_error(stage, unknown)
+            stream = asyncio.create_task(grpc_error(stage, grpc_request()))
+            await until(lambda: len(stage.sent) == 2)
+            stage.finish(1)
+            await stream
+        assert all(line.pop("ms") >= 0 and line["event"] == "infer" for line in lines)
+        keys = ("protocol", "model", "version", "id", "status", "error")
+        assert [tuple(line.get(key) for key in keys) for line in lines] == [
+            ("http", "m", 1, "a", 200, None),
+            ("http", "m", 1, "b", 400, "unknown output nope; model m has y"),
+            ("http", "nope", None, "", 404, "unknown model 'nope'"),
+            ("grpc", "nope", None, "nope", "NOT_FOUND", "unknown model 'nope'"),
+            ("grpc", "m", 1, "", "OK", None),
+        ]
+
+    on(plain, story)
+
+
+@pytest.mark.parametrize(("name", "ready"), [("m", True), ("nope", False)])
+def test_grpc_says_of_a_model_that_there_is_not_that_it_is_not_ready(name: str, ready: bool) -> None:
+    async def story(stage: Served) -> None:
+        no_context: Any = None
+        reply = await stage.grpc.ModelReady(service_pb2.ModelReadyRequest(name=name), no_context)
+        assert reply.ready is ready
+
+    on(plain, story)
 
 
 # ---- pictures ----
