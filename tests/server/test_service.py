@@ -1,14 +1,11 @@
-"""Requests between the protocols and the driver: told once, counted from acceptance on, and no garbage left."""
+"""Requests between the protocols and the driver: told once, and counted from acceptance on."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import io
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,95 +14,15 @@ from PIL import Image
 from structlog.testing import capture_logs
 from tritonclient.grpc import service_pb2
 
-from preprocess.pipeline import ImageSteps, PipelineFile
-from preprocess.pool import PreprocessPool
-from scheduler.channel import ModelSource
 from scheduler.driver import Answered
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from server.codec import Tensor
-from server.errors import Fault, ServeError
-from server.grpc_api import InferenceServicer
-from server.http_protocol import Reply
-from server.infer import InferRoute, Target
-from server.metrics import Metrics
+from server.errors import ServeError
 from server.model_files import ServingFile
-from server.repository import Model, ModelState
-from server.service import InferenceService, Outcome
-from tests.stage import KEY, Stage
-
-PIPELINE = PipelineFile(input="image", output="x", image=ImageSteps(mode="L", size=(1, 1)))
-PLAIN = TensorSpec("x", "FP32", (1,))
-GOOD: dict[str, Any] = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1.0]}]}
-
-
-def make_model(*, pictures: bool = False, output: str = "FP32") -> Model:
-    spec = TensorSpec("x", "FP32", (1, 1, 1)) if pictures else PLAIN
-    signature = Signature((spec,), (TensorSpec("y", output, (1,)),), 8)
-    return Model(
-        "m",
-        1,
-        source=ModelSource(KEY, "m", 1, "emulated", ""),
-        serving=ServingFile(preprocess=PIPELINE) if pictures else ServingFile(),
-        state=ModelState.READY,
-        signature=signature,
-        layout=InputLayout(signature),
-    )
-
-
-class OneModel:
-    """A repository of one model."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-
-    def get(self, name: str, version: str | None = None) -> Model:
-        if name != self._model.name:
-            raise ServeError(Fault.NOT_FOUND, f"unknown model {name!r}")
-        return self._model
-
-    def servers(self, model: Model) -> list[str]:
-        return ["somebody"]
-
-
-class Served(Stage):
-    """A stage with all that stands before the driver."""
-
-    def __init__(self, model: Model, arena_bytes: int = 1 << 16) -> None:
-        super().__init__(arena_bytes)
-        self.model = model
-        self.pool = PreprocessPool(1)
-        self.service = InferenceService(self.driver, self.arena, self.pool)
-        repository: Any = OneModel(model)
-        no_app: Any = None
-        limits = {"max_body_bytes": 1 << 30, "read_timeout_s": 1, "log_requests": True}
-        self.http = InferRoute(no_app, repository, self.service, Metrics(), **limits)
-        self.grpc = InferenceServicer(repository, self.service, Metrics(), no_app, "n", "v", log_requests=True)
-
-    def post(self, body: dict[str, Any] | list[Any] | bytes, model: str = "m") -> list[Reply]:
-        """The replies so far to one HTTP request."""
-        replies: list[Reply] = []
-        text = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.http.begin(Target(model, None), {}, [text], replies.append)
-        return replies
-
-
-def on(served: Callable[[], Served], story: Callable[[Served], Awaitable[None]]) -> None:
-    async def run() -> None:
-        stage = served()
-        try:
-            await story(stage)
-        finally:
-            stage.pool.close()
-
-    asyncio.run(run())
-
-
-def plain() -> Served:
-    return Served(make_model())
-
-
-def pictures() -> Served:
-    return Served(make_model(pictures=True))
+from server.repository import Model
+from server.service import Outcome
+from tests.served import GOOD, Served, grpc_error, grpc_request, make_model, on, pictures, plain, until
+from tests.stage import KEY
 
 
 def tensor() -> Tensor:
@@ -275,12 +192,6 @@ def submit(stage: Served, *elements: bytes) -> tuple[list[Outcome], Callable[[],
     return outcomes, stage.service.submit(stage.model, [encoded], None, time.monotonic_ns(), outcomes.append)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  # what it looks at is not told of
-            await asyncio.sleep(0.001)
-
-
 def test_a_request_is_unfinished_while_its_picture_is_decoded() -> None:
     """So that a reload, and the end of the daemon, wait for it."""
 
@@ -346,88 +257,3 @@ def test_many_pictures_are_refused_by_their_number_before_they_are_looked_at() -
             stage.service.submit(stage.model, [many], None, 0, print)
 
     on(pictures, story)
-
-
-# ---- garbage ----
-
-
-def grpc_request(shape: tuple[int, ...] = (1, 1)) -> Any:
-    request = service_pb2.ModelInferRequest(model_name="m")
-    request.inputs.add(name="x", datatype="FP32", shape=shape)
-    request.raw_input_contents.append(bytes(4))
-    return request
-
-
-async def grpc_error(stage: Served, request: Any) -> str:
-    """What a stream of one request is told."""
-
-    async def requests() -> AsyncIterator[Any]:
-        yield request
-
-    no_context: Any = None
-    (reply,) = [reply async for reply in stage.grpc.ModelStreamInfer(requests(), no_context)]
-    return str(reply.error_message)
-
-
-@contextmanager
-def no_garbage() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-        found = gc.collect()
-    finally:
-        gc.enable()
-    assert found < 20, "ten requests, and a cycle or more in each"
-
-
-BAD_SHAPE = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1.0]}]}
-
-
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [
-        (400, BAD_SHAPE),
-        (400, []),
-        (400, GOOD | {"outputs": [{"name": "nope"}]}),
-        (429, GOOD | {"parameters": {"slo_ms": 0.0001}}),
-        (501, GOOD | {"parameters": {"sequence_id": 1}}),
-    ],
-)
-def test_refused_http_requests_leave_no_garbage(status: int, body: Any) -> None:
-    async def story(stage: Served) -> None:
-        stage.post(body)  # whatever is made once
-        with no_garbage():
-            for _ in range(10):
-                assert stage.post(body)[0].status == status
-
-    on(plain, story)
-
-
-def test_cut_off_and_cancelled_requests_leave_no_garbage() -> None:
-    async def story(stage: Served) -> None:
-        stage.post(GOOD)
-        with no_garbage():
-            for _ in range(10):
-                cancel = stage.http.begin(Target("m", None), {}, [json.dumps(GOOD).encode()], print)
-                assert cancel is not None
-                cancel()
-            stage.driver.give_up("good bye")
-            for _ in range(10):
-                assert stage.post(GOOD)[0].status == 503
-            del cancel
-
-    on(plain, story)
-
-
-def test_refused_grpc_requests_leave_no_garbage() -> None:
-    async def story(stage: Served) -> None:
-        requests = [grpc_request((1, 2)), grpc_request()]
-        requests[1].parameters["slo_ms"].double_param = 0.0001
-        for request in requests:
-            await grpc_error(stage, request)
-            with no_garbage():
-                for _ in range(10):
-                    assert await grpc_error(stage, request)
-
-    on(plain, story)
