@@ -191,8 +191,8 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
             self._metrics.failed(model.id if model else None, reply.reason)
         if self._log_requests:
             status = reply.fault.grpc.name if failed else "OK"
-            error = reply.message if failed else ""
-            log_request("grpc", request.model_name, model, request.id, arrival_ns, status, error)
+            sentence = reply.message if failed else ""
+            log_request("grpc", request.model_name, model, request.id, arrival_ns, status, sentence)
         return reply
 
     async def _infer_on(self, model: Model, request: Any, client_seconds: float | None, arrival_ns: int) -> Any:

@@ -81,7 +81,7 @@ class InferRoute:
         try:
             chunks = await self._read_body(headers, receive)
         except ServeError as error:
-            reply = self._failed(None, error)
+            reply = self._refused(target, error)
         else:
             if chunks is None:
                 return  # the client has gone
@@ -178,9 +178,13 @@ class InferRoute:
         self._metrics.failed(model.id if model else None, error.reason)
         return _error(error)
 
-    def refuse(self, bytes_announced: int | None) -> Reply:
+    def refuse(self, target: Target, bytes_announced: int | None) -> Reply:
         """For a body that is too long, or, with None, too slow."""
-        return self._failed(None, self._too_slow() if bytes_announced is None else self._too_long())
+        return self._refused(target, self._too_slow() if bytes_announced is None else self._too_long())
+
+    def _refused(self, target: Target, error: ServeError) -> Reply:
+        """Before there is a request to answer."""
+        return self._logged(target, None, None, now_ns(), self._failed(None, error))
 
     def _too_long(self) -> ServeError:
         return ServeError(Fault.TOO_LARGE, f"the body is longer than {self.max_body_bytes} bytes")

@@ -274,6 +274,24 @@ def test_a_broken_model_is_not_served_and_says_why(name: str, models: RunningDae
     assert REASONS[name] in again.error
 
 
+def test_the_log_has_one_line_for_each_broken_model_and_none_of_torchs(models: RunningDaemon) -> None:
+    models.wait_for("serving")
+    foreign = [line for line in models.text if not line.startswith("{")]
+    assert foreign == []
+    for name, reason in REASONS.items():
+        assert reason in models.events("model not loaded", model=f"broken_{name}")[0]["reason"]
+
+
+def test_the_log_has_the_traceback_of_a_failing_model_once(models: RunningDaemon) -> None:
+    fails = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [repositories.RAISES]}]}
+    for _ in range(3):
+        assert infer(models.http, "script", fails).status == 500
+    models.wait_for("model failed", count=3, model="script", version="1")
+    lines = models.events("model failed", model="script", version="1")
+    assert ["full" in line for line in lines] == [True, False, False]
+    assert all("no such item" in line["detail"] for line in lines)
+
+
 def test_the_index_can_be_of_ready_models_only(models: RunningDaemon) -> None:
     index = request(models.http, "POST", "/v2/repository/index", b'{"ready": true}').json
     assert {entry["state"] for entry in index} == {"READY"}
