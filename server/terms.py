@@ -22,7 +22,8 @@ _KNOWN = frozenset([*_OURS.values(), "binary_data_output", "sequence_id", "seque
 _UNITS = ("ms", "msec", "msecs", "millis", "us", "usec", "micros", "s", "sec", "secs", "seconds")
 # So alike is a slip of the fingers: timout, prioritty. What is less so may be somebody's own.
 ALIKE = 0.87
-# Nobody sends more by hand, and comparing takes time.
+# Longer names are none of ours, and more of them nobody sends by hand: comparing takes time.
+NAME_CHARS = 32
 LOOKED_AT = 32
 
 OF_REQUEST_SLO = "slo_ms of the request"
@@ -85,7 +86,7 @@ def _check_names(parameters: dict[str, Any]) -> None:
         return
     for name in parameters:
         if name.startswith("triton_") and name != "triton_enable_empty_final_response":
-            raise invalid(f"parameter {name} is reserved")
+            raise invalid(f"parameter {name[:NAME_CHARS]} is reserved")
     unknown = (name for name in parameters if name not in _KNOWN)
     for name in islice(unknown, LOOKED_AT):
         if meant := _meant(name):
@@ -96,7 +97,7 @@ def _meant(name: str) -> str | None:
     """Which of our parameters was surely meant."""
     words = name.lower().replace("-", "_")
     stem, _, unit = words.rpartition("_")
-    near = get_close_matches(stem if unit in _UNITS else words, _OURS, 1, ALIKE) if len(name) <= LOOKED_AT else []
+    near = get_close_matches(stem if unit in _UNITS else words, _OURS, 1, ALIKE) if len(name) <= NAME_CHARS else []
     return _OURS[near[0]] if near else None
 
 
