@@ -53,11 +53,11 @@ class Autopilot:
         """Until cancelled."""
         while True:
             await asyncio.sleep(self._settings.replan_interval_secs)
-            self.observe()
+            await self.observe()
             if self._settings.replan == "auto" and self.view.proposal is not None and self.view.proposal.worthwhile:
                 await self._change(self.view.proposal)
 
-    def observe(self) -> View:
+    async def observe(self) -> View:
         """Takes in what has arrived since the last time, and thinks again."""
         counts: Counter[Kind] = Counter()
         for (key, items, dims), count in self._driver.take_arrivals().items():
@@ -65,12 +65,12 @@ class Autopilot:
         self._demand.observe(time.monotonic(), counts)
         traffic = self._demand.traffic()
         try:
-            self.view = View(traffic, self._propose(traffic), "")
+            self.view = View(traffic, await self._propose(traffic), "")
         except (PlanError, InfeasibleError, _NothingToPlanError) as reason:
             self.view = View(traffic, None, str(reason))
         return self.view
 
-    def _propose(self, traffic: Mapping[str, Traffic]) -> Proposal:
+    async def _propose(self, traffic: Mapping[str, Traffic]) -> Proposal:
         gpu, current = _machine(self._layouts.gpus)
         models = {model.name: model for model in self._repository.models() if model.state == ModelState.READY}
         demands, tables = [], {}
@@ -92,7 +92,10 @@ class Autopilot:
         )
         changed_s = self._layouts.changed_at_s
         since_s = time.monotonic() - (self._started_s if changed_s is None else changed_s)
-        return autopilot.propose(demands, tables, gpu, current, settings.planner, rules, since_s)
+        # In a thread: with many models it takes half a second, in which requests go on.
+        return await asyncio.to_thread(
+            autopilot.propose, demands, tables, gpu, current, settings.planner, rules, since_s
+        )
 
     async def _change(self, proposal: Proposal) -> None:
         log.info("re-cutting by itself", reason=proposal.reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 import structlog
 
@@ -39,8 +40,10 @@ class GpuWatch:
                 except NvmlError as error:  # a lost GPU must not end the daemon
                     self._metrics.gpu_read(gpu.uuid, None)
                     log.warning("gpu cannot be read", uuid=gpu.uuid, reason=str(error))
+                busy = await asyncio.to_thread(self._busy, gpu.uuid)
                 for each in gpu.slices:
-                    self._metrics.slice_read(each, await asyncio.to_thread(self._memory, each.device_uuid))
+                    memory = await asyncio.to_thread(self._memory, each.device_uuid)
+                    self._metrics.slice_read(each, memory, busy.get(each.gi_id or 0))
             await asyncio.sleep(READ_INTERVAL_S)
 
     def _memory(self, device_uuid: str) -> SliceMemory | None:
@@ -48,6 +51,12 @@ class GpuWatch:
             return self._door.memory(device_uuid)
         except NvmlError:
             return None  # it went with a re-cut just now
+
+    def _busy(self, gpu_uuid: str) -> Mapping[int, float | None]:
+        try:
+            return self._door.utilization(gpu_uuid)
+        except NvmlError:
+            return {}
 
     async def _listen(self) -> None:
         """Events of the GPUs that there were at the start; without the right or the means to have them, none."""

@@ -60,7 +60,10 @@ class Layouts:
 
     async def apply_profiles(self, wanted: Mapping[str, Sequence[MigProfile]]) -> Outcome:
         """The same, MIG profiles by GPU UUID."""
-        rounds = sum(len(each.transition.rounds) for each in await self._reconfigurer.changes(wanted))
+        changes = await self._reconfigurer.changes(wanted)
+        rounds = sum(len(each.transition.rounds) for each in changes)
+        if rounds:
+            log.info("re-cutting", steps=[step for each in changes for step in each.steps()])
         began_s = time.monotonic()
         self.changing = True
         try:

@@ -62,7 +62,7 @@ class Metrics(Collector):
         self._readings: dict[str, GpuReadings] = {}
         self._models_now: Callable[[], Iterable[tuple[ModelId, bool, bool, int]]] = lambda: ()
         self._arena: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        self._memory: dict[tuple[str, ...], SliceMemory | None] = {}
+        self._slices_read: dict[tuple[str, ...], tuple[SliceMemory | None, float | None]] = {}
         self._xids: Counter[tuple[str, str, str]] = Counter()
         self._recuts: Counter[str] = Counter()
         self._recut_seconds = 0.0
@@ -93,9 +93,9 @@ class Metrics(Collector):
         else:
             self._readings[uuid] = readings
 
-    def slice_read(self, where: Slice, memory: SliceMemory | None) -> None:
-        """What NVML says of a slice's memory now; None where it does not."""
-        self._memory[_slice_labels(where, 0)[:3]] = memory
+    def slice_read(self, where: Slice, memory: SliceMemory | None, busy: float | None) -> None:
+        """What NVML says of a slice now: its memory, the share of its SMs that work; None where it says nothing."""
+        self._slices_read[_slice_labels(where, 0)[:3]] = (memory, busy)
 
     def xid(self, event: GpuEvent) -> None:
         """The driver told an error."""
@@ -301,7 +301,7 @@ class Metrics(Collector):
                 if value is not None:  # not supported is unknown, never zero
                     family.add_metric([uuid], value)
             yield family
-        yield from self._collect_slice_memory()
+        yield from self._collect_slices()
         xids = CounterMetricFamily("migserve_xid", "Errors of the driver", labels=["gpu_uuid", "GPU_I_ID", "code"])
         for labels, count in self._xids.items():
             xids.add_metric(labels, count)
@@ -311,16 +311,22 @@ class Metrics(Collector):
             info.add_metric([str(gpu.index), gpu.uuid, gpu.name, str(gpu.simulated).lower()], 1)
         yield info
 
-    def _collect_slice_memory(self) -> Iterator[Metric]:
-        total = GaugeMetricFamily("migserve_slice_memory_total_bytes", "Memory of a slice", labels=_SLICE_LABELS[:3])
-        used = GaugeMetricFamily("migserve_slice_memory_used_bytes", "Of it in use", labels=_SLICE_LABELS[:3])
+    def _collect_slices(self) -> Iterator[Metric]:
+        labels = _SLICE_LABELS[:3]
+        total = GaugeMetricFamily("migserve_slice_memory_total_bytes", "Memory of a slice", labels=labels)
+        used = GaugeMetricFamily("migserve_slice_memory_used_bytes", "Of it in use", labels=labels)
+        busy = GaugeMetricFamily("migserve_slice_utilization", "Share of its SMs that work, by GPM", labels=labels)
         there = {_slice_labels(each, 0)[:3] for gpu in self._gpus() for each in gpu.slices}
-        for labels, memory in self._memory.items():
-            if memory is not None and labels in there:
-                total.add_metric(labels, memory.total_bytes)
-                if memory.used_bytes is not None:
-                    used.add_metric(labels, memory.used_bytes)
-        yield from (total, used)
+        for values, (memory, share) in self._slices_read.items():
+            if values not in there:
+                continue  # it went with a re-cut
+            if memory is not None:
+                total.add_metric(values, memory.total_bytes)
+            if memory is not None and memory.used_bytes is not None:
+                used.add_metric(values, memory.used_bytes)
+            if share is not None:  # not supported is unknown, never zero
+                busy.add_metric(values, share)
+        yield from (total, used, busy)
 
 
 # As DCGM's exporter labels them; `worker` tells apart several on one slice.
