@@ -65,8 +65,8 @@ def words_of(config: Any) -> str:
 
 def all_words() -> str:
     """What they may say, for an error."""
-    files = [f"{', '.join(_WORDS[backend])} for {file}" for file, backend in MODEL_FILES.items()]
-    return "; ".join([*files, f"{EMULATED} for none"])
+    files = [f"{' or '.join(_WORDS[backend])} for a {file}" for file, backend in MODEL_FILES.items()]
+    return ", ".join([*files, f"{EMULATED} for a model without a file"])
 
 
 def ignored(config: Any) -> list[str]:

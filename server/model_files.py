@@ -156,7 +156,7 @@ def _model_file(folder: Path, version: int, config: Any) -> tuple[str, Path]:
     if there or config_pbtxt.words_of(config):
         raise ModelFileError(
             f"{folder / 'config.pbtxt'}: {config_pbtxt.words_of(config)}, but {path} holds "
-            f"{' and '.join(there) or f'no {_file_names()}'}; {config_pbtxt.all_words()}"
+            f"{' and '.join(there) or f'no {_file_names()}'}; they may be {config_pbtxt.all_words()}"
         )
     raise ModelFileError(f"{path} holds no {_file_names()}")
 

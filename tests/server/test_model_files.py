@@ -32,7 +32,7 @@ def error_of(folder: Path) -> str:
     [
         ('name: "other"', "config.pbtxt: name is 'other', the folder is 'm'; leave the name out"),
         ('platform: "onnxruntime_onnx"', "config.pbtxt: platform 'onnxruntime_onnx', but "),
-        ('backend: "tensorrt"', "holds model.pt2; torch_export, pytorch for model.pt2; pytorch_libtorch, pytorch for"),
+        ('backend: "tensorrt"', "holds model.pt2; they may be torch_export or pytorch for a model.pt2, pytorch_l"),
         ('platform: "pytorch_libtorch"', "platform 'pytorch_libtorch', but "),
         ('backend: "emulated" platform: "torch_export"', "platform 'torch_export', backend 'emulated', but "),
         ('platform: "ensemble"', "config.pbtxt: ensembles are not supported"),
