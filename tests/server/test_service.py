@@ -18,6 +18,7 @@ from scheduler.driver import Answered
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from server.codec import Tensor
 from server.errors import ServeError
+from server.infer import Target
 from server.model_files import ServingFile
 from server.repository import Model
 from server.service import Outcome
@@ -149,6 +150,7 @@ def test_every_request_has_a_line_in_the_log() -> None:
             stage.finish(0)
             stage.post(bad)
             stage.post(b"", "nope")
+            stage.http.refuse(Target("m", None), None)
             await grpc_error(stage, unknown)
             stream = asyncio.create_task(grpc_error(stage, grpc_request()))
             await until(lambda: len(stage.sent) == 2)
@@ -160,6 +162,7 @@ def test_every_request_has_a_line_in_the_log() -> None:
             ("http", "m", 1, "a", 200, None),
             ("http", "m", 1, "b", 400, "unknown output nope; model m has y"),
             ("http", "nope", None, "", 404, "unknown model 'nope'"),
+            ("http", "m", None, "", 400, "the body did not arrive within 1 s"),
             ("grpc", "nope", None, "nope", "NOT_FOUND", "unknown model 'nope'"),
             ("grpc", "m", 1, "", "OK", None),
         ]
