@@ -72,9 +72,12 @@ class LatencyTable:
 
         A size that was not measured takes the nearest smaller one, else the smallest: never an optimist.
         """
+        return sorted(self.by_gpcs[self.stand_in(gpcs)].items())
+
+    def stand_in(self, gpcs: int) -> int:
+        """Which measured size the figures of a slice of `gpcs` compute slices are taken from."""
         smaller = [size for size in self.by_gpcs if size <= gpcs]
-        row = self.by_gpcs[max(smaller) if smaller else min(self.by_gpcs)]
-        return sorted(row.items())
+        return max(smaller) if smaller else min(self.by_gpcs)
 
 
 def read_measurements(path: Path) -> list[Measurement]:
@@ -231,8 +234,19 @@ def _parse(rows: Iterable[Mapping[str, Any]], origin: str, first: int = 2) -> li
             found.append(_measurement(row))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             where = "line" if first == 2 else "measurement"
+            if isinstance(error, KeyError):
+                raise LatencyTableError(f"{origin}, {where} {line}: {_missing(row)}") from error
             raise LatencyTableError(f"{origin}, {where} {line}: {error!r} in {dict(row)}") from error
     return found
+
+
+def _missing(row: Mapping[str, Any]) -> str:
+    """What to say of a row without what is needed."""
+    missing = [name for name in ("model", "mig_profile", "batch") if row.get(name) is None]
+    if not row.get("latency_ms") and not row.get("items_per_s"):
+        missing.append("latency_ms (or items_per_s)")
+    there = ", ".join(map(str, row))[:200]
+    return f"{', '.join(missing)} missing; needed are model, mig_profile, batch and latency_ms, there are {there}"
 
 
 def _measurement(row: Mapping[str, Any]) -> Measurement:

@@ -17,6 +17,12 @@ MESSAGE_BYTES = 256 * 1024
 DETAIL_CHARS = 4000
 
 
+def name_and_version(key: str) -> tuple[str, str]:
+    """Of a model's key, `name/version#load`."""
+    name, _, version = key.rpartition("#")[0].rpartition("/")
+    return name, version
+
+
 class ModelSource(msgspec.Struct, frozen=True):
     """A model version as found on disk: what a worker needs to load it.
 
@@ -104,6 +110,7 @@ class Failed(FromWorker, frozen=True):
     """The model raised on this batch. `detail` is one line for the client, `full` is for the log."""
 
     batch_id: int
+    key: str
     detail: str
     full: str
 

@@ -21,6 +21,7 @@ from partitioner.tenants import TenantsError
 from scheduler import channel, spawn
 from scheduler.arena import Arena, Descriptor, SharedMemory
 from scheduler.channel import Done, Failed, Loaded, LoadFailed, ModelSource, Ready, RunBatch
+from scheduler.failures import Failures
 from scheduler.loading import LOAD_TIMEOUT_S, LoadedModel, Loader
 from scheduler.staff import CRASH_WINDOW_S, CRASHES, DiedError, Listener, State, Worker, resolve
 from scheduler.worker import WorkerStart
@@ -58,6 +59,7 @@ class Fleet:
         self.places: list[tuple[Slice, int]] = []  # by worker id: slice and index on it, of all that ever were
         self._workers: dict[int, Worker] = {}
         self._retired: list[int] = []  # during a re-cut: workers whose models are expected elsewhere
+        self._failures = Failures()
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -250,7 +252,7 @@ class Fleet:
                 self._told.batch_done(each.id, message, each.outbox.memory)
             case Failed():
                 each.batch_ended(message.batch_id)
-                log.warning("model failed", worker=each.name, detail=message.detail, full=message.full)
+                log.warning("model failed", worker=each.name, **self._failures.fields(message))
                 self._told.batch_failed(each.id, message)
             case Loaded() | LoadFailed():
                 resolve(each.loading.pop(message.key, None), message)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import structlog
@@ -64,6 +64,7 @@ class Loader:
         if not groups:
             raise ModelUnservableError(f"no slice has one of the MIG profiles {', '.join(source.mig_profiles)}")
         self._models[source.key] = source
+        _warn_of_sizes(source, [each for group in groups.values() for each in group])
         results = await asyncio.gather(*(self._load_group(source, group) for group in groups.values()))
         loaded = [result for result in results if isinstance(result, Loaded)]
         if not loaded:
@@ -163,9 +164,29 @@ class Loader:
 
     def _known_latency(self, source: ModelSource, each: Worker) -> Points | None:
         if source.latency_ms is not None:
-            by_gpcs = {gpcs: dict(points) for gpcs, points in source.latency_ms.items()}
-            return tuple(latency.LatencyTable(by_gpcs).points(each.where.gpcs))
+            return tuple(_table(source.latency_ms).points(each.where.gpcs))
         return self._measured.get((source.key, each.measured_as))
+
+
+def _table(points_by_gpcs: Mapping[int, Points]) -> latency.LatencyTable:
+    return latency.LatencyTable({gpcs: dict(points) for gpcs, points in points_by_gpcs.items()})
+
+
+def _warn_of_sizes(source: ModelSource, workers: Sequence[Worker]) -> None:
+    """Says which figures stand in for those of sizes that a given latency table does not have."""
+    if source.latency_ms is None:
+        return
+    table = _table(source.latency_ms)
+    missing = sorted({each.where.gpcs for each in workers} - set(table.by_gpcs))
+    if missing:
+        taken = {_size(gpcs): _size(table.stand_in(gpcs)) for gpcs in missing}
+        log.warning(
+            "the latency table lacks sizes of slices; those of others are taken", model=source.name, taken=taken
+        )
+
+
+def _size(gpcs: int) -> str:
+    return "1 GPC" if gpcs == 1 else f"{gpcs} GPCs"
 
 
 def _by_kind(source: ModelSource, workers: Sequence[Worker]) -> dict[str, list[Worker]]:

@@ -220,7 +220,7 @@ class _Worker:
             written = self._write(batch, outputs)
         except Exception as raised:
             full = "".join(traceback.format_exception(raised))[-DETAIL_CHARS:]
-            self._channel.send(Failed(batch.message.batch_id, one_line(raised), full))
+            self._channel.send(Failed(batch.message.batch_id, batch.message.key, one_line(raised), full))
         else:
             self._channel.send(
                 Done(

@@ -14,6 +14,9 @@ from server.errors import Fault, ServeError
 
 Message = MutableMapping[str, Any]
 
+# As much of an unknown path is repeated.
+PATH_CHARS = 200
+
 
 class HeadAsGet:
     """ASGI. Routes answer HEAD as they answer GET; the server leaves out the body."""
@@ -31,6 +34,17 @@ async def refuse_web_pages(request: Request) -> None:
     """For routes that change things: any page that the operator's browser shows could send requests to this port."""
     if "origin" in request.headers:
         raise ServeError(Fault.FORBIDDEN, "requests of web pages, which have an Origin header, are refused here")
+
+
+def _sentence(request: Request, error: HTTPException) -> str:
+    """Starlette's own two words for 404 and 405, made useful."""
+    asked = f"{request.method} {request.url.path[:PATH_CHARS]}"
+    if error.status_code == 405 and error.headers:
+        return f"{asked} is not allowed, but {error.headers['Allow']}"
+    if error.status_code == 404 and error.detail == "Not Found":
+        there = ", ".join(path for path in request.app.openapi()["paths"] if "/versions/" not in path)
+        return f"there is nothing at {asked}; there are {there}"
+    return str(error.detail)
 
 
 def create_app(routes: APIRouter, *, docs: bool = True, web_pages: bool = True) -> FastAPI:
@@ -57,7 +71,7 @@ def create_app(routes: APIRouter, *, docs: bool = True, web_pages: bool = True) 
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        return JSONResponse({"error": _sentence(request, error)}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -90,7 +90,7 @@ def decode_request(chunks: Sequence[bytes], header_length: int | None) -> Decode
     try:
         request = wire.decode_infer_request(head)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise invalid(f"the request's JSON cannot be read: {error}") from None
+        raise invalid(wire.unreadable(head, error)) from None
     if not request.inputs:
         raise invalid("the request has no inputs; expected at least one")
     tensors, end = [], header_length
@@ -194,10 +194,10 @@ def check_inputs(signature: Signature, tensors: Sequence[Tensor]) -> Checked:
         first = tensors[0]
         items = first.shape[0] if first.shape else 0
         if not 1 <= items <= signature.max_batch:
-            raise invalid(
-                f"input {first.name} has shape {list(first.shape)}, a batch of {items} items; expected 1 to "
-                f"{signature.max_batch}"
-            )
+            if len(first.shape) != len(specs[0].dims) + 1:
+                raise _other_rank(specs[0], first.shape)
+            shape, most = list(first.shape), signature.max_batch
+            raise invalid(f"input {first.name} has shape {shape}, a batch of {items} items; expected 1 to {most}")
     dims: tuple[int, ...] = ()
     for tensor, spec in zip(tensors, specs, strict=True):
         if tensor.datatype != spec.datatype:
@@ -218,13 +218,20 @@ def _in_order(signature: Signature, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _varying(spec: TensorSpec, shape: tuple[int, ...], expected: tuple[int, ...]) -> tuple[int, ...]:
     """The sizes that stand where -1 is expected. Raises ServeError where a shape differs elsewhere."""
+    if len(expected) > len(spec.dims) != len(shape) - 1:
+        raise _other_rank(spec, shape)
     pairs = list(zip(shape, expected, strict=False))
-    if len(shape) != len(expected) or any(
-        not 1 <= dim <= MAX_DIM if want == -1 else dim != want for dim, want in pairs
-    ):
+    fits = all(1 <= dim <= MAX_DIM if want == -1 else dim == want for dim, want in pairs)
+    if len(shape) != len(expected) or not fits:
         may_vary = " (-1: any size from 1 on)" if -1 in expected else ""
         raise invalid(f"input {spec.name} has shape {list(shape)}, expected {list(expected)}{may_vary}")
     return tuple(dim for dim, want in pairs if want == -1)
+
+
+def _other_rank(spec: TensorSpec, shape: tuple[int, ...]) -> ServeError:
+    """For a model that takes batches."""
+    missing = "; the batch dimension is missing" if len(shape) == len(spec.dims) else ""
+    return invalid(f"input {spec.name} has shape {list(shape)}, expected {[-1, *spec.dims]}{missing}")
 
 
 def _names(named: Iterable[Tensor | TensorSpec]) -> str:

@@ -89,6 +89,7 @@ class Daemon:
             workers_per_slice=settings.workers_per_slice,
             threads_per_worker=settings.threads_per_worker,
             batch_timeout_s=settings.batch_timeout_secs,
+            load_timeout_s=settings.load_timeout_secs,
         )
         self._door = open_gpus(settings.gpu, settings.layout, settings.simulation_state, self.fleet.pids)
         self.metrics = Metrics()
@@ -269,7 +270,15 @@ class Daemon:
         if settings.allow_admin:
             await self._open_admin()
         if settings.allow_grpc:
-            servicer = grpc_api.InferenceServicer(self.repository, self.service, self.metrics, self, NAME, self.version)
+            servicer = grpc_api.InferenceServicer(
+                self.repository,
+                self.service,
+                self.metrics,
+                self,
+                NAME,
+                self.version,
+                log_requests=settings.log_verbose > 0,
+            )
             self._grpc = grpc_api.create_server(servicer, self, settings.http_max_input_size)
             # Tried before, since gRPC complains in lines of its own.
             _listen("grpc", settings.grpc_address, settings.grpc_port).close()

@@ -56,16 +56,18 @@ def internal() -> ServeError:
     return ServeError(Fault.INTERNAL, "internal error; the server's log has the details")
 
 
-def from_refusal(reason: Reason, retry_after_s: float, detail: str, model: str) -> ServeError:
-    """What the scheduler's reasons mean to a client."""
+def from_refusal(
+    reason: Reason, retry_after_s: float, detail: str, model: str, limit: str, limit_ms: float
+) -> ServeError:
+    """What the scheduler's reasons mean to a client. `limit`: whose due time it is, `limit_ms` after the arrival."""
     match reason:
         case Reason.QUEUE_FULL:
             message = f"the queue of model {model} is full"
             return ServeError(Fault.REFUSED, message, reason=reason, retry_after_s=retry_after_s)
         case Reason.SLO_UNREACHABLE:
             message = (
-                f"model {model} cannot answer in time: the estimate is {retry_after_s * 1e3:.1f} ms later than "
-                f"what slo_ms or deadline_ms allow"
+                f"model {model} cannot answer in time: {limit} is {limit_ms:g} ms, the estimate is "
+                f"{limit_ms + retry_after_s * 1e3:.1f} ms"
             )
             return ServeError(Fault.REFUSED, message, reason=reason, retry_after_s=retry_after_s)
         case Reason.EXPIRED:

@@ -23,6 +23,7 @@ from server.errors import Fault, ServeError, internal, invalid
 from server.metrics import Metrics
 from server.model_config import model_config, model_metadata
 from server.repository import Model, Repository
+from server.request_log import log_request
 from server.rest import Health, model_statistics, repository_index
 from server.service import InferenceService, check_outputs, outputs_of
 
@@ -63,6 +64,8 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         health: Health,
         name: str,
         version: str,
+        *,
+        log_requests: bool = False,
     ) -> None:
         self._repository = repository
         self._service = service
@@ -70,6 +73,7 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         self._health = health
         self._name = name
         self._version = version
+        self._log_requests = log_requests
 
     # ---- health and metadata ----
 
@@ -83,10 +87,8 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         try:
             model = self._repository.get(request.name, request.version)
             ready = bool(self._repository.servers(model))
-        except ServeError as error:
-            if error.fault is not Fault.UNAVAILABLE:
-                await _abort(context, error)
-            ready = False
+        except ServeError:
+            ready = False  # also of a model that there is not: so Triton answers
         return service_pb2.ModelReadyResponse(ready=ready)
 
     async def ServerMetadata(self, request: Any, context: Context) -> Any:
@@ -172,29 +174,37 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         return service_pb2.ModelStreamInferResponse(infer_response=reply)
 
     async def _infer(self, request: Any, client_seconds: float | None) -> Any:
-        """The reply, or a ServeError, counted."""
+        """The reply, or a ServeError, counted and logged."""
         arrival_ns = now_ns()
         model: Model | None = None
         try:
             model = self._repository.get(request.model_name, request.model_version)
-            parameters = {name: _parameter(value) for name, value in request.parameters.items()}
-            if client_seconds is not None and client_seconds > 0:
-                parameters.setdefault("deadline_ms", client_seconds * 1e3)
-            choice = _output_choice(request)
-            check_outputs(model, choice, binary=True)
-            outcome = await self._service.infer(model, _tensors(request), parameters, arrival_ns)
-            if isinstance(outcome, ServeError):
-                return self._failed(model, outcome)
-            return _response(model, request, outputs_of(model, outcome, choice, binary=True))
+            reply = await self._infer_on(model, request, client_seconds, arrival_ns)
         except ServeError as error:
-            return self._failed(model, error)
+            # Its traceback would hold on to the frames that it came through, and so to the body.
+            reply = error.with_traceback(None)
         except Exception:
             log.exception("infer failed", model=request.model_name)
-            return self._failed(model, internal())
+            reply = internal()
+        failed = isinstance(reply, ServeError)
+        if failed:
+            self._metrics.failed(model.id if model else None, reply.reason)
+        if self._log_requests:
+            status = reply.fault.grpc.name if failed else "OK"
+            sentence = reply.message if failed else ""
+            log_request("grpc", request.model_name, model, request.id, arrival_ns, status, sentence)
+        return reply
 
-    def _failed(self, model: Model | None, error: ServeError) -> ServeError:
-        self._metrics.failed(model.id if model else None, error.reason)
-        return error.with_traceback(None)  # it would hold on to the frames that it came through, and so to the body
+    async def _infer_on(self, model: Model, request: Any, client_seconds: float | None, arrival_ns: int) -> Any:
+        """The reply, or a ServeError. Raises ServeError too."""
+        parameters = {name: _parameter(value) for name, value in request.parameters.items()}
+        call_ms = client_seconds * 1e3 if client_seconds is not None and client_seconds > 0 else None
+        choice = _output_choice(request)
+        check_outputs(model, choice, binary=True)
+        outcome = await self._service.infer(model, _tensors(request), parameters, arrival_ns, call_ms)
+        if isinstance(outcome, ServeError):
+            return outcome
+        return _response(model, request, outputs_of(model, outcome, choice, binary=True))
 
     # ---- extensions that are not implemented, and so not advertised ----
 

@@ -46,7 +46,7 @@ class DirectApp(Protocol):
     ) -> Callable[[], object] | None:
         """Starts a request. Returns what to call when the client has gone; then `respond` is not called."""
 
-    def refuse(self, bytes_announced: int | None) -> Reply:
+    def refuse(self, target: Any, bytes_announced: int | None) -> Reply:
         """For a body that is too long, or, with None, too slow."""
 
 
@@ -246,7 +246,7 @@ class HttpProtocol(HttpToolsProtocol):
         exchange.begun = exchange.refused = True
         exchange.keep_alive = False
         exchange.chunks = []
-        self._write(exchange, self._direct.refuse(bytes_announced))
+        self._write(exchange, self._direct.refuse(exchange.target, bytes_announced))
 
     def _write(self, exchange: _Exchange, reply: Reply) -> None:
         """Head and body in one write; then what uvicorn does at the end of a response."""

@@ -23,6 +23,7 @@ from server.errors import Fault, ServeError, internal, invalid
 from server.http_protocol import LENGTH_DIGITS, Reply, announced_bytes
 from server.metrics import Metrics
 from server.repository import Model, Repository
+from server.request_log import log_request
 from server.service import Cancel, InferenceService, Outcome, check_outputs, outputs_of
 
 log = structlog.get_logger(__name__)
@@ -80,7 +81,7 @@ class InferRoute:
         try:
             chunks = await self._read_body(headers, receive)
         except ServeError as error:
-            reply = self._failed(None, error)
+            reply = self._refused(target, error)
         else:
             if chunks is None:
                 return  # the client has gone
@@ -130,19 +131,22 @@ class InferRoute:
         """
         arrival_ns = now_ns()
         model: Model | None = None
+        request_id: str | None = None
 
         def finish(outcome: Outcome) -> None:
-            respond(self._logged(found, arrival_ns, self._reply(found, request, headers, outcome)))
+            reply = self._reply(found, request, headers, outcome)
+            respond(self._logged(target, found, request.id, arrival_ns, reply))
 
         try:
             model = found = self._repository.get(target.model, target.version)
             request = self._decode(found, headers, chunks)
+            request_id = request.id
             check_outputs(found, request.outputs, request.binary_default)
             return self._service.submit(found, request.tensors, request.parameters, arrival_ns, finish)
         except Exception as error:
             # Made here: an error that outlives this block holds on to this frame, and with it to the body.
             reply = self._failure(model, error)
-        respond(self._logged(model, arrival_ns, reply))
+        respond(self._logged(target, model, request_id, arrival_ns, reply))
         return None
 
     def _reply(self, model: Model, request: DecodedRequest, headers: dict[bytes, bytes], outcome: Outcome) -> Reply:
@@ -162,19 +166,25 @@ class InferRoute:
         log.error("infer failed", model=model.name if model else None, exc_info=error)
         return self._failed(model, internal())
 
-    def _logged(self, model: Model | None, arrival_ns: int, reply: Reply) -> Reply:
+    def _logged(
+        self, target: Target, model: Model | None, request_id: str | None, arrival_ns: int, reply: Reply
+    ) -> Reply:
         if self._log_requests:
-            ms = round((now_ns() - arrival_ns) / 1e6, 3)
-            log.info("infer", model=model.name if model else None, status=reply.status, ms=ms, bytes=len(reply.body))
+            error = "" if reply.status == 200 else wire.decode_json(reply.body)["error"]
+            log_request("http", target.model, model, request_id, arrival_ns, reply.status, error)
         return reply
 
     def _failed(self, model: Model | None, error: ServeError) -> Reply:
         self._metrics.failed(model.id if model else None, error.reason)
         return _error(error)
 
-    def refuse(self, bytes_announced: int | None) -> Reply:
+    def refuse(self, target: Target, bytes_announced: int | None) -> Reply:
         """For a body that is too long, or, with None, too slow."""
-        return self._failed(None, self._too_slow() if bytes_announced is None else self._too_long())
+        return self._refused(target, self._too_slow() if bytes_announced is None else self._too_long())
+
+    def _refused(self, target: Target, error: ServeError) -> Reply:
+        """Before there is a request to answer."""
+        return self._logged(target, None, None, now_ns(), self._failed(None, error))
 
     def _too_long(self) -> ServeError:
         return ServeError(Fault.TOO_LARGE, f"the body is longer than {self.max_body_bytes} bytes")

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from partitioner.geometry import Slice
 from partitioner.nvml_types import Gpu, GpuEvent, GpuReadings, SliceMemory
 from partitioner.reconfigure import Outcome, Result
+from scheduler.channel import name_and_version
 from scheduler.driver import BatchRecord
 from scheduler.fleet import Fleet
 from scheduler.messages import Reason
@@ -157,8 +158,7 @@ class Metrics(Collector):
         """Reloads of a model count on: `name/version#generation` loses its generation."""
         found = self._ids.get(key)
         if found is None:
-            name, _, version = key.rpartition("#")[0].rpartition("/")
-            found = self._ids[key] = (name, version)
+            found = self._ids[key] = name_and_version(key)
         return found
 
     # ---- scraping ----

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from google.protobuf import json_format, text_format
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from tritonclient.grpc import model_config_pb2
 
 from partitioner import latency
 from preprocess.pipeline import PipelineError, PipelineFile, checked
 from scheduler.channel import ModelSource
-from scheduler.tensors import DATATYPES, Signature, TensorSpec
+from scheduler.tensors import Signature
+from server import config_pbtxt
+from server.config_pbtxt import EMULATED, MODEL_FILES, ModelFileError
 
-# Model file -> backend. The first one found in a version folder is taken.
-MODEL_FILES = {"model.pt2": "torch_export", "model.pt": "pytorch_libtorch"}
-EMULATED = "emulated"
 # A month or so; what is more is a mistake.
 MAX_SLO_MS = 3e9
-
-
-class ModelFileError(ValueError):
-    """A model's files cannot be served as they are. The message names the file and what to change."""
 
 
 class LatencyTableFile(BaseModel):
@@ -58,38 +53,25 @@ class ServingFile(BaseModel):
             raise ModelFileError(f"serving.yaml: {error}") from error
 
 
-def versions_to_serve(folder: Path) -> list[int]:
-    """The versions that config.pbtxt's version_policy picks, at least one; the highest by default.
+def versions_to_serve(folder: Path) -> tuple[list[int], list[str]]:
+    """The versions that config.pbtxt's version_policy picks, at least one, and what it says that is ignored.
 
-    Raises ModelFileError.
+    By default it is the highest one. A model that is emulated needs no folder for its version 1. Raises ModelFileError.
     """
     try:
         found = sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
     except OSError as error:
         raise ModelFileError(f"{folder} cannot be read: {error}") from error
-    if not found:
+    config = config_pbtxt.read(folder)
+    if not found and not _emulated(config):
         raise ModelFileError(f"{folder} has no version folder; expected {folder / '1'} with a {_file_names()} in it")
-    config = _read_config(folder)
-    policy = config.version_policy if config is not None else model_config_pb2.ModelVersionPolicy()
-    match policy.WhichOneof("policy_choice"):
-        case "all":
-            return found
-        case "specific":
-            picked = [version for version in found if version in policy.specific.versions]
-            if not picked:
-                wanted, there = ", ".join(map(str, policy.specific.versions)), ", ".join(map(str, found))
-                raise ModelFileError(f"config.pbtxt: version_policy asks for {wanted}; there are {there}")
-            return picked
-        case "latest":
-            return found[-max(policy.latest.num_versions, 1) :]
-        case _:
-            return found[-1:]
+    return config_pbtxt.picked(config, found or [1]), config_pbtxt.ignored(config)
 
 
 def read_model(folder: Path, version: int, generation: int) -> tuple[ModelSource, ServingFile, dict[str, Any]]:
     """One version, ready to be handed to the fleet, and the version policy it was picked by. Raises ModelFileError."""
     name = folder.name
-    config = _read_config(folder)
+    config = config_pbtxt.read(folder)
     serving = _read_serving(folder)
     backend, path = _model_file(folder, version, config)
     source = ModelSource(
@@ -98,20 +80,13 @@ def read_model(folder: Path, version: int, generation: int) -> tuple[ModelSource
         version=version,
         backend=backend,
         path=str(path),
-        inputs=_specs(config.input, "input") if config is not None and config.input else None,
-        outputs=_specs(config.output, "output") if config is not None and config.output else None,
+        inputs=config_pbtxt.specs(config.input, "input"),
+        outputs=config_pbtxt.specs(config.output, "output"),
         max_batch=_max_batch(config, backend),
         latency_ms=_latency(folder, name, serving.latency_table),
         mig_profiles=tuple(serving.mig_profiles),
     )
-    return source, serving, _version_policy(config)
-
-
-def _version_policy(config: Any) -> dict[str, Any]:
-    """As it is told to clients."""
-    if config is None or config.version_policy.WhichOneof("policy_choice") is None:
-        return {"latest": {"num_versions": 1}}
-    return json_format.MessageToDict(config.version_policy, preserving_proto_field_name=True)
+    return source, serving, config_pbtxt.version_policy(config)
 
 
 def _file_names() -> str:
@@ -120,53 +95,70 @@ def _file_names() -> str:
 
 def _max_batch(config: Any, backend: str) -> int | None:
     """0 in config.pbtxt cannot be told from no entry: then the model file says."""
-    if config is None or (config.max_batch_size == 0 and backend == MODEL_FILES["model.pt2"]):
+    if config.max_batch_size == 0 and backend == MODEL_FILES["model.pt2"]:
         return None
     return int(config.max_batch_size)
-
-
-def _read_config(folder: Path) -> Any:
-    """config.pbtxt as tritonclient's ModelConfig; None if there is none."""
-    path = folder / "config.pbtxt"
-    try:
-        return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
-    except FileNotFoundError:
-        return None
-    except (text_format.ParseError, UnicodeDecodeError, OSError) as error:
-        raise ModelFileError(f"{path}: {error}") from error
 
 
 def _read_serving(folder: Path) -> ServingFile:
     path = folder / "serving.yaml"
     try:
-        return ServingFile.model_validate(yaml.safe_load(path.read_text()) or {})
+        data = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
         return ServingFile()
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ModelFileError(f"{path}{line} is not YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ModelFileError(f"{path} is not YAML: it is not text in UTF-8") from error
+    except OSError as error:
         raise ModelFileError(f"{path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelFileError(f"{path} must hold settings by their names, a line for each, such as `slo_ms: 50`")
+    try:
+        return ServingFile.model_validate(data)
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        reasons = "; ".join(_explain(each["loc"], each["type"], each["msg"]) for each in error.errors())
         raise ModelFileError(f"{path}: {reasons}") from error
+
+
+def _explain(loc: Sequence[int | str], kind: str, message: str) -> str:
+    where = ".".join(map(str, loc))
+    if kind != "extra_forbidden":
+        return f"{where}: {message}"
+    known = _keys(loc[:-1])
+    near = get_close_matches(str(loc[-1]), known, 1)
+    return f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+
+
+def _keys(loc: Sequence[int | str]) -> list[str]:
+    """The keys that serving.yaml may have in this section."""
+    section: type[BaseModel] = ServingFile
+    for name in loc:
+        annotation = section.model_fields[str(name)].annotation
+        candidates = get_args(annotation) or (annotation,)
+        section = next(each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel))
+    return list(section.model_fields)
+
+
+def _emulated(config: Any) -> bool:
+    return EMULATED in (config.backend, config.platform)
 
 
 def _model_file(folder: Path, version: int, config: Any) -> tuple[str, Path]:
     path = folder / str(version)
-    if config is not None and EMULATED in (config.backend, config.platform):
+    if _emulated(config) and config_pbtxt.backend_of(config, EMULATED):
         return EMULATED, path
-    for name, backend in MODEL_FILES.items():
-        if (path / name).is_file():
+    there = {name: backend for name, backend in MODEL_FILES.items() if (path / name).is_file()}
+    for name, backend in there.items():
+        if config_pbtxt.backend_of(config, backend):
             return backend, path / name
+    if there or config_pbtxt.words_of(config):
+        raise ModelFileError(
+            f"{folder / 'config.pbtxt'}: {config_pbtxt.words_of(config)}, but {path} holds "
+            f"{' and '.join(there) or f'no {_file_names()}'}; they may be {config_pbtxt.all_words()}"
+        )
     raise ModelFileError(f"{path} holds no {_file_names()}")
-
-
-def _specs(tensors: Any, kind: str) -> tuple[TensorSpec, ...]:
-    specs = []
-    for tensor in tensors:
-        datatype = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_")
-        if datatype not in DATATYPES:
-            raise ModelFileError(f"config.pbtxt: {kind} {tensor.name} has type {datatype}, which models cannot take")
-        specs.append(TensorSpec(tensor.name, datatype, tuple(tensor.dims)))
-    return tuple(specs)
 
 
 def _latency(

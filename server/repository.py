@@ -21,8 +21,9 @@ from scheduler.fleet import Fleet
 from scheduler.loading import ModelUnservableError, Points
 from scheduler.staff import Worker
 from scheduler.tensors import InputLayout, Signature
+from server.config_pbtxt import ModelFileError
 from server.errors import Fault, ServeError
-from server.model_files import ModelFileError, ServingFile, read_model, versions_to_serve
+from server.model_files import ServingFile, read_model, versions_to_serve
 
 log = structlog.get_logger(__name__)
 
@@ -164,7 +165,6 @@ class Repository:
                 await self.load(name)
                 progress(name, "")
             except ServeError as error:
-                log.error("model not served", model=name, reason=error.message)
                 progress(name, error.message)
             except Exception as error:  # one folder that we have no words for must not end the daemon
                 log.exception("model not served", model=name)
@@ -176,16 +176,21 @@ class Repository:
 
         Goes on, like `unload`, if the one who asked for it leaves: half a change would be neither.
         """
-        await self._finish(self._load(name))
+        await self._finish(self._load(name), "model not loaded", name)
 
     async def unload(self, name: str) -> None:
         """Stops taking requests for a model, lets those under way finish, and frees it. Raises ServeError."""
-        if name not in self._models:
-            raise ServeError(Fault.NOT_FOUND, f"unknown model {name[:NAME_CHARS]!r}")
-        await self._finish(self._unload(name))
+        await self._finish(self._unload(name), "model not unloaded", name)
 
-    async def _finish(self, change: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(change)
+    async def _finish(self, change: Coroutine[Any, Any, None], failed: str, name: str) -> None:
+        async def told() -> None:
+            try:
+                await change
+            except ServeError as error:
+                log.error(failed, model=name[:NAME_CHARS], reason=error.message)
+                raise
+
+        task = asyncio.create_task(told())
         self._changes.add(task)  # the loop itself would not keep it alive
         task.add_done_callback(self._changes.discard)
         await asyncio.shield(task)
@@ -194,10 +199,12 @@ class Repository:
         async with self._changing.setdefault(name, asyncio.Lock()):
             folder = self._folder(name)
             try:
-                numbers = versions_to_serve(folder)
+                numbers, ignored = versions_to_serve(folder)
             except ModelFileError as error:
                 self._fail(name, 1, str(error))
                 raise ServeError(Fault.INVALID, f"model {name} cannot be loaded: {error}") from error
+            if ignored:
+                log.warning("config.pbtxt sets what is ignored here", model=name, fields=ignored)
             before = dict(self._models.get(name, {}))
             for number in numbers:
                 await self._load_version(name, number, folder)
@@ -207,10 +214,13 @@ class Repository:
                     del self._models[name][number]
 
     async def _unload(self, name: str) -> None:
+        if name not in self._models:
+            raise ServeError(Fault.NOT_FOUND, f"unknown model {name[:NAME_CHARS]!r}")
         async with self._changing.setdefault(name, asyncio.Lock()):
             for model in self._models[name].values():
                 await self._retire(model)
                 model.state, model.reason, model.unloaded = ModelState.UNAVAILABLE, "unloaded", True
+        log.info("model unloaded", model=name)
 
     async def _load_version(self, name: str, number: int, folder: Path) -> None:
         old = self._models.get(name, {}).get(number)
@@ -234,7 +244,8 @@ class Repository:
         self._models[name][number] = model
         self._answering.clear()
         self._warn_of_arena(model)
-        log.info("model ready", model=name, version=number, backend=model.backend, measured_ms=loaded.measured_ms)
+        measured_ms = {kind: _shortly(points) for kind, points in loaded.measured_ms.items()}
+        log.info("model ready", model=name, version=number, backend=model.backend, measured_ms=measured_ms)
         if old is not None and old.state == ModelState.READY:
             await self._retire(old)
 
@@ -269,6 +280,12 @@ class Repository:
         versions = self._models.setdefault(name, {})
         if not any(model.state == ModelState.READY for model in versions.values()):
             versions[number] = Model(name, number, state=ModelState.UNAVAILABLE, reason=reason)
+
+
+def _shortly(points: Points) -> str:
+    """For a log line: the smallest and the largest batch that was measured."""
+    ends = [points[0], points[-1]] if len(points) > 1 else points
+    return ", ".join(f"{ms:.3g} for {batch}" for batch, ms in ends)
 
 
 def _model_folders(root: Path) -> list[Path]:

@@ -42,7 +42,7 @@ def router(
 
     routes.include_router(_health_routes(health))
     routes.include_router(_statistics_routes(repository, metrics))  # first: "stats" is not a model
-    routes.include_router(_model_routes(repository))
+    routes.include_router(_model_routes(repository, health))
     routes.include_router(_repository_routes(repository, read_timeout_s))
     routes.include_router(metrics_router(metrics))
     return routes
@@ -83,7 +83,7 @@ def _statistics_routes(repository: Repository, metrics: Metrics) -> APIRouter:
     return routes
 
 
-def _model_routes(repository: Repository) -> APIRouter:
+def _model_routes(repository: Repository, health: Health) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/v2/models/{model}/ready")
@@ -95,7 +95,9 @@ def _model_routes(repository: Repository) -> APIRouter:
         except ServeError as error:
             if error.fault is not Fault.UNAVAILABLE:
                 raise
-        raise invalid("Model version not ready")
+            raise invalid(error.message) from None  # 400, as Triton
+        out = "; ".join(["", *health.slices_out()])
+        raise invalid(f"model {model} is not ready: no slice serves it now{out}")
 
     @routes.get("/v2/models/{model}/config")
     @routes.get("/v2/models/{model}/versions/{version}/config")
@@ -112,8 +114,12 @@ def _model_routes(repository: Repository) -> APIRouter:
     @routes.post("/v2/models/{model}/infer")
     @routes.post("/v2/models/{model}/versions/{version}/infer")
     async def infer(model: str, version: str | None = None) -> Response:
-        """Inference. For the documentation, and for 405: requests are answered by server/infer.py, in front of this."""
-        raise ServeError(Fault.NOT_FOUND, "no inference here")
+        """Inference. For the documentation, and for 405: requests are answered by server/infer.py, in front of this.
+
+        But for those of a version that is no number.
+        """
+        repository.get(model, version)
+        raise ServeError(Fault.NOT_FOUND, f"the version must be a number, not {version!r}")
 
     return routes
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import msgspec
 import structlog
 
 from preprocess.cpu import BadInputError
@@ -17,27 +16,19 @@ from preprocess.pipeline import PipelineFile
 from preprocess.pool import PoolFullError, PreprocessPool
 from scheduler.arena import Arena, ArenaFullError
 from scheduler.driver import Answered, Driver, Pending, RefusedError
-from scheduler.messages import DEFAULT_PRIORITY, Request
+from scheduler.messages import Request
 from scheduler.staff import resolve
 from scheduler.tensors import DATATYPES, TensorSpec
 from server import codec
 from server.codec import Checked, OutputChoice, OutputData, Tensor
 from server.errors import Fault, ServeError, from_refusal, internal, invalid
 from server.repository import Model
+from server.terms import Terms, read_terms
 
 log = structlog.get_logger(__name__)
 
 # Where a slot, a place in the pool, or the daemon itself is only briefly not to be had.
 BRIEFLY_S = 1.0
-
-
-class Terms(msgspec.Struct, frozen=True):
-    """What a request asks of the scheduler; points in time in ns of the monotonic clock."""
-
-    arrival_ns: int
-    due_ns: int | None = None
-    expires_ns: int | None = None
-    priority: int = DEFAULT_PRIORITY
 
 
 Outcome = Answered | ServeError
@@ -61,13 +52,15 @@ class InferenceService:
         parameters: dict[str, Any] | None,
         arrival_ns: int,
         on_outcome: OnOutcome,
+        call_ms: float | None = None,
     ) -> Cancel:
         """Runs one request; `on_outcome` gets the answer or the error. Raises ServeError for what is wrong at once.
 
-        `parameters` may hold timeout (us in the queue), priority (1 is highest), slo_ms and deadline_ms. Call what is
-        returned if the client has gone: then the request is dropped wherever it is, and `on_outcome` is not called.
+        `parameters` may hold timeout (us in the queue), priority (1 is highest), slo_ms and deadline_ms; `call_ms` is
+        how long the client waits, if it says so. Call what is returned if the client has gone: then the request is
+        dropped wherever it is, and `on_outcome` is not called.
         """
-        terms = read_terms(parameters, arrival_ns, model.serving.slo_ms)
+        terms = read_terms(parameters, arrival_ns, model.serving.slo_ms, call_ms)
         pipeline = model.serving.preprocess
         if pipeline is not None:
             tensors, encoded = _split(tensors, pipeline.input)
@@ -79,12 +72,17 @@ class InferenceService:
         return partial(self._driver.cancel, pending)
 
     async def infer(
-        self, model: Model, tensors: list[Tensor], parameters: dict[str, Any] | None, arrival_ns: int
+        self,
+        model: Model,
+        tensors: list[Tensor],
+        parameters: dict[str, Any] | None,
+        arrival_ns: int,
+        call_ms: float | None = None,
     ) -> Outcome:
         """`submit` for those who can wait. Raises ServeError for what is wrong at once."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         # The future may be cancelled already, with its task not told yet, when the outcome comes.
-        cancel = self.submit(model, tensors, parameters, arrival_ns, partial(resolve, future))
+        cancel = self.submit(model, tensors, parameters, arrival_ns, partial(resolve, future), call_ms)
         try:
             return await future
         except asyncio.CancelledError:
@@ -106,7 +104,8 @@ class InferenceService:
 
         def on_end(end: Answered | RefusedError) -> None:
             if isinstance(end, RefusedError):
-                on_outcome(from_refusal(end.reason, end.retry_after_s, end.detail, model.name))
+                error = from_refusal(end.reason, end.retry_after_s, end.detail, model.name, terms.limit, terms.limit_ms)
+                on_outcome(error)
             else:
                 on_outcome(end)
 
@@ -236,47 +235,3 @@ def _output(model: Model, answered: Answered, index: int, binary: bool) -> Outpu
         data = memoryview(outputs.data[index])[begin * datatype.itemsize : end * datatype.itemsize]
         return OutputData(spec, shape, data, None)
     return OutputData(spec, shape, None, outputs.values(index, datatype.numpy)[begin:end])
-
-
-# ---- request parameters ----
-
-
-def read_terms(parameters: dict[str, Any] | None, arrival_ns: int, model_slo_ms: float | None) -> Terms:
-    """Deadlines and priority of a request. Raises ServeError for values that make no sense."""
-    if not parameters:
-        return Terms(arrival_ns, None if model_slo_ms is None else arrival_ns + int(model_slo_ms * 1e6))
-    _check_reserved(parameters)
-    slo_ms = _positive(parameters, "slo_ms")
-    deadline_ms = _positive(parameters, "deadline_ms")
-    timeout_us = _whole(parameters, "timeout")
-    target_ms = model_slo_ms if slo_ms is None else slo_ms
-    due = [arrival_ns + int(ms * 1e6) for ms in (target_ms, deadline_ms) if ms is not None]
-    expires = [] if deadline_ms is None else [arrival_ns + int(deadline_ms * 1e6)]
-    if timeout_us:
-        expires.append(arrival_ns + timeout_us * 1000)
-    priority = _whole(parameters, "priority") or DEFAULT_PRIORITY
-    return Terms(arrival_ns, min(due, default=None), min(expires, default=None), priority)
-
-
-def _check_reserved(parameters: dict[str, Any]) -> None:
-    if parameters.get("sequence_id"):
-        raise ServeError(Fault.UNSUPPORTED, "sequences are not supported; leave out sequence_id")
-    for name in parameters:
-        if name.startswith("triton_") and name != "triton_enable_empty_final_response":
-            raise invalid(f"parameter {name} is reserved")
-
-
-def _positive(parameters: dict[str, Any], name: str) -> float | None:
-    value = parameters.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise invalid(f"parameter {name} must be a positive number of milliseconds, not {value!r}")
-    return float(value)
-
-
-def _whole(parameters: dict[str, Any], name: str) -> int:
-    value = parameters.get(name, 0)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise invalid(f"parameter {name} must be a whole number of at least 0, not {value!r}")
-    return value

@@ -75,6 +75,7 @@ class Settings(BaseSettings):
     arena_mib: int = _setting(256, "limits", "Shared memory for inputs, a power of two. Full means 429.", ge=1)
     max_queue_size: int = _setting(4096, "limits", "Waiting requests of a model. More are refused with 429.", ge=1)
     batch_timeout_secs: float = _setting(60.0, "limits", "A worker whose batch takes longer is killed.", gt=0)
+    load_timeout_secs: float = _setting(300.0, "limits", "A worker that loads a model for longer is killed.", gt=0)
     preprocess_threads: int | None = _setting(
         None, "limits", "Threads that decode images; by default as many as there are cores.", ge=1
     )

@@ -11,6 +11,8 @@ import msgspec
 
 Parameters = dict[str, Any]
 
+_MAGIC = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG"}
+
 HEADER_LENGTH = b"inference-header-content-length"
 
 # What is implemented, by the names that Triton uses. perf_analyzer turns on server statistics by "statistics".
@@ -62,6 +64,16 @@ class InferReply(msgspec.Struct, omit_defaults=True):
     outputs: list[InferOutput]
     id: str | None = None
     parameters: Parameters | None = None
+
+
+def unreadable(body: bytes, error: Exception) -> str:
+    """Why a body, or the JSON part of one, is no infer request."""
+    if not body.strip():
+        return 'the body is empty; expected JSON such as {"inputs": [{"name": ..., "datatype": ..., "shape": ...}]}'
+    for magic, what in _MAGIC.items():
+        if body.startswith(magic):
+            return f"the body is a {what} image; only a model with `preprocess` in its serving.yaml takes images"
+    return f"the request's JSON cannot be read: {error}"
 
 
 decode_infer_request = msgspec.json.Decoder(InferRequest).decode

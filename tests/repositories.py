@@ -49,3 +49,22 @@ def picky(folder: Path) -> Path:
     (folder / "table.csv").write_text(f"model,mig_profile,batch,latency_ms\n{folder.name},1g.10gb,1,0.1\n")
     (folder / "serving.yaml").write_text("latency_table: {file: table.csv}\n")
     return folder
+
+
+class Endless(torch.nn.Module):
+    """Does not come to an end on zeros, which is what it is measured with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while bool((x == 0.0).any()):
+            x = x * 1.0
+        return x
+
+
+def endless(folder: Path) -> Path:
+    """A TorchScript model that no worker ever has loaded."""
+    picky(folder)
+    (folder / "serving.yaml").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Endless()).save(str(folder / "1" / "model.pt"))
+    return folder

@@ -6,6 +6,7 @@ Safety: `torch.export.load` falls back to full unpickling when weights-only load
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ from torch.utils import _pytree as pytree
 from scheduler.backends import DEFAULT_MAX_BATCH, Array, ModelLoadError, join_in_memory
 from scheduler.channel import ModelSource
 from scheduler.tensors import Signature, TensorSpec
+
+# It logs a traceback of a file that it cannot read before it raises; we say in one sentence what is wrong.
+logging.getLogger("torch.export").setLevel(logging.ERROR)
 
 Program = Callable[..., Sequence[torch.Tensor]]
 
@@ -202,7 +206,7 @@ def _renamed(
     if all(spec.name in by_name for spec in found):
         declared = tuple(by_name[spec.name] for spec in found)
     for ours, theirs in zip(found, declared, strict=True):
-        if (ours.datatype, len(ours.dims)) != (theirs.datatype, len(theirs.dims)):
+        if ours.datatype != theirs.datatype or not _agree(ours.dims, theirs.dims):
             raise ModelLoadError(
                 f"config.pbtxt declares {kind} {theirs.name} as {theirs.datatype} {list(theirs.dims)}, "
                 f"the model has {ours.datatype} {list(ours.dims)}"
@@ -210,6 +214,11 @@ def _renamed(
     return tuple(
         TensorSpec(theirs.name, ours.datatype, ours.dims) for ours, theirs in zip(found, declared, strict=True)
     )
+
+
+def _agree(ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+    """-1 stands for any size."""
+    return len(ours) == len(theirs) and all(a == b or -1 in (a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _bounds(program: ExportedProgram, symbol: str) -> tuple[int, int | None]:

@@ -65,7 +65,11 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     [
         ("model,mig_profile,batch,latency_ms\nother,1g.10gb,1,5\n", "no rows for model 'm'; it has other"),
         ("model,mig_profile,batch,latency_ms\nm,1g.10gb,one,5\n", "line 2"),
-        ("model,batch\nm,1\n", "line 2"),
+        (
+            "model,batch\nm,1\n",
+            r"line 2: mig_profile, latency_ms \(or items_per_s\) missing; needed are .*are model, batch",
+        ),
+        ("name;mig_profile\nm;1g.10gb\n", "line 2: model, mig_profile, batch, latency_ms"),
     ],
 )
 def test_broken_files_are_refused_naming_the_line(tmp_path: Path, text: str, message: str) -> None:
@@ -73,6 +77,11 @@ def test_broken_files_are_refused_naming_the_line(tmp_path: Path, text: str, mes
     path.write_text(text)
     with pytest.raises(LatencyTableError, match=message):
         latency.read_csv(path, "m")
+
+
+@pytest.mark.parametrize(("gpcs", "taken"), [(1, 2), (2, 2), (3, 2), (4, 4), (7, 4)])
+def test_a_size_that_was_not_measured_is_stood_in_for_by_the_next_smaller_one(gpcs: int, taken: int) -> None:
+    assert latency.LatencyTable({2: {1: 5.0}, 4: {1: 3.0}}).stand_in(gpcs) == taken
 
 
 def test_a_file_that_is_not_there() -> None:

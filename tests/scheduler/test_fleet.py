@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from partitioner.geometry import Slice
 from scheduler.arena import Arena
@@ -93,26 +91,8 @@ def test_a_killed_worker_comes_back_with_its_models(tmp_path: Path) -> None:
     with_fleet(story)
 
 
-class Endless(torch.nn.Module):
-    """Does not come to an end on zeros, which is what it is measured with."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        while bool((x == 0.0).any()):
-            x = x * 1.0
-        return x
-
-
-def endless(folder: Path) -> Path:
-    repositories.picky(folder)
-    (folder / "serving.yaml").unlink()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.script(Endless()).save(str(folder / "1" / "model.pt"))
-    return folder
-
-
 def test_a_model_that_hangs_while_it_is_measured_is_given_up_and_harms_no_other(tmp_path: Path) -> None:
-    hangs, *_ = read_model(endless(tmp_path / "hangs"), 1, 1)
+    hangs, *_ = read_model(repositories.endless(tmp_path / "hangs"), 1, 1)
     good, *_ = read_model(repositories.emulated(tmp_path / "good", 1), 1, 2)
 
     async def story(fleet: Fleet, told: Story) -> None:

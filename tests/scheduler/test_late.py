@@ -23,6 +23,7 @@ from scheduler.messages import (
     WorkerLost,
     WorkerUp,
 )
+from scheduler.policies.elsa import Elsa
 from scheduler.policies.late import LateBinding
 from scheduler.simulator import EXACT, SimSlice, simulate
 from scheduler.workload import Arrival, merge, poisson
@@ -190,6 +191,18 @@ def test_work_without_an_slo_gets_a_turn_after_a_second_but_no_more_than_its_sha
     shares = sum(span.model == "open" for span in under_load) / len(under_load)
     assert 0.01 < shares <= 0.055
     assert report.models["timely"].within_slo > 0.46
+
+
+def test_a_loose_slo_does_not_let_a_request_expire_while_larger_slices_idle() -> None:
+    """Binding on arrival to the smallest slice in time, as ELSA does, would let most of these twelve expire."""
+    slices = [SimSlice(f"{gpcs}g", gpcs, {"m": [100.0 / gpcs]}) for gpcs in (1, 2, 4)]
+    arrivals = [Arrival(0, "m") for _ in range(12)]
+    late, elsa = (
+        simulate(slices, arrivals, policy, slo_ms={"m": 60_000.0}, timeout_ms={"m": 500.0}, noise=EXACT).models["m"]
+        for policy in (LateBinding, Elsa)
+    )
+    assert (late.answered, late.expired) == (12, 0)
+    assert elsa.expired > 0, "or else this shows nothing"
 
 
 def test_a_busy_gpu_worker_stages_only_shortly_before_it_is_free_even_a_full_batch() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+import structlog
 
 from partitioner.geometry import Slice
 from scheduler.arena import SharedMemory
@@ -134,6 +135,20 @@ def test_a_load_that_takes_too_long_costs_the_worker_and_is_given_up() -> None:
         assert len(place.loads()) == 2, "never asked for again"
 
     at_work(story, timeout_s=0.01)
+
+
+def test_it_is_told_which_sizes_stand_in_for_those_that_a_table_has_not() -> None:
+    async def story(place: Workplace) -> None:
+        table = {2: ((1, 5.0),), 4: ((1, 3.0),)}
+        given = ModelSource("m", "m", 1, "emulated", "", latency_ms=table)
+        with structlog.testing.capture_logs() as lines:
+            loading = asyncio.create_task(place.loader.load(given, place.workers))
+            await settle()
+        assert [line["taken"] for line in lines] == [{"1 GPC": "2 GPCs"}]
+        assert place.said == [(0, Load(given, ((1, 5.0),)))]
+        loading.cancel()
+
+    at_work(story)
 
 
 def test_unloading_is_told_of_every_worker_also_of_one_that_restarts() -> None:

@@ -39,7 +39,9 @@ GOOD = affine()
 CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     # what, model, body, headers, status, part of the error
     ("no JSON", "affine", b"{", {}, 400, "the request's JSON cannot be read"),
-    ("empty body", "affine", b"", {}, 400, "the request's JSON cannot be read"),
+    ("empty body", "affine", b"", {}, 400, "the body is empty; expected JSON"),
+    ("a picture for a model of numbers", "affine", b"\x89PNG\r\n\x1a\n", {}, 400, "the body is a PNG image"),
+    ("a parameter's name", "affine", GOOD | {"parameters": {"slo": 5}}, {}, 400, "unknown parameter slo; did you mean slo_ms?"),
     ("an array", "affine", b"[]", {}, 400, "Expected `object`, got `array`"),
     ("no inputs", "affine", {}, {}, 400, "missing required field `inputs`"),
     ("empty inputs", "affine", {"inputs": []}, {}, 400, "the request has no inputs"),
@@ -51,8 +53,8 @@ CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("wrong datatype", "affine", affine(datatype="FP64"), {}, 400, "input x has datatype FP64, expected FP32"),
     ("unknown datatype", "affine", affine(datatype="float"), {}, 400, "input x has datatype float, expected FP32"),
     ("wrong dims", "affine", affine(shape=[1, 15]), {}, 400, "input x has shape [1, 15], expected [1, 16]"),
-    ("wrong rank", "affine", affine(shape=[16]), {}, 400, "input x has shape [16]"),
-    ("no shape", "affine", affine(shape=[]), {}, 400, "input x has shape []"),
+    ("wrong rank", "affine", affine(shape=[16]), {}, 400, "input x has shape [16], expected [-1, 16]; the batch dimension is missing"),
+    ("no shape", "affine", affine(shape=[]), {}, 400, "input x has shape [], expected [-1, 16]"),
     ("no items", "affine", affine(shape=[0, 16], data=[]), {}, 400, "a batch of 0 items; expected 1 to 64"),
     ("negative items", "affine", affine(shape=[-1, 16]), {}, 400, "a batch of -1 items"),
     ("too many items", "affine", affine(shape=[65, 16], data=SIXTEEN * 65), {}, 400, "a batch of 65 items; expected 1 to 64"),
@@ -217,17 +219,19 @@ def test_what_is_not_http_gets_a_400(daemon: RunningDaemon) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "error"),
     [
-        ("GET", "/v2/models/affine/infer", 405, "Method Not Allowed"),
-        ("DELETE", "/v2", 405, "Method Not Allowed"),
-        ("GET", "/v3", 404, "Not Found"),
-        ("POST", "/v2/models//infer", 404, "Not Found"),
-        ("POST", "/v2/models/a/b/infer", 404, "Not Found"),
+        ("GET", "/v2/models/affine/infer", 405, "GET /v2/models/affine/infer is not allowed, but POST"),
+        ("DELETE", "/v2", 405, "DELETE /v2 is not allowed, but GET"),
+        ("GET", "/v3", 404, "there is nothing at GET /v3; there are /v2, /v2/health/live, "),
+        ("POST", "/v2/systemsharedmemory/region/a/register", 404, "there is nothing at POST"),
+        ("POST", "/v2/models/affine/versions/abc/infer", 404, "model affine has no version 'abc'; served: 1"),
+        ("POST", "/v2/models//infer", 404, "there is nothing at"),
+        ("POST", "/v2/models/a/b/infer", 404, "there is nothing at"),
         ("GET", "/v2/models/nope", 404, "unknown model 'nope'"),
         ("GET", "/v2/models/nope/ready", 404, "unknown model 'nope'"),
         ("GET", "/v2/models/affine/versions/9/config", 404, "no version '9'"),
         ("POST", "/v2/repository/models/nope/load", 404, "model 'nope' is not in"),
         ("POST", "/v2/repository/models/nope/unload", 404, "unknown model 'nope'"),
-        ("POST", "/v2/repository/models/..%2f..%2fetc/load", 404, "Not Found"),
+        ("POST", "/v2/repository/models/..%2f..%2fetc/load", 404, "there is nothing at"),
     ],
 )
 def test_wrong_paths_and_methods_are_told_as_json(

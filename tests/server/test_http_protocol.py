@@ -46,7 +46,7 @@ class App:
             self.arrived.set()
         return self.cancelled.set
 
-    def refuse(self, bytes_announced: int | None) -> Reply:
+    def refuse(self, target: Any, bytes_announced: int | None) -> Reply:
         return reply(b"too slow" if bytes_announced is None else b"too long", 413)
 
     async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:

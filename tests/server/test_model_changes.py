@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from scheduler.channel import ModelSource
-from scheduler.loading import LoadedModel
+from scheduler.loading import LoadedModel, Points
 from scheduler.messages import Request
 from scheduler.tensors import Signature
 from server.errors import Fault, ServeError
@@ -30,6 +30,7 @@ class Workers:
         self.may_load.set()
         self.asked: list[str] = []
         self.loaded: list[str] = []
+        self.measured: dict[str, Points] = {}
 
     async def load(self, source: ModelSource) -> LoadedModel:
         self.asked.append(source.key)
@@ -37,7 +38,8 @@ class Workers:
         self.loaded.append(source.key)
         if "broken" in source.name:
             raise RuntimeError("nobody has thought of this")
-        return LoadedModel(Signature(source.inputs or (), source.outputs or (), source.max_batch or 0), {})
+        signature = Signature(source.inputs or (), source.outputs or (), source.max_batch or 0)
+        return LoadedModel(signature, self.measured)
 
     def unload(self, key: str) -> None:
         if key in self.loaded:
@@ -183,6 +185,55 @@ def test_a_full_batch_that_does_not_fit_the_arena_is_warned_of(tmp_path: Path) -
         assert [(line["model"], line["nbytes"]) for line in warnings] == [("m", 3200)]
 
     at(tmp_path, story, arena_bytes=2048)
+
+
+def test_a_change_that_fails_is_logged_and_so_is_one_that_does_not(tmp_path: Path) -> None:
+    good, bad = (repositories.emulated(tmp_path / name, 1) for name in ("good", "bad"))
+    (bad / "serving.yaml").write_text("slo: 5")
+    with (good / "config.pbtxt").open("a") as config:
+        config.write(" instance_group {}")
+
+    async def story(place: Place) -> None:
+        with capture_logs() as lines:
+            await place.repository.load("good")
+            await place.repository.unload("good")
+            for change in (place.repository.load("bad"), place.repository.unload("nope")):
+                with pytest.raises(ServeError):
+                    await change
+        assert [(line["event"], line["model"], line["log_level"]) for line in lines] == [
+            ("config.pbtxt sets what is ignored here", "good", "warning"),
+            ("model ready", "good", "info"),
+            ("model unloaded", "good", "info"),
+            ("model not loaded", "bad", "error"),
+            ("model not unloaded", "nope", "error"),
+        ]
+        assert lines[0]["fields"] == ["instance_group"]
+        assert "did you mean slo_ms?" in lines[3]["reason"]
+
+    at(tmp_path, story)
+
+
+def test_what_start_up_cannot_load_is_logged_once(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+
+    async def story(place: Place) -> None:
+        with capture_logs() as lines:
+            await place.repository.load_all(lambda name, trouble: None)
+        assert [(line["event"], line["model"]) for line in lines] == [("model not loaded", "empty")]
+
+    at(tmp_path, story)
+
+
+def test_the_latencies_that_were_measured_are_logged_shortly(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "m", 1)
+
+    async def story(place: Place) -> None:
+        place.workers.measured = {"cpu": tuple((1 << n, 0.123456789 * (n + 1)) for n in range(7))}
+        with capture_logs() as lines:
+            await place.repository.load("m")
+        assert [line["measured_ms"] for line in lines] == [{"cpu": "0.123 for 1, 0.864 for 64"}]
+
+    at(tmp_path, story)
 
 
 @pytest.mark.parametrize("digits", [1, 5000])

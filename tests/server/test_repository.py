@@ -103,6 +103,8 @@ def make_broken(root: Path, good: Path) -> None:
     shutil.copy(good, broken("config", config_pbtxt="max_batch_size: many") / "1")
     shutil.copy(good, broken("batch", config_pbtxt="max_batch_size: 1000") / "1")
     shutil.copy(good, broken("names", config_pbtxt='input { name: "x" data_type: TYPE_INT8 dims: [3] }') / "1")
+    nine = """input { name: "x" data_type: TYPE_FP32 dims: [9] }"""
+    shutil.copy(good, broken("dims", config_pbtxt=nine) / "1")
     shutil.copy(good, broken("yaml", serving_yaml="slo_ms: fast") / "1")
     shutil.copy(good, broken("keys", serving_yaml="slo: 5") / "1")
     shutil.copy(good, broken("slices", serving_yaml="mig_profiles: [9g.90gb]") / "1")
@@ -134,7 +136,8 @@ REASONS = {
     "batch": "sets max_batch_size 1000, the model was exported for 64",
     "names": "declares input x as INT8 [3], the model has FP32 [3]",
     "yaml": "slo_ms: Input should be a valid number",
-    "keys": "slo: Extra inputs are not permitted",
+    "keys": "unknown key slo; did you mean slo_ms?",
+    "dims": "declares input x as FP32 [9], the model has FP32 [3]",
     "slices": "no slice has one of the MIG profiles 9g.90gb",
     "pipeline": "preprocess.image makes FP32 [3, 8, 8], input x is FP32 [3]",
     "table": "No such file",
@@ -265,10 +268,29 @@ def test_a_broken_model_is_not_served_and_says_why(name: str, models: RunningDae
     answer = infer(models.http, f"broken_{name}", {"inputs": []})
     assert answer.status == 503
     assert REASONS[name] in answer.error
-    assert request(models.http, "GET", f"/v2/models/broken_{name}/ready").status == 400
+    ready = request(models.http, "GET", f"/v2/models/broken_{name}/ready")
+    assert (ready.status, REASONS[name] in ready.error) == (400, True)
     again = request(models.http, "POST", f"/v2/repository/models/broken_{name}/load")
     assert again.status == 400
     assert REASONS[name] in again.error
+
+
+def test_the_log_has_one_line_for_each_broken_model_and_none_of_torchs(models: RunningDaemon) -> None:
+    models.wait_for("serving")
+    foreign = [line for line in models.text if not line.startswith("{")]
+    assert foreign == []
+    for name, reason in REASONS.items():
+        assert reason in models.events("model not loaded", model=f"broken_{name}")[0]["reason"]
+
+
+def test_the_log_has_the_traceback_of_a_failing_model_once(models: RunningDaemon) -> None:
+    fails = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [repositories.RAISES]}]}
+    for _ in range(3):
+        assert infer(models.http, "script", fails).status == 500
+    models.wait_for("model failed", count=3, model="script", version="1")
+    lines = models.events("model failed", model="script", version="1")
+    assert ["full" in line for line in lines] == [True, False, False]
+    assert all("no such item" in line["detail"] for line in lines)
 
 
 def test_the_index_can_be_of_ready_models_only(models: RunningDaemon) -> None:

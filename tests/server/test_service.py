@@ -1,103 +1,29 @@
-"""Requests between the protocols and the driver: told once, counted from acceptance on, and no garbage left."""
+"""Requests between the protocols and the driver: told once, and counted from acceptance on."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import io
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from structlog.testing import capture_logs
 from tritonclient.grpc import service_pb2
 
-from preprocess.pipeline import ImageSteps, PipelineFile
-from preprocess.pool import PreprocessPool
-from scheduler.channel import ModelSource
 from scheduler.driver import Answered
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from server.codec import Tensor
 from server.errors import ServeError
-from server.grpc_api import InferenceServicer
-from server.http_protocol import Reply
-from server.infer import InferRoute, Target
-from server.metrics import Metrics
+from server.infer import Target
 from server.model_files import ServingFile
-from server.repository import Model, ModelState
-from server.service import InferenceService, Outcome
-from tests.stage import KEY, Stage
-
-PIPELINE = PipelineFile(input="image", output="x", image=ImageSteps(mode="L", size=(1, 1)))
-PLAIN = TensorSpec("x", "FP32", (1,))
-GOOD: dict[str, Any] = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1.0]}]}
-
-
-def make_model(*, pictures: bool = False, output: str = "FP32") -> Model:
-    spec = TensorSpec("x", "FP32", (1, 1, 1)) if pictures else PLAIN
-    signature = Signature((spec,), (TensorSpec("y", output, (1,)),), 8)
-    return Model(
-        "m",
-        1,
-        source=ModelSource(KEY, "m", 1, "emulated", ""),
-        serving=ServingFile(preprocess=PIPELINE) if pictures else ServingFile(),
-        state=ModelState.READY,
-        signature=signature,
-        layout=InputLayout(signature),
-    )
-
-
-class OneModel:
-    """A repository of one model."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-
-    def get(self, name: str, version: str | None = None) -> Model:
-        return self._model
-
-
-class Served(Stage):
-    """A stage with all that stands before the driver."""
-
-    def __init__(self, model: Model, arena_bytes: int = 1 << 16) -> None:
-        super().__init__(arena_bytes)
-        self.model = model
-        self.pool = PreprocessPool(1)
-        self.service = InferenceService(self.driver, self.arena, self.pool)
-        repository: Any = OneModel(model)
-        no_app: Any = None
-        self.http = InferRoute(no_app, repository, self.service, Metrics(), max_body_bytes=1 << 30, read_timeout_s=1)
-        self.grpc = InferenceServicer(repository, self.service, Metrics(), no_app, "n", "v")
-
-    def post(self, body: dict[str, Any] | list[Any]) -> list[Reply]:
-        """The replies so far to one HTTP request."""
-        replies: list[Reply] = []
-        self.http.begin(Target("m", None), {}, [json.dumps(body).encode()], replies.append)
-        return replies
-
-
-def on(served: Callable[[], Served], story: Callable[[Served], Awaitable[None]]) -> None:
-    async def run() -> None:
-        stage = served()
-        try:
-            await story(stage)
-        finally:
-            stage.pool.close()
-
-    asyncio.run(run())
-
-
-def plain() -> Served:
-    return Served(make_model())
-
-
-def pictures() -> Served:
-    return Served(make_model(pictures=True))
+from server.repository import Model
+from server.service import Outcome
+from tests.served import GOOD, Served, grpc_error, grpc_request, make_model, on, pictures, plain, until
+from tests.stage import KEY
 
 
 def tensor() -> Tensor:
@@ -180,6 +106,80 @@ def wide_model() -> Model:
     return model
 
 
+def test_a_refusal_names_the_limit_its_source_and_the_estimate() -> None:
+    async def story(stage: Served) -> None:
+        # The table says 1 us.
+        (reply,) = stage.post(GOOD | {"parameters": {"slo_ms": 0.0001}})
+        assert reply.status == 429
+        assert b"slo_ms of the request is 0.0001 ms, the estimate is 0." in reply.body
+        stage.model.serving = ServingFile(slo_ms=0.0002)
+        (reply,) = stage.post(GOOD)
+        assert b"slo_ms in the model's serving.yaml is 0.0002 ms, the estimate is 0." in reply.body
+        assert stage.post(GOOD | {"parameters": {"deadline_ms": 5000}}) == [], "it replaces the model's"
+        assert len(stage.sent) == 1
+
+    on(plain, story)
+
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is empty; expected JSON such as"),
+        (PNG, "the body is a PNG image; only a model with `preprocess` in its serving.yaml takes images"),
+        (b"\xff\xd8\xff\xe0 and so on", "the body is a JPEG image"),
+    ],
+)
+def test_a_body_that_is_no_json_is_called_what_it_is(body: bytes, message: str) -> None:
+    async def story(stage: Served) -> None:
+        (reply,) = stage.post(body)
+        assert (reply.status, message in reply.body.decode()) == (400, True)
+
+    on(plain, story)
+
+
+def test_every_request_has_a_line_in_the_log() -> None:
+    async def story(stage: Served) -> None:
+        bad = GOOD | {"id": "b", "outputs": [{"name": "nope"}]}
+        unknown = grpc_request()
+        unknown.model_name = unknown.id = "nope"
+        with capture_logs() as lines:
+            stage.post(GOOD | {"id": "a"})
+            stage.finish(0)
+            stage.post(bad)
+            stage.post(b"", "nope")
+            stage.http.refuse(Target("m", None), None)
+            await grpc_error(stage, unknown)
+            stream = asyncio.create_task(grpc_error(stage, grpc_request()))
+            await until(lambda: len(stage.sent) == 2)
+            stage.finish(1)
+            await stream
+        assert all(line.pop("ms") >= 0 and line["event"] == "infer" for line in lines)
+        keys = ("protocol", "model", "version", "id", "status", "error")
+        assert [tuple(line.get(key) for key in keys) for line in lines] == [
+            ("http", "m", 1, "a", 200, None),
+            ("http", "m", 1, "b", 400, "unknown output nope; model m has y"),
+            ("http", "nope", None, "", 404, "unknown model 'nope'"),
+            ("http", "m", None, "", 400, "the body did not arrive within 1 s"),
+            ("grpc", "nope", None, "nope", "NOT_FOUND", "unknown model 'nope'"),
+            ("grpc", "m", 1, "", "OK", None),
+        ]
+
+    on(plain, story)
+
+
+@pytest.mark.parametrize(("name", "ready"), [("m", True), ("nope", False)])
+def test_grpc_says_of_a_model_that_there_is_not_that_it_is_not_ready(name: str, ready: bool) -> None:
+    async def story(stage: Served) -> None:
+        no_context: Any = None
+        reply = await stage.grpc.ModelReady(service_pb2.ModelReadyRequest(name=name), no_context)
+        assert reply.ready is ready
+
+    on(plain, story)
+
+
 # ---- pictures ----
 
 
@@ -193,12 +193,6 @@ def submit(stage: Served, *elements: bytes) -> tuple[list[Outcome], Callable[[],
     outcomes: list[Outcome] = []
     encoded = Tensor("image", "BYTES", (len(elements), 1), list(elements))
     return outcomes, stage.service.submit(stage.model, [encoded], None, time.monotonic_ns(), outcomes.append)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  # what it looks at is not told of
-            await asyncio.sleep(0.001)
 
 
 def test_a_request_is_unfinished_while_its_picture_is_decoded() -> None:
@@ -266,88 +260,3 @@ def test_many_pictures_are_refused_by_their_number_before_they_are_looked_at() -
             stage.service.submit(stage.model, [many], None, 0, print)
 
     on(pictures, story)
-
-
-# ---- garbage ----
-
-
-def grpc_request(shape: tuple[int, ...] = (1, 1)) -> Any:
-    request = service_pb2.ModelInferRequest(model_name="m")
-    request.inputs.add(name="x", datatype="FP32", shape=shape)
-    request.raw_input_contents.append(bytes(4))
-    return request
-
-
-async def grpc_error(stage: Served, request: Any) -> str:
-    """What a stream of one request is told."""
-
-    async def requests() -> AsyncIterator[Any]:
-        yield request
-
-    no_context: Any = None
-    (reply,) = [reply async for reply in stage.grpc.ModelStreamInfer(requests(), no_context)]
-    return str(reply.error_message)
-
-
-@contextmanager
-def no_garbage() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-        found = gc.collect()
-    finally:
-        gc.enable()
-    assert found < 20, "ten requests, and a cycle or more in each"
-
-
-BAD_SHAPE = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1.0]}]}
-
-
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [
-        (400, BAD_SHAPE),
-        (400, []),
-        (400, GOOD | {"outputs": [{"name": "nope"}]}),
-        (429, GOOD | {"parameters": {"slo_ms": 0.0001}}),
-        (501, GOOD | {"parameters": {"sequence_id": 1}}),
-    ],
-)
-def test_refused_http_requests_leave_no_garbage(status: int, body: Any) -> None:
-    async def story(stage: Served) -> None:
-        stage.post(body)  # whatever is made once
-        with no_garbage():
-            for _ in range(10):
-                assert stage.post(body)[0].status == status
-
-    on(plain, story)
-
-
-def test_cut_off_and_cancelled_requests_leave_no_garbage() -> None:
-    async def story(stage: Served) -> None:
-        stage.post(GOOD)
-        with no_garbage():
-            for _ in range(10):
-                cancel = stage.http.begin(Target("m", None), {}, [json.dumps(GOOD).encode()], print)
-                assert cancel is not None
-                cancel()
-            stage.driver.give_up("good bye")
-            for _ in range(10):
-                assert stage.post(GOOD)[0].status == 503
-            del cancel
-
-    on(plain, story)
-
-
-def test_refused_grpc_requests_leave_no_garbage() -> None:
-    async def story(stage: Served) -> None:
-        requests = [grpc_request((1, 2)), grpc_request()]
-        requests[1].parameters["slo_ms"].double_param = 0.0001
-        for request in requests:
-            await grpc_error(stage, request)
-            with no_garbage():
-                for _ in range(10):
-                    assert await grpc_error(stage, request)
-
-    on(plain, story)

@@ -289,6 +289,13 @@ def test_a_worker_takes_little_memory_of_its_own(daemon: RunningDaemon) -> None:
     assert max(private.values()) < PRIVATE_MIB_PER_WORKER
 
 
+def test_a_model_that_takes_too_long_to_load_is_given_up(tmp_path: Path) -> None:
+    repositories.endless(tmp_path / "hangs")
+    with running("--model-repository", str(tmp_path), "--layout", "7g.80gb", "--load-timeout-secs", "1") as daemon:
+        (line,) = daemon.events("model not loaded", model="hangs")
+        assert "loading hangs took more than 1 s" in line["reason"]
+
+
 def test_several_workers_on_one_slice(demo_models: None) -> None:
     with running("--layout", "1g.10gb", "--workers-per-slice", "3", "--drain-delay-secs", "0") as daemon:
         assert sorted(daemon.workers()) == ["gpu0/1g.10gb@0", "gpu0/1g.10gb@0#1", "gpu0/1g.10gb@0#2"]

@@ -1,0 +1,106 @@
+"""What a model's files say: contradictions are refused, what is ignored is told, errors are one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server.config_pbtxt import ModelFileError
+from server.model_files import read_model, versions_to_serve
+from tests import repositories
+
+
+def with_config(folder: Path, config: str, *files: str) -> Path:
+    """A model folder with empty model files, which are not read here."""
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(config)
+    for name in files:
+        (folder / "1" / name).touch()
+    return folder
+
+
+def error_of(folder: Path) -> str:
+    with pytest.raises(ModelFileError) as caught:
+        read_model(folder, versions_to_serve(folder)[0][0], 1)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('name: "other"', "config.pbtxt: name is 'other', the folder is 'm'; leave the name out"),
+        ('platform: "onnxruntime_onnx"', "config.pbtxt: platform 'onnxruntime_onnx', but "),
+        ('backend: "tensorrt"', "holds model.pt2; they may be torch_export or pytorch for a model.pt2, pytorch_l"),
+        ('platform: "pytorch_libtorch"', "platform 'pytorch_libtorch', but "),
+        ('backend: "emulated" platform: "torch_export"', "platform 'torch_export', backend 'emulated', but "),
+        ('platform: "ensemble"', "config.pbtxt: ensembles are not supported"),
+        ("ensemble_scheduling {}", "config.pbtxt: ensembles are not supported"),
+        ("sequence_batching {}", "config.pbtxt: sequences are not supported"),
+    ],
+)
+def test_a_config_that_says_another_thing_than_the_folder_is_refused(config: str, message: str, tmp_path: Path) -> None:
+    assert message in error_of(with_config(tmp_path / "m", config, "model.pt2"))
+
+
+@pytest.mark.parametrize(
+    ("config", "file"),
+    [
+        ('name: "m"', "model.pt2"),
+        ('platform: "pytorch_libtorch"', "model.pt"),
+        ('backend: "pytorch"', "model.pt2"),
+        ('backend: "pytorch" platform: "pytorch_libtorch"', "model.pt"),
+        ('platform: "torch_export" backend: "torch_export"', "model.pt2"),
+    ],
+)
+def test_a_config_that_names_the_right_backend_is_taken(config: str, file: str, tmp_path: Path) -> None:
+    source, *_ = read_model(with_config(tmp_path / "m", config, "model.pt2", "model.pt"), 1, 1)
+    assert Path(source.path).name == file
+
+
+def test_fields_that_change_nothing_are_told(tmp_path: Path) -> None:
+    config = """
+        max_batch_size: 8 instance_group [{ count: 2 }] optimization {} version_policy { all {} }
+        dynamic_batching { max_queue_delay_microseconds: 100 preferred_batch_size: [4] }
+        input { name: "x" data_type: TYPE_FP32 dims: [1] reshape { shape: [] } }
+    """
+    _, ignored = versions_to_serve(with_config(tmp_path / "m", config, "model.pt2"))
+    assert sorted(ignored) == [
+        "dynamic_batching.max_queue_delay_microseconds",
+        "dynamic_batching.preferred_batch_size",
+        "input.reshape",
+        "instance_group",
+        "optimization",
+    ]
+    assert versions_to_serve(repositories.emulated(tmp_path / "plain", 1)) == ([1], [])
+    assert versions_to_serve(with_config(tmp_path / "batches", "dynamic_batching {}", "model.pt2")) == ([1], [])
+
+
+def test_an_emulated_model_needs_no_version_folder(tmp_path: Path) -> None:
+    folder = repositories.emulated(tmp_path / "m", 1)
+    (folder / "1").rmdir()
+    assert versions_to_serve(folder) == ([1], [])
+    assert read_model(folder, 1, 1)[0].backend == "emulated"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slo: 5", "serving.yaml: unknown key slo; did you mean slo_ms?"),
+        ("zzz: 5", "unknown key zzz; there are slo_ms, mig_profiles, latency_table, preprocess"),
+        ("latency_table: {fil: a}", "unknown key latency_table.fil; did you mean file?"),
+        (
+            "preprocess: {input: a, output: b, image: {size: [8, 8], mod: L}}",
+            "unknown key preprocess.image.mod; did you mean mode?",
+        ),
+        ("slo_ms: 5\nmig_profiles: [", "serving.yaml, line 2 is not YAML: "),
+        ("slo_ms: fast", "serving.yaml: slo_ms: Input should be a valid number"),
+        ("- slo_ms: 5", "must hold settings by their names"),
+        ("\0", "serving.yaml is not YAML: it is not text in UTF-8"),
+    ],
+)
+def test_a_serving_file_that_makes_no_sense(text: str, message: str, tmp_path: Path) -> None:
+    folder = repositories.emulated(tmp_path / "m", 1)
+    (folder / "serving.yaml").write_text(text)
+    assert message in error_of(folder)

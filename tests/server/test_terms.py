@@ -1,0 +1,108 @@
+"""Targets and deadlines: which one counts, and what is said of names that we do not know."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server import terms
+from server.errors import ServeError
+from server.terms import OF_CALL, OF_MODEL, OF_REQUEST_DEADLINE, OF_REQUEST_SLO, read_terms
+
+NOW = 1_000_000_000
+Given = dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "model_ms", "call_ms", "due_ms", "expires_ms", "limit"),
+    [
+        (None, None, None, None, None, ""),
+        (None, 50.0, None, 50, None, OF_MODEL),
+        ({"priority": 1}, 50.0, None, 50, None, OF_MODEL),
+        ({"slo_ms": 80}, 50.0, None, 80, None, OF_REQUEST_SLO),
+        ({"deadline_ms": 80}, 50.0, None, 80, 80, OF_REQUEST_DEADLINE),  # not the model's
+        ({"deadline_ms": 80, "slo_ms": 20}, 50.0, None, 20, 80, OF_REQUEST_SLO),
+        ({"deadline_ms": 80, "slo_ms": 90}, None, None, 80, 80, OF_REQUEST_DEADLINE),
+        (None, 50.0, 60_000.0, 50, 60_000, OF_MODEL),  # that a client waits long loosens nothing
+        (None, None, 30.0, 30, 30, OF_CALL),
+        ({"deadline_ms": 80}, 50.0, 30.0, 30, 30, OF_CALL),
+        ({"timeout": 7000}, 50.0, None, 50, 7, OF_MODEL),
+        ({"timeout": 7000, "deadline_ms": 5}, 50.0, None, 5, 5, OF_REQUEST_DEADLINE),
+    ],
+)
+def test_which_limit_counts(
+    parameters: Given | None,
+    model_ms: float | None,
+    call_ms: float | None,
+    due_ms: int | None,
+    expires_ms: int | None,
+    limit: str,
+) -> None:
+    found = read_terms(parameters, NOW, model_ms, call_ms)
+    at = [None if ns is None else (ns - NOW) / 1e6 for ns in (found.due_ns, found.expires_ns)]
+    assert (*at, found.limit) == (due_ms, expires_ms, limit)
+    assert found.limit_ms == (due_ms or 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("slo", "slo_ms"),
+        ("SLO_MS", "slo_ms"),
+        ("slo-ms", "slo_ms"),
+        ("slo_us", "slo_ms"),
+        ("deadline", "deadline_ms"),
+        ("deadline_msec", "deadline_ms"),
+        ("timeout_ms", "timeout"),
+        ("timout", "timeout"),
+        ("prioritty", "priority"),
+    ],
+)
+def test_a_name_that_was_meant_as_one_of_ours_is_refused_with_it(name: str, meant: str) -> None:
+    with pytest.raises(ServeError, match=f"unknown parameter {name}; did you mean {meant}\\?"):
+        read_terms({name: 5}, NOW, None)
+
+
+CLIENTS_SEND = {
+    "sequence_id": 0,
+    "sequence_start": True,
+    "sequence_end": True,
+    "binary_data_output": True,
+    "timeout": 0,
+    "priority": 0,
+    "triton_enable_empty_final_response": True,
+}
+SOMEBODYS_OWN = [
+    "temperature",
+    "max_tokens",
+    "stream",
+    "headers",
+    "slow",
+    "slot",
+    "solo",
+    "time",
+    "s",
+    "_ms",
+    "",
+    "x" * 99,
+]
+
+
+@pytest.mark.parametrize("name", [*CLIENTS_SEND, *SOMEBODYS_OWN])
+def test_other_names_are_ignored(name: str) -> None:
+    assert read_terms({name: CLIENTS_SEND.get(name, "a")}, NOW, 50.0) == read_terms(None, NOW, 50.0)
+
+
+@given(st.dictionaries(st.text(max_size=40), st.integers() | st.text(max_size=5) | st.none(), max_size=80))
+def test_any_parameters_at_all_are_taken_or_refused(parameters: Given) -> None:
+    with contextlib.suppress(ServeError):
+        read_terms(parameters, NOW, None)
+
+
+def test_of_a_great_many_names_only_the_first_are_compared() -> None:
+    many = {f"name{number}": 1 for number in range(1000)} | {"slo": 5}
+    assert read_terms(many, NOW, None) == terms.Terms(NOW)
