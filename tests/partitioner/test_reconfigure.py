@@ -137,18 +137,21 @@ class Lodgers:
 
 
 class Machine:
-    """Simulated GPUs with lodgers on every slice."""
+    """Simulated GPUs with lodgers on every slice, unless they are to be `empty`."""
 
-    def __init__(self, gpus: str = "A100-80GB", layout: str | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self, gpus: str = "A100-80GB", layout: str | None = None, folder: Path | None = None, *, empty: bool = False
+    ) -> None:
         self.lodgers = Lodgers()
         state = folder / "gpus.json" if folder is not None else None
         self.nvml = SimulatedNvml(parse_gpus(gpus, layout), clients=self.lodgers.on, state_file=state)
         self.door = NvmlDoor(self.nvml, simulated=True, sleep=lambda seconds: None, root=Path("/nonexistent"))
         self.intents = IntentFile(folder / "recut.json") if folder is not None else None
         self.reconfigurer = Reconfigurer(self.door, self.lodgers, self.intents)
-        for each in self.slices():
-            self.lodgers.move_in(each)
-        self.lodgers.ask(20)
+        if not empty:
+            for each in self.slices():
+                self.lodgers.move_in(each)
+            self.lodgers.ask(20)
         self.uuids = [gpu.uuid for gpu in self.door.gpus()]
 
     def slices(self) -> list[Slice]:
@@ -347,7 +350,7 @@ def check_kill(folder: Path, before: str, after: str, nth: int) -> str:
         return "finished"
     machine.nvml.fail_no_more()
 
-    next_life = Machine(layout=before, folder=folder)
+    next_life = Machine(layout=before, folder=folder, empty=True)
     reconfigurer = Reconfigurer(next_life.door, Nobody(), next_life.intents)
     outcome = asyncio.run(reconfigurer.recover())
     now = next_life.layout()
