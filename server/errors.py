@@ -66,7 +66,7 @@ def from_refusal(
             return ServeError(Fault.REFUSED, message, reason=reason, retry_after_s=retry_after_s)
         case Reason.SLO_UNREACHABLE:
             message = (
-                f"model {model} cannot answer in time: {limit} is {limit_ms:g} ms, the estimate is "
+                f"model {model} cannot answer in time: {limit} is {round(limit_ms, 4):g} ms, the estimate is "
                 f"{limit_ms + retry_after_s * 1e3:.1f} ms"
             )
             return ServeError(Fault.REFUSED, message, reason=reason, retry_after_s=retry_after_s)
