@@ -12,6 +12,9 @@ from pathlib import Path
 
 from partitioner.nvml_errors import MachineBusyError
 
+# The first pid namespace has this fixed inode number in Linux (PROC_PID_INIT_INO).
+_HOSTS_PID_NAMESPACE = "pid:[4026531836]"
+
 
 @dataclass(frozen=True, slots=True)
 class _Manager:
@@ -57,6 +60,14 @@ def foreign_manager(root: Path = Path("/")) -> str | None:
         if traces:
             return f"{manager.name} manages MIG on this machine ({traces[0]}); {manager.how_to_stop}"
     return None
+
+
+def in_pid_namespace(root: Path | None) -> bool:
+    """Whether this process counts pids otherwise than the host, as in a container without `--pid=host`."""
+    try:
+        return os.readlink((root or Path("/")) / "proc/self/ns/pid") != _HOSTS_PID_NAMESPACE
+    except OSError:
+        return False
 
 
 def _process_names(root: Path) -> set[str]:

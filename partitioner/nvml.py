@@ -21,7 +21,7 @@ import pynvml
 
 from partitioner import machine, nvml_changes, nvml_discovery, nvml_events
 from partitioner.geometry import GpuModel, MigProfile, Placement
-from partitioner.nvml_errors import MachineBusyError, NotSupportedError, NvmlUnavailableError
+from partitioner.nvml_errors import GpuLostError, MachineBusyError, NotSupportedError, NvmlUnavailableError
 from partitioner.nvml_session import NvmlSession
 from partitioner.nvml_types import Gpu, GpuProcess, GpuReadings, Instance, ModeChange, SliceMemory
 
@@ -74,9 +74,13 @@ class NvmlDoor:
         ]
 
     def gpu(self, gpu_uuid: str) -> Gpu:
-        """One of them. Raises NotFoundError or GpuLostError."""
-        self._session.gpu(gpu_uuid)
-        return next(gpu for gpu in self.gpus() if gpu.uuid == gpu_uuid)
+        """One of them; what is wrong with others does not matter. Raises NotFoundError or GpuLostError."""
+        for index, handle, uuid in self._session.gpus():
+            if uuid == gpu_uuid:
+                of = self._model(handle, uuid)
+                return nvml_discovery.gpu(self._session, index, handle, uuid, of, self._simulated)
+        self._session.gpu(gpu_uuid)  # raises what fits
+        raise GpuLostError("nvmlDeviceGetHandleByIndex", "GPU_IS_LOST")
 
     def model(self, gpu_uuid: str) -> GpuModel:
         """What a GPU can be cut into, in NVML's own names and figures; the catalogue's where NVML is silent.
@@ -151,8 +155,11 @@ class NvmlDoor:
         virtualization = self._session.supported("nvmlDeviceGetVirtualizationMode", gpu)
         if virtualization == pynvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU:
             return f"{gpu_uuid} is a vGPU: it is cut on the host, not in this virtual machine"
-        foreign = [each for each in self.processes(gpu_uuid) if each.pid not in own_pids]
-        if foreign:
+        listed = self.processes(gpu_uuid)
+        foreign = [each for each in listed if each.pid not in own_pids]
+        # In a container the driver may list pids as the host counts them: then none of our own are among them.
+        translated = not own_pids or len(foreign) < len(listed)
+        if foreign and (translated or not machine.in_pid_namespace(self._root)):
             return f"{gpu_uuid} is used by {', '.join(map(str, foreign))}; end that first, or leave this GPU out"
         return None
 

@@ -176,8 +176,8 @@ class Reconfigurer:
             return None
         gpus = await self._call(self._door.gpus)
         intent = self._intents.read({gpu.uuid: gpu.model for gpu in gpus if gpu.model is not None})
-        if intent is None:
-            return None
+        if intent is None or not intent.before:
+            return None  # nothing is recorded, or nothing of these GPUs
         async with self._changing:
             with self._exclusive():
                 for uuid in intent.before:
@@ -271,6 +271,10 @@ class Reconfigurer:
         """After a crash: forward if that works, else back."""
         if await self._is(intent.before):
             return Outcome(Result.RESTORED, "the daemon had ended before anything was changed")
+        for uuid, before in intent.before.items():
+            of_change = {*before, *intent.target[uuid]}
+            if not set((await self._read(uuid)).layout) <= of_change:
+                return Outcome(Result.NEAREST, "somebody has cut the GPUs otherwise since; they were left as they are")
         target = await self._undo(intent.target, "the daemon had ended in the middle of a change; it was finished")
         if await self._is(intent.target):
             return Outcome(Result.APPLIED, target.reason)

@@ -62,6 +62,7 @@ class SchedulerCore:
         self._queued = 0  # in the policy's queues
         self._parked: dict[str, dict[int, Query]] = {}
         self._coming_back: dict[int, set[str]] = {}  # models of workers that are being restarted or replaced
+        self._draining: set[int] = set()
         self._expiries: list[tuple[int, int]] = []
         self._wake_ns: int | None = None
         self._roomy: dict[int, Worker] = {}
@@ -84,9 +85,11 @@ class SchedulerCore:
             case BatchFailed():
                 self._batch_failed(now_ns, event)
             case WorkerUp():
-                worker = Worker(event.worker_id, event.gpcs, event.depth)
-                self._pool.add(worker)
-                self._roomy[worker.id] = worker
+                self._draining.discard(event.worker_id)
+                if event.worker_id not in self._pool.workers:
+                    worker = Worker(event.worker_id, event.gpcs, event.depth)
+                    self._pool.add(worker)
+                    self._roomy[worker.id] = worker
             case Serves():
                 self._serves(now_ns, event)
             case StopsServing():
@@ -146,6 +149,8 @@ class SchedulerCore:
                 self._place(now_ns, query, again=True)
 
     def _serves(self, now_ns: int, event: Serves) -> None:
+        if event.worker_id in self._draining:
+            return  # it was loading while it was told to go: the model is expected elsewhere
         worker = self._pool.workers[event.worker_id]
         self._pool.serve(worker, event.model, BatchTable(event.latency_ns))
         self._forget_return(event.worker_id, event.model)
@@ -164,14 +169,16 @@ class SchedulerCore:
 
     def _drains(self, now_ns: int, event: Drains) -> None:
         worker = self._pool.workers[event.worker_id]
-        models = set(worker.tables)
-        self._coming_back[worker.id] = models
+        self._draining.add(worker.id)
+        # Beside what it serves, what it was still to load again after a restart.
+        self._coming_back.setdefault(worker.id, set()).update(worker.tables)
         evicted = self._policy.evict(worker)
-        for model in models:
+        for model in list(worker.tables):
             self._pool.withdraw(worker, model)
         self._place_again(now_ns, evicted)
 
     def _worker_lost(self, now_ns: int, event: WorkerLost) -> None:
+        self._draining.discard(event.worker_id)
         models = self._coming_back.pop(event.worker_id, set())
         worker = self._pool.workers.get(event.worker_id)
         ran: list[Query] = []

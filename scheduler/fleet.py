@@ -139,10 +139,10 @@ class Fleet:
         """Starts workers on new slices and gives them their models. Raises TenantsError if one does not come up."""
         new = self._add(slices)
         await asyncio.gather(*(self._bring_up(each) for each in new))
+        await self._loader.introduce([each for each in new if each.state == State.READY])
         down = [f"{each.name}: {each.reason}" for each in new if each.state != State.READY]
         if down:
             raise TenantsError(f"no worker came up on {'; '.join(down)}")
-        await self._loader.introduce(new)
 
     def homes(self) -> list[Slice]:
         """Slices that have workers now."""

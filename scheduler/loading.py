@@ -86,7 +86,10 @@ class Loader:
         """Gives new workers every model that they should have."""
         for source in self._proven_models():
             groups = _by_kind(source, workers)
-            await asyncio.gather(*(self._load_group(source, group) for group in groups.values()))
+            results = await asyncio.gather(*(self._load_group(source, group) for group in groups.values()))
+            for group, result in zip(groups.values(), results, strict=True):
+                if isinstance(result, str):
+                    log.warning("model not loaded here", model=source.name, worker=group[0].name, reason=result)
 
     async def restore(self, each: Worker) -> None:
         """Gives a restarted worker its models back."""

@@ -266,7 +266,7 @@ class _Simulation:
 
     def _bring_up(self, worker_id: int) -> None:
         worker = self._workers[worker_id]
-        if not worker.up or self.now_ns == 0:
+        if not (worker.up and worker.serves) or self.now_ns == 0:
             self._tell(WorkerUp(worker_id, worker.where.gpcs, worker.where.depth))
         worker.up = worker.serves = True
         for model, table in worker.where.tables.items():

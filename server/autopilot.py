@@ -19,13 +19,16 @@ from partitioner.nvml_errors import NvmlError
 from partitioner.nvml_types import Gpu
 from partitioner.plans import ModelDemand, PlanError
 from partitioner.programme import InfeasibleError
-from partitioner.reconfigure import RefusedChangeError
+from partitioner.reconfigure import RefusedChangeError, Result
 from scheduler.driver import Driver
 from server.layouts import Layouts
 from server.repository import Model, ModelState, Repository
 from server.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+# A target that could not be reached is not tried again for so many dwell times.
+RETRY_DWELLS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +50,21 @@ class Autopilot:
         self._driver = driver
         self._started_s = time.monotonic()
         self._demand = Demand(settings.replan_half_life_secs, self._started_s)
+        self._failed: dict[str, list[str]] = {}  # the target that could not be reached, by GPU
+        self._retry_at_s = 0.0
         self.view = View({}, None, "no traffic seen yet")
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             await asyncio.sleep(self._settings.replan_interval_secs)
-            await self.observe()
-            if self._settings.replan == "auto" and self.view.proposal is not None and self.view.proposal.worthwhile:
-                await self._change(self.view.proposal)
+            try:
+                await self.observe()
+                proposal = self.view.proposal
+                if self._settings.replan == "auto" and proposal is not None and proposal.worthwhile:
+                    await self._change(proposal)
+            except Exception:
+                log.exception("the autopilot failed; it goes on")
 
     async def observe(self) -> View:
         """Takes in what has arrived since the last time, and thinks again."""
@@ -98,12 +107,20 @@ class Autopilot:
         )
 
     async def _change(self, proposal: Proposal) -> None:
-        log.info("re-cutting by itself", reason=proposal.reason)
         wanted = {uuid: [placed.profile for placed in layout] for uuid, layout in proposal.layouts.items()}
+        names = {uuid: sorted(profile.name for profile in profiles) for uuid, profiles in wanted.items()}
+        if names == self._failed and time.monotonic() < self._retry_at_s:
+            return
+        log.info("re-cutting by itself", reason=proposal.reason)
         try:
-            await self._layouts.apply_profiles(wanted)
+            outcome = await self._layouts.apply_profiles(wanted)
         except (RefusedChangeError, NvmlError, OSError) as error:
             log.warning("re-cut not begun", reason=str(error))
+            await self._layouts.refresh()  # it may be that they are no more what we took them for
+            return
+        if outcome.result in (Result.RESTORED, Result.NEAREST):
+            self._failed = names
+            self._retry_at_s = time.monotonic() + RETRY_DWELLS * self._settings.replan_dwell_secs
 
 
 class _NothingToPlanError(Exception):

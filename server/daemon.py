@@ -20,6 +20,7 @@ import uvicorn
 from partitioner.geometry import Slice
 from partitioner.intent import IntentFile
 from partitioner.nvml_errors import NvmlError
+from partitioner.reconfigure import RefusedChangeError
 from preprocess.pool import PreprocessPool
 from scheduler.arena import Arena
 from scheduler.core import SchedulerCore
@@ -197,7 +198,7 @@ class Daemon:
         """The GPUs as they are cut, after what a crash in the middle of a re-cut has left is put right."""
         try:
             await self.layouts.recover()
-        except (NvmlError, ValueError, OSError) as error:
+        except (NvmlError, RefusedChangeError, ValueError, OSError) as error:
             raise StartError(f"a re-cut was cut off, and cannot be put right: {error}") from error
         if not self._slices():
             raise StartError("no slice to serve on: MIG is on, but there are no instances; see migserve layout apply")
@@ -234,6 +235,7 @@ class Daemon:
         for task in self._background:
             task.cancel()
         await self._close_servers()
+        await self.layouts.finished()
         await self.fleet.stop(STOP_SECONDS if self._tidy else 0.0)
         self._pool.close()
         if self._journal is not None:

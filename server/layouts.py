@@ -11,8 +11,9 @@ import structlog
 from partitioner.geometry import MigProfile, parse_layout
 from partitioner.intent import IntentFile
 from partitioner.nvml import NvmlDoor
+from partitioner.nvml_errors import NvmlError
 from partitioner.nvml_types import Gpu
-from partitioner.reconfigure import GpuChange, Outcome, Reconfigurer, RefusedChangeError, Result
+from partitioner.reconfigure import GpuChange, Nobody, Outcome, Reconfigurer, RefusedChangeError, Result
 from partitioner.tenants import Tenants
 
 log = structlog.get_logger(__name__)
@@ -33,19 +34,34 @@ class Layouts:
         on_change: Callable[[Outcome, float], None],
     ) -> None:
         self._door = door
-        self._reconfigurer = Reconfigurer(door, tenants, intents, lambda step: log.info("re-cut", step=step))
+        self._reconfigurer = Reconfigurer(door, tenants, intents, _tell)
+        self._before_anybody_lives = Reconfigurer(door, Nobody(), intents, _tell)
+        self._changes: set[asyncio.Task[Outcome]] = set()
         self._on_change = on_change
         self.gpus: list[Gpu] = []
         self.round_s = FIRST_CHANGE_S  # an estimate of what one round of a change takes
-        self.changing = False
         self.changed_at_s: float | None = None  # monotonic; None: never
 
     async def recover(self) -> None:
-        """Puts right what a crash in the middle of a re-cut has left. Raises NvmlError, ValueError, OSError."""
-        outcome = await self._reconfigurer.recover()
+        """Puts right what a crash in the middle of a re-cut has left, before there are workers.
+
+        Raises NvmlError, RefusedChangeError, ValueError, OSError.
+        """
+        outcome = await self._before_anybody_lives.recover()
         if outcome is not None:
             log.warning("a re-cut had been cut off", result=outcome.result, reason=outcome.reason)
         self.gpus = await asyncio.to_thread(self._door.gpus)
+
+    @property
+    def changing(self) -> bool:
+        return bool(self._changes)
+
+    async def refresh(self) -> None:
+        """Reads the GPUs again; if that fails, what was read before stays."""
+        try:
+            self.gpus = await asyncio.to_thread(self._door.gpus)
+        except NvmlError as error:
+            log.warning("the GPUs cannot be read", reason=str(error))
 
     async def changes(self, wanted: Mapping[str, str]) -> list[GpuChange]:
         """What `apply` would do. `wanted`: layouts (`3g.40gb+3g.40gb`) by GPU, its index or UUID.
@@ -59,18 +75,27 @@ class Layouts:
         return await self.apply_profiles(self._profiles(wanted))
 
     async def apply_profiles(self, wanted: Mapping[str, Sequence[MigProfile]]) -> Outcome:
-        """The same, MIG profiles by GPU UUID."""
+        """The same, MIG profiles by GPU UUID. Goes on to its end even if nobody waits for it any more."""
+        change = asyncio.get_running_loop().create_task(self._apply(wanted))
+        self._changes.add(change)
+        change.add_done_callback(self._changes.discard)
+        return await asyncio.shield(change)
+
+    async def finished(self) -> None:
+        """Returns when no change is under way."""
+        if self._changes:
+            await asyncio.wait(self._changes)
+
+    async def _apply(self, wanted: Mapping[str, Sequence[MigProfile]]) -> Outcome:
         changes = await self._reconfigurer.changes(wanted)
         rounds = sum(len(each.transition.rounds) for each in changes)
         if rounds:
             log.info("re-cutting", steps=[step for each in changes for step in each.steps()])
         began_s = time.monotonic()
-        self.changing = True
         try:
             outcome = await self._reconfigurer.apply(wanted)
         finally:
-            self.changing = False
-            self.gpus = await asyncio.to_thread(self._door.gpus)
+            await self.refresh()
         seconds = time.monotonic() - began_s
         if outcome.result != Result.UNCHANGED:
             self.changed_at_s = time.monotonic()
@@ -95,3 +120,7 @@ class Layouts:
                 return gpu
         known = ", ".join(f"{gpu.index} ({gpu.uuid})" for gpu in self.gpus)
         raise RefusedChangeError(f"there is no GPU {which!r}; there are {known}")
+
+
+def _tell(step: str) -> None:
+    log.info("re-cut", step=step)

@@ -51,22 +51,26 @@ class _Queue:
     `slo_ns`: of the last query that waited with one, 0 before.
     """
 
-    __slots__ = ("changes", "fastest", "open", "peak_per_ns", "slo_ns", "timely")
+    __slots__ = ("changes", "least_ns", "open", "peak_per_ns", "slo_ns", "tables", "timely")
 
     def __init__(self) -> None:
         self.timely = Line()
         self.open = Line()
         self.slo_ns = 0
         self.changes = -1
-        self.fastest: BatchTable | None = None
+        self.tables: list[BatchTable] = []
+        self.least_ns: dict[int, int] = {}  # by items, as it was asked for
         self.peak_per_ns = 0.0
 
     def is_late(self, now_ns: int, query: Query) -> bool:
         """Whether no slice could meet its due time, even if it were free now."""
         due_ns = query.request.due_ns
         assert due_ns is not None  # asked of timely ones only
-        assert self.fastest is not None  # some slice serves the model
-        return now_ns + self.fastest.time_ns(query.request.items) > due_ns
+        items = query.request.items
+        least_ns = self.least_ns.get(items)
+        if least_ns is None:  # which slice is the fastest depends on how many items there are
+            least_ns = self.least_ns[items] = min(table.time_ns(items) for table in self.tables)
+        return now_ns + least_ns > due_ns
 
     def give_up(self, queries: list[Query]) -> None:
         for query in queries:
@@ -256,6 +260,7 @@ class LateBinding:
         if queue.changes != self._pool.changes:
             queue.changes = self._pool.changes
             tables = [worker.tables[model] for worker in self._pool.serving[model]]
-            queue.fastest = min(tables, key=lambda table: table.ns[1])
+            queue.tables = tables
+            queue.least_ns.clear()
             queue.peak_per_ns = sum(table.best_per_ns[-1] for table in tables)
         return queue

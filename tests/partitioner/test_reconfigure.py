@@ -270,6 +270,7 @@ CODES = {
     "stale": pynvml.NVML_ERROR_INVALID_ARGUMENT,
     "no permission": pynvml.NVML_ERROR_NO_PERMISSION,
     "unknown": pynvml.NVML_ERROR_UNKNOWN,
+    "lost": pynvml.NVML_ERROR_GPU_IS_LOST,
 }
 
 
@@ -375,6 +376,17 @@ def test_a_change_cut_off_anywhere_is_finished_or_undone_at_the_next_start(tmp_p
     assert {"undone", "finished later", "finished"} == set(ends)
 
 
+def test_what_somebody_has_cut_since_is_left_alone(tmp_path: Path) -> None:
+    machine = Machine(layout="7g.80gb", folder=tmp_path, empty=True)
+    assert machine.intents is not None
+    intent = [{machine.uuids[0]: parse_layout(layout, A100)} for layout in ("4g.40gb+2g.20gb+1g.10gb", "3g.40gb")]
+    machine.intents.write(Intent(*intent))
+    outcome = asyncio.run(Reconfigurer(machine.door, Nobody(), machine.intents).recover())
+    assert outcome is not None
+    assert outcome.reason == "somebody has cut the GPUs otherwise since; they were left as they are"
+    assert machine.layout() == ["gpu0/7g.80gb@0"]
+
+
 def test_a_broken_record_is_told(tmp_path: Path) -> None:
     machine = Machine(folder=tmp_path)
     assert machine.intents is not None
@@ -390,4 +402,4 @@ def test_a_record_of_gpus_that_are_gone_is_no_business_of_those_that_are_here(tm
     before = machine.layout()
     asyncio.run(machine.reconfigurer.recover())
     assert machine.layout() == before
-    assert not machine.intents.path.exists()
+    assert machine.intents.path.exists(), "a daemon of those GPUs will need it"

@@ -259,6 +259,19 @@ def test_requests_wait_while_the_only_slice_is_replaced() -> None:
     assert core.handle(10, BatchDone(1, 2)) == [Answer(2, (2,)), Run(1, 3, "m", (3, 4))]
 
 
+def test_a_worker_that_drains_while_it_loads_again_is_given_nothing() -> None:
+    """It had died: what it has not loaded again yet is expected back elsewhere, and is not served by it any more."""
+    core = core_with(1)
+    core.handle(0, WorkerLost(0, True, "killed"))
+    core.handle(1, WorkerUp(0, 1, 1))
+    core.handle(2, Drains(0))
+    assert core.handle(3, request(1)) == [], "parked"
+    assert core.handle(4, Serves(0, "m", TABLE)) == []
+    core.handle(5, WorkerLost(0, True, "its slice was re-cut"))
+    core.handle(6, WorkerUp(1, 1, 1))
+    assert core.handle(7, Serves(1, "m", TABLE)) == [Run(1, 1, "m", (1,))]
+
+
 def test_requests_are_refused_when_nothing_comes_in_place_of_a_slice() -> None:
     core = core_with(1)
     core.handle(0, Drains(0))

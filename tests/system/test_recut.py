@@ -144,7 +144,7 @@ def test_a_daemon_killed_in_the_middle_of_a_change_is_put_right_by_the_next(tmp_
         body = {"gpus": {"0": "3g.40gb+3g.40gb"}}
         changing = threading.Thread(target=_ignoring_errors, args=(admin, daemon, "layout", body, token))
         changing.start()
-        until(lambda: (tmp_path / "recut.json").exists(), "the change is on its way")
+        daemon.wait_for("re-cut", step="GPU 0: creating 3g.40gb@4")
         daemon.process.send_signal(signal.SIGKILL)
         daemon.process.wait()
         asking.join()
@@ -155,6 +155,22 @@ def test_a_daemon_killed_in_the_middle_of_a_change_is_put_right_by_the_next(tmp_
         layout = admin(daemon, "layout", token=token)[1]["gpus"][0]["layout"]
         assert layout == ("3g.40gb+3g.40gb" if line["result"] == "applied" else "4g.40gb+2g.20gb+1g.10gb")
         assert not (tmp_path / "recut.json").exists()
+
+
+def test_sigterm_in_the_middle_of_a_change_waits_for_its_end(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "models" / "slow", milliseconds=1, items=1)
+    flags = ("--model-repository", str(tmp_path / "models"), "--layout", "4g.40gb+2g.20gb+1g.10gb")
+    flags += ("--state-dir", str(tmp_path), "--simulation-state", str(tmp_path / "gpu.json"), "--drain-delay-secs", "0")
+    with running(*flags, "--admin-token", "0123456789") as daemon:
+        body = {"gpus": {"0": "3g.40gb+3g.40gb"}}
+        changing = threading.Thread(target=_ignoring_errors, args=(admin, daemon, "layout", body, "0123456789"))
+        changing.start()
+        daemon.wait_for("re-cut", step="GPU 0: creating 3g.40gb@4")
+        daemon.terminate()
+        assert daemon.wait() == 0
+        changing.join()
+        assert [line["result"] for line in daemon.events("re-cut done")] == ["applied"]
+    assert not (tmp_path / "recut.json").exists()
 
 
 def _ignoring_errors(function: Any, *arguments: Any) -> None:
