@@ -162,6 +162,7 @@ class Driver:
         self._outputs: dict[int, BatchOutputs] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._given_up = ""  # why, once no request is taken any more
+        self.counts_arrivals = False  # for somebody who takes them
         self._arrivals: Counter[tuple[str, int, tuple[int, ...]]] = Counter()
 
     # ---- requests ----
@@ -186,7 +187,8 @@ class Driver:
             return
         pending.offset = offset
         request = pending.request
-        self._arrivals[request.model, request.items, request.dims] += 1
+        if self.counts_arrivals:
+            self._arrivals[request.model, request.items, request.dims] += 1
         if self._given_up:
             self._tell(pending, RefusedError(Reason.UNAVAILABLE, 0.0, self._given_up))
         else:

@@ -114,6 +114,10 @@ class Fleet:
         """Takes a model off every worker. Its requests must have ended."""
         self._loader.unload(key, self.workers)
 
+    def measured_ms(self, key: str) -> dict[str, Points]:
+        """What was measured of a model, by kind of worker."""
+        return self._loader.measured_ms(key)
+
     def serving(self, key: str) -> list[Worker]:
         return [each for each in self.workers if key in each.serving and each.state == State.READY]
 

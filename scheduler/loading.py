@@ -97,6 +97,10 @@ class Loader:
             if source.key in self._models and _wanted(source, each):
                 await self._load_again(source, each)
 
+    def measured_ms(self, key: str) -> dict[str, Points]:
+        """What was measured of a model, by kind of worker; also on slices that came later."""
+        return {kind: points for (of, kind), points in self._measured.items() if of == key}
+
     def unserved(self, workers: Sequence[Worker]) -> list[str]:
         """Names of models that some worker could load, and that none has now."""
         serving = {key for each in workers for key in each.serving}

@@ -21,6 +21,7 @@ from partitioner.plans import ModelDemand, PlanError
 from partitioner.programme import InfeasibleError
 from partitioner.reconfigure import RefusedChangeError, Result
 from scheduler.driver import Driver
+from scheduler.loading import Points
 from server.layouts import Layouts
 from server.repository import Model, ModelState, Repository
 from server.settings import Settings
@@ -85,7 +86,7 @@ class Autopilot:
         demands, tables = [], {}
         for name, seen in traffic.items():
             model = models.get(name)
-            table = _table(model) if model is not None else None
+            table = _table(model, self._repository.measured_ms(model)) if model is not None else None
             if model is not None and table is not None and model.serving.slo_ms is not None:
                 demands.append(ModelDemand(name, seen.rate_per_s, model.serving.slo_ms, dict(seen.items)))
                 tables[name] = table
@@ -141,13 +142,13 @@ def _machine(gpus: list[Gpu]) -> tuple[GpuModel, dict[str, Layout]]:
     }
 
 
-def _table(model: Model) -> LatencyTable | None:
-    """What is known of a model's times by slice size: given with it, or measured when it was loaded."""
+def _table(model: Model, measured_ms: Mapping[str, Points]) -> LatencyTable | None:
+    """What is known of a model's times by slice size: given with it, or measured where it was loaded."""
     if model.source is not None and model.source.latency_ms is not None:
         return LatencyTable({gpcs: dict(points) for gpcs, points in model.source.latency_ms.items()})
     measured = {
         int(kind.partition("g.")[0]): dict(points)
-        for kind, points in model.measured_ms.items()
+        for kind, points in measured_ms.items()
         if kind.partition("g.")[0].isdigit()
     }
     return LatencyTable(measured) if measured else None

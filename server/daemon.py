@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -49,6 +50,8 @@ NAME = "migserve"
 STOP_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 75
 GC_THRESHOLDS = (20_000, 20, 50)
+# While the autopilot thinks, in a thread, requests wait for Python's lock so long at most.
+SWITCH_INTERVAL_S = 0.0005
 
 
 class Progress:
@@ -189,6 +192,8 @@ class Daemon:
         self._started = True
         self._background.append(asyncio.create_task(GpuWatch(self._door, self.layouts, self.metrics).run()))
         if self.settings.replan != "off":
+            self.driver.counts_arrivals = True
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
             self._background.append(asyncio.create_task(self._autopilot.run()))
         ports = {f"{name}_port": port for name, port in self.ports.items()}
         log.info("serving", not_ready=self.not_ready(), **ports)

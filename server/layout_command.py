@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,6 +139,9 @@ async def _steps(door: NvmlDoor, wanted: dict[int, Target]) -> list[str]:
 
 
 async def _apply(door: NvmlDoor, wanted: dict[int, Target]) -> int:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a half-cut GPU helps nobody
+        loop.add_signal_handler(number, _err.print, "the change goes on to its end, or is undone; please wait")
     reconfigurer = Reconfigurer(door, Nobody(), tell=lambda step: _out.print(step, markup=False))
     for gpu in door.gpus():
         target = wanted.get(gpu.index)

@@ -61,7 +61,6 @@ class Model:
     unloaded: bool = False  # on purpose: it is not missing
     version_policy: Mapping[str, Any] = field(default_factory=dict)  # Triton's ModelVersionPolicy
     signature: Signature = NOTHING
-    measured_ms: Mapping[str, Points] = field(default_factory=dict)  # by kind of worker
     layout: InputLayout = field(default_factory=lambda: InputLayout(NOTHING))
 
     @property
@@ -142,6 +141,10 @@ class Repository:
     def servers(self, model: Model) -> list[Worker]:
         """The workers that would run it now."""
         return self._fleet.serving(model.key)
+
+    def measured_ms(self, model: Model) -> dict[str, Points]:
+        """What was measured of it, by kind of worker; also on slices that came after it was loaded."""
+        return self._fleet.measured_ms(model.key)
 
     def not_ready(self) -> list[str]:
         """Why some models that should be served are not, one sentence each."""
@@ -238,7 +241,6 @@ class Repository:
             model.state, model.reason = ModelState.UNAVAILABLE, str(error)
             raise ServeError(Fault.INVALID, f"model {name} cannot be loaded: {error}") from error
         model.signature = loaded.signature
-        model.measured_ms = loaded.measured_ms
         model.layout = InputLayout(loaded.signature)
         model.state = ModelState.READY
         self._models[name][number] = model
