@@ -166,7 +166,7 @@ def _wanted(wish: Wish, gpus: Sequence[Gpu]) -> dict[int, Target]:
         )
     if wish.file is not None:
         _, entries = select(parse(wish.file.read_text()), wish.config)
-        return targets(entries, [Device(gpu.index, gpu.pci_device_id, "", gpu.model) for gpu in gpus])
+        return targets(entries, [Device(gpu.index, gpu.pci_device_id, gpu.pci_subsystem_id, gpu.model) for gpu in gpus])
     found: dict[int, Target] = {}
     for layout in wish.layouts:
         which, is_one, names = layout.rpartition("=")

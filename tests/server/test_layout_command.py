@@ -70,6 +70,16 @@ def test_what_is_exported_can_be_checked_and_applied(layout: Run, tmp_path: Path
     assert layout("assert", "--file", str(file)).exit_code == 0
 
 
+def test_a_filter_may_name_the_board(layout: Run, tmp_path: Path) -> None:
+    file = tmp_path / "layouts.yaml"
+    entry = "{{device-filter: '{}', devices: all, mig-enabled: true, mig-devices: {{7g.80gb: 1}}}}"
+    file.write_text(f"version: v1\nmig-configs: {{x: [{entry.format('0x20B210DE:0x147F10DE')}]}}")
+    assert layout("apply", "--file", str(file)).exit_code == 0
+    assert now(layout) == ["7g.80gb", "4g.40gb+2g.20gb+1g.10gb"]
+    file.write_text(f"version: v1\nmig-configs: {{x: [{entry.format('0x20B210DE:0x146310DE')}]}}")
+    assert "GPU 0: the wish says nothing of it" in layout("assert", "--file", str(file)).stdout
+
+
 def test_mig_goes_off_and_on_where_that_needs_no_reset(layout: Run) -> None:
     assert layout("apply", "1=off").exit_code == 0
     assert now(layout)[1] == "MIG off"
