@@ -11,6 +11,7 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
+from partitioner.simulated_nvml import SimulatedNvml, parse_gpus
 from server.__main__ import app
 
 Run = Callable[..., Result]
@@ -125,6 +126,22 @@ def test_what_cannot_be_is_refused_and_nothing_is_touched(
     assert done.exit_code in (1, 2)
     assert message in done.stderr
     assert now(layout) == before
+
+
+def test_split_compute_instances_are_shown_and_are_no_layout(layout: Run, tmp_path: Path) -> None:
+    sim = SimulatedNvml(parse_gpus("A100-80GB,H100-80GB", "empty"), state_file=tmp_path / "gpus.json")
+    sim.nvmlInit()
+    instance = sim.nvmlDeviceCreateGpuInstance(sim.nvmlDeviceGetHandleByIndex(0), 9)
+    for _ in range(2):
+        sim.nvmlGpuInstanceCreateComputeInstance(instance, 0)
+    sim.nvmlShutdown()
+    assert now(layout) == ["1c.3g.40gb+1c.3g.40gb", "MIG on, without slices"]
+    different = layout("assert", "0=3g.40gb")
+    assert different.exit_code == 1
+    assert different.stdout.splitlines()[0] == "GPU 0: is 1c.3g.40gb+1c.3g.40gb, should be 3g.40gb"
+    exported = layout("export")
+    assert (exported.exit_code, exported.stdout) == (1, "")
+    assert exported.stderr == "GPU 0 has split compute instances, which a layout file cannot say\n"
 
 
 def test_a_file_of_other_gpus_is_no_layout_of_these(layout: Run) -> None:
