@@ -30,6 +30,12 @@ def pci_device_id(session: NvmlSession, gpu: Any) -> str:
     return "" if info is None else f"0x{int(info.pciDeviceId):08X}"
 
 
+def pci_subsystem_id(session: NvmlSession, gpu: Any) -> str:
+    """`0x147F10DE`: the board and who made it; empty where NVML does not say."""
+    info = session.supported("nvmlDeviceGetPciInfo", gpu)
+    return f"0x{int(info.pciSubSystemId):08X}" if info is not None and info.pciSubSystemId else ""
+
+
 def is_ampere(session: NvmlSession, gpu: Any) -> bool:
     """Whether a change of the MIG mode takes a reset of the GPU."""
     return bool(session.call("nvmlDeviceGetArchitecture", gpu) == pynvml.NVML_DEVICE_ARCH_AMPERE)
@@ -147,6 +153,7 @@ def gpu(session: NvmlSession, index: int, handle: Any, uuid: str, of: GpuModel |
         model=of,
         pending_mode=mode[1],
         pci_device_id=pci_device_id(session, handle),
+        pci_subsystem_id=pci_subsystem_id(session, handle),
     )
 
 

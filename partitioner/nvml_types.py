@@ -13,8 +13,8 @@ class Gpu:
     """One GPU and what can be served on: its MIG instances, or itself where MIG is off.
 
     `model` is what it can be cut into, as NVML reports it; None where it has no MIG, or where neither the driver
-    nor the catalogue tells. `pending_mode` is the MIG mode after the next reset. `pci_device_id` is in the form of
-    mig-parted's filters: `0x20B210DE`.
+    nor the catalogue tells. `pending_mode` is the MIG mode after the next reset. `pci_device_id` and
+    `pci_subsystem_id` are in the form of mig-parted's filters: `0x20B210DE`; empty where NVML does not say.
     """
 
     index: int
@@ -27,6 +27,7 @@ class Gpu:
     model: GpuModel | None = None
     pending_mode: bool = False
     pci_device_id: str = ""
+    pci_subsystem_id: str = ""
 
     @property
     def needs_reset(self) -> bool:

@@ -32,6 +32,7 @@ _ARCHITECTURES = {
     "hopper": pynvml.NVML_DEVICE_ARCH_HOPPER,
     "blackwell": pynvml.NVML_DEVICE_ARCH_BLACKWELL,
 }
+SUBSYSTEM_ID = 0x147F10DE  # of every simulated board
 FALLEN_OFF_THE_BUS = 79
 NOT_AN_INSTANCE = 0xFFFFFFFF
 
@@ -180,7 +181,9 @@ class SimulatedNvml(InstanceCalls, EventCalls):
     @api()
     def nvmlDeviceGetPciInfo_v3(self, handle: Any) -> Any:
         gpu = self._device(handle).gpu
-        info = pynvml.nvmlPciInfo_t(bus=gpu.index + 1, pciDeviceId=int(gpu.model.pci_device_ids[0], 16))
+        info = pynvml.nvmlPciInfo_t(
+            bus=gpu.index + 1, pciDeviceId=int(gpu.model.pci_device_ids[0], 16), pciSubSystemId=SUBSYSTEM_ID
+        )
         info.busId = f"00000000:{gpu.index + 1:02X}:00.0"
         return info
 

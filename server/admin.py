@@ -5,22 +5,31 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastapi import APIRouter, Depends, Header, HTTPException
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from partitioner.geometry import IllegalLayoutError, Layout, Slice
 from partitioner.nvml_errors import NvmlError
 from partitioner.nvml_types import Gpu
 from partitioner.reconfigure import RefusedChangeError, Result
+from server.app import NO_WEB_PAGES, Message
 from server.autopilot import Autopilot
 from server.errors import Fault, ServeError, invalid
+from server.http_protocol import announced_bytes
 from server.layouts import Layouts
 
 TOKEN_FILE = "admin-token"
+# A layout for every GPU of a large machine takes a few KiB.
+MAX_BODY_BYTES = 64 * 1024
+_NO_TOKEN = (
+    "the header 'Authorization: Bearer TOKEN' is missing or wrong; the token is what --admin-token says, "
+    "else in the file admin-token of the state folder"
+)
 
 
 class Serving(Protocol):
@@ -51,19 +60,61 @@ def token(given: str | None, folder: Path) -> str:
     return fresh
 
 
-def router(layouts: Layouts, autopilot: Autopilot, serving: Serving, expected_token: str) -> APIRouter:
-    """All routes under /admin. They need `Authorization: Bearer TOKEN`."""
+class Guard:
+    """ASGI. Lets a request pass that is no web page's, has `Authorization: Bearer TOKEN`, and is not too long.
 
-    async def check(authorization: str = Header("")) -> None:
-        if not hmac.compare_digest(authorization.encode(), f"Bearer {expected_token}".encode()):
-            raise HTTPException(
-                401,
-                "the header 'Authorization: Bearer TOKEN' is missing or wrong; the token is what --admin-token says, "
-                "else in the file admin-token of the state folder",
-                {"WWW-Authenticate": "Bearer"},
-            )
+    Others are answered before any of their body is read; one whose length is not announced, as soon as it is too long.
+    """
 
-    routes = APIRouter(prefix="/admin", dependencies=[Depends(check)])
+    def __init__(self, app: Callable[..., Awaitable[None]], expected_token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {expected_token}".encode()
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        headers = dict(scope["headers"])
+        refusal = self._refusal(headers)
+        if refusal is None:
+            messages = await _received(receive)
+            if messages is not None:
+                await self._app(scope, _replay(messages, receive), send)
+                return
+            refusal = _too_large()
+        await refusal(scope, receive, send)
+
+    def _refusal(self, headers: dict[bytes, bytes]) -> JSONResponse | None:
+        if b"origin" in headers:
+            return JSONResponse({"error": NO_WEB_PAGES}, Fault.FORBIDDEN.http)
+        if not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
+            return JSONResponse({"error": _NO_TOKEN}, 401, {"WWW-Authenticate": "Bearer"})
+        return _too_large() if announced_bytes(headers) > MAX_BODY_BYTES else None
+
+
+def _too_large() -> JSONResponse:
+    return JSONResponse({"error": f"the body is longer than {MAX_BODY_BYTES} bytes"}, Fault.TOO_LARGE.http)
+
+
+async def _received(receive: Callable[[], Awaitable[Message]]) -> list[Message] | None:
+    """The messages of a whole body; None as soon as it is too long."""
+    messages: list[Message] = []
+    size = 0
+    while not messages or messages[-1].get("more_body"):
+        messages.append(await receive())
+        size += len(messages[-1].get("body", b""))
+        if size > MAX_BODY_BYTES:
+            return None
+    return messages
+
+
+def _replay(messages: list[Message], receive: Callable[[], Awaitable[Message]]) -> Callable[[], Awaitable[Message]]:
+    async def replayed() -> Message:
+        return messages.pop(0) if messages else await receive()
+
+    return replayed
+
+
+def router(layouts: Layouts, autopilot: Autopilot, serving: Serving) -> APIRouter:
+    """All routes under /admin. Whoever serves them puts a Guard in front."""
+    routes = APIRouter(prefix="/admin")
 
     @routes.get("/layout")
     async def layout() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -16,6 +16,7 @@ Message = MutableMapping[str, Any]
 
 # As much of an unknown path is repeated.
 PATH_CHARS = 200
+NO_WEB_PAGES = "requests of web pages, which have an Origin header, are refused here"
 
 
 class HeadAsGet:
@@ -33,7 +34,7 @@ class HeadAsGet:
 async def refuse_web_pages(request: Request) -> None:
     """For routes that change things: any page that the operator's browser shows could send requests to this port."""
     if "origin" in request.headers:
-        raise ServeError(Fault.FORBIDDEN, "requests of web pages, which have an Origin header, are refused here")
+        raise ServeError(Fault.FORBIDDEN, NO_WEB_PAGES)
 
 
 def _sentence(request: Request, error: HTTPException) -> str:
@@ -47,17 +48,16 @@ def _sentence(request: Request, error: HTTPException) -> str:
     return str(error.detail)
 
 
-def create_app(routes: APIRouter, *, docs: bool = True, web_pages: bool = True) -> FastAPI:
+def create_app(routes: APIRouter, *, docs: bool = True) -> FastAPI:
     """Everything over HTTP but infer, which stands in front of this app.
 
-    `docs`: with /docs and /openapi.json. `web_pages`: whether other sites' pages may send requests.
+    `docs`: with /docs and /openapi.json.
     """
     app = FastAPI(
         title="migserve",
         docs_url="/docs" if docs else None,
         openapi_url="/openapi.json" if docs else None,
         redoc_url=None,
-        dependencies=[] if web_pages else [Depends(refuse_web_pages)],
     )
     app.include_router(routes)
     app.add_middleware(HeadAsGet)

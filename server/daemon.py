@@ -302,8 +302,8 @@ class Daemon:
                 "no admin endpoints: give an --admin-token or a --state-dir that can be written", reason=str(error)
             )
             return
-        routes = admin.router(self.layouts, self._autopilot, self, token)
-        await self._open_http("admin", settings.admin_address, settings.admin_port, create_app(routes, web_pages=False))
+        guarded = admin.Guard(create_app(admin.router(self.layouts, self._autopilot, self), docs=False), token)
+        await self._open_http("admin", settings.admin_address, settings.admin_port, guarded)
 
     async def _open_http(self, name: str, address: str, port: int, app: Any) -> None:
         sock = _listen(name, address, port)

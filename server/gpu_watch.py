@@ -18,15 +18,20 @@ log = structlog.get_logger(__name__)
 
 READ_INTERVAL_S = 5.0
 EVENT_WAIT_S = 0.5
+LISTEN_AGAIN_S = 5.0
 
 
 class GpuWatch:
     """Tells the metrics and the log. Changes nothing: a worker that an XID kills is noticed by its end."""
 
-    def __init__(self, door: NvmlDoor, layouts: Layouts, metrics: Metrics) -> None:
+    def __init__(
+        self, door: NvmlDoor, layouts: Layouts, metrics: Metrics, *, listen_again_s: float = LISTEN_AGAIN_S
+    ) -> None:
         self._door = door
         self._layouts = layouts
         self._metrics = metrics
+        self._listen_again_s = listen_again_s
+        self._trouble = ""  # of listening, as it was logged
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -59,15 +64,23 @@ class GpuWatch:
             return {}
 
     async def _listen(self) -> None:
-        """Events of the GPUs that there were at the start; without the right or the means to have them, none."""
-        try:
-            with self._door.events() as events:
-                while True:
-                    event = await asyncio.to_thread(_next, events)
-                    if event is not None:
-                        self._tell(event)
-        except NvmlError as error:
-            log.warning("no events of GPUs", reason=str(error))
+        """Events, as long as there are the right and the means to have them.
+
+        A GPU that is lost ends the events of all; those of the others come again with a new registration.
+        """
+        while True:
+            try:
+                with self._door.events() as events:
+                    while True:
+                        event = await asyncio.to_thread(_next, events)
+                        self._trouble = ""
+                        if event is not None:
+                            self._tell(event)
+            except NvmlError as error:
+                if str(error) != self._trouble:
+                    self._trouble = str(error)
+                    log.warning("no events of GPUs for now", reason=self._trouble, again_in_s=self._listen_again_s)
+            await asyncio.sleep(self._listen_again_s)
 
     def _tell(self, event: GpuEvent) -> None:
         where = next((each for each in self._layouts.gpus if each.uuid == event.gpu_uuid), None)

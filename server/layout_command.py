@@ -102,7 +102,7 @@ def check(machine: Machine, wish: Wish) -> int:
             _out.print(f"GPU {gpu.index}: the wish says nothing of it", markup=False)
             code = DIFFERENT
         elif _target_of(gpu) != _sorted(target):
-            _out.print(f"GPU {gpu.index}: is {_name(_target_of(gpu))}, should be {_name(target)}", markup=False)
+            _out.print(f"GPU {gpu.index}: is {_layout_of(gpu)}, should be {_name(target)}", markup=False)
             code = DIFFERENT
     if code == OK:
         _out.print("as wished")
@@ -110,12 +110,19 @@ def check(machine: Machine, wish: Wish) -> int:
 
 
 def write(machine: Machine, name: str) -> int:
-    """Prints the GPUs as a layout file."""
+    """Prints the GPUs as a layout file; exit code 1 if one is cut as no layout file can say."""
     try:
         gpus = _open(machine).gpus()
     except StartError as error:
         return _fail(error, DIFFERENT)
-    sys.stdout.write(export(name, {gpu.index: _target_of(gpu) for gpu in gpus if gpu.model is not None}))
+    found: dict[int, Target] = {}
+    for gpu in gpus:
+        target = _target_of(gpu)
+        if target is None:
+            return _fail(f"GPU {gpu.index} has split compute instances, which a layout file cannot say", DIFFERENT)
+        if gpu.model is not None:
+            found[gpu.index] = target
+    sys.stdout.write(export(name, found))
     return OK
 
 
@@ -170,7 +177,7 @@ def _wanted(wish: Wish, gpus: Sequence[Gpu]) -> dict[int, Target]:
         )
     if wish.file is not None:
         _, entries = select(parse(wish.file.read_text()), wish.config)
-        return targets(entries, [Device(gpu.index, gpu.pci_device_id, "", gpu.model) for gpu in gpus])
+        return targets(entries, [Device(gpu.index, gpu.pci_device_id, gpu.pci_subsystem_id, gpu.model) for gpu in gpus])
     found: dict[int, Target] = {}
     for layout in wish.layouts:
         which, is_one, names = layout.rpartition("=")
@@ -190,10 +197,14 @@ def _parsed(names: str, gpu: Gpu) -> Target:
     return Target(mig_enabled=True, profiles=tuple(each.profile for each in parse_layout(names, gpu.model)))
 
 
-def _target_of(gpu: Gpu) -> Target:
+def _target_of(gpu: Gpu) -> Target | None:
+    """What a layout file would say of it; None where compute instances are split (`1c.3g.40gb`)."""
     if gpu.model is None or not gpu.mig_enabled:
         return Target(mig_enabled=False, profiles=())
-    return _sorted(Target(mig_enabled=True, profiles=tuple(gpu.model.profile(each.mig_profile) for each in gpu.slices)))
+    known = {profile.name: profile for profile in gpu.model.profiles}
+    if any(each.mig_profile not in known for each in gpu.slices):
+        return None
+    return _sorted(Target(mig_enabled=True, profiles=tuple(known[each.mig_profile] for each in gpu.slices)))
 
 
 def _sorted(target: Target) -> Target:
@@ -210,6 +221,11 @@ def _name(target: Target) -> str:
     return "+".join(profile.name for profile in _sorted(target).profiles) or "MIG on, without slices"
 
 
+def _layout_of(gpu: Gpu) -> str:
+    target = _target_of(gpu)
+    return "+".join(each.mig_profile for each in gpu.slices) if target is None else _name(target)
+
+
 # ---- small things ----
 
 
@@ -224,7 +240,7 @@ def _as_data(gpu: Gpu) -> dict[str, object]:
         "name": gpu.name,
         "mig_enabled": gpu.mig_enabled,
         "simulated": gpu.simulated,
-        "layout": _name(_target_of(gpu)),
+        "layout": _layout_of(gpu),
         "slices": [
             {"mig_profile": each.mig_profile, "start": each.start, "size": each.size, "uuid": each.device_uuid}
             for each in gpu.slices

@@ -11,6 +11,7 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
+from partitioner.simulated_nvml import SimulatedNvml, parse_gpus
 from server.__main__ import app
 
 Run = Callable[..., Result]
@@ -70,6 +71,16 @@ def test_what_is_exported_can_be_checked_and_applied(layout: Run, tmp_path: Path
     assert layout("assert", "--file", str(file)).exit_code == 0
 
 
+def test_a_filter_may_name_the_board(layout: Run, tmp_path: Path) -> None:
+    file = tmp_path / "layouts.yaml"
+    entry = "{{device-filter: '{}', devices: all, mig-enabled: true, mig-devices: {{7g.80gb: 1}}}}"
+    file.write_text(f"version: v1\nmig-configs: {{x: [{entry.format('0x20B210DE:0x147F10DE')}]}}")
+    assert layout("apply", "--file", str(file)).exit_code == 0
+    assert now(layout) == ["7g.80gb", "4g.40gb+2g.20gb+1g.10gb"]
+    file.write_text(f"version: v1\nmig-configs: {{x: [{entry.format('0x20B210DE:0x146310DE')}]}}")
+    assert "GPU 0: the wish says nothing of it" in layout("assert", "--file", str(file)).stdout
+
+
 def test_mig_goes_off_and_on_where_that_needs_no_reset(layout: Run) -> None:
     assert layout("apply", "1=off").exit_code == 0
     assert now(layout)[1] == "MIG off"
@@ -115,6 +126,22 @@ def test_what_cannot_be_is_refused_and_nothing_is_touched(
     assert done.exit_code in (1, 2)
     assert message in done.stderr
     assert now(layout) == before
+
+
+def test_split_compute_instances_are_shown_and_are_no_layout(layout: Run, tmp_path: Path) -> None:
+    sim = SimulatedNvml(parse_gpus("A100-80GB,H100-80GB", "empty"), state_file=tmp_path / "gpus.json")
+    sim.nvmlInit()
+    instance = sim.nvmlDeviceCreateGpuInstance(sim.nvmlDeviceGetHandleByIndex(0), 9)
+    for _ in range(2):
+        sim.nvmlGpuInstanceCreateComputeInstance(instance, 0)
+    sim.nvmlShutdown()
+    assert now(layout) == ["1c.3g.40gb+1c.3g.40gb", "MIG on, without slices"]
+    different = layout("assert", "0=3g.40gb")
+    assert different.exit_code == 1
+    assert different.stdout.splitlines()[0] == "GPU 0: is 1c.3g.40gb+1c.3g.40gb, should be 3g.40gb"
+    exported = layout("export")
+    assert (exported.exit_code, exported.stdout) == (1, "")
+    assert exported.stderr == "GPU 0 has split compute instances, which a layout file cannot say\n"
 
 
 def test_a_file_of_other_gpus_is_no_layout_of_these(layout: Run) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from tests import repositories
 from tests.harness import RunningDaemon, running, until
+from tests.server.raw_http import request
 from tests.system.test_faults import Load, metric, post, x_of
 
 ONES = "+".join(["1g.10gb"] * 7)
@@ -222,6 +223,36 @@ def test_the_admin_endpoints_need_their_token(daemon: RunningDaemon) -> None:
     assert status == 401
     assert "Authorization: Bearer TOKEN" in answer["error"]
     assert admin(daemon, "plan")[1]["proposal"] is None
+    answer = request(daemon.admin, "GET", "/openapi.json")
+    assert answer.status == 401
+
+
+def chunked(size: int) -> bytes:
+    return b"%x\r\n%b\r\n0\r\n\r\n" % (size, b" " * size)
+
+
+TOO_LONG = 64 * 1024 + 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status"),
+    [
+        ({}, b"{", 401),
+        # None of the body that is announced here ever comes.
+        ({"Content-Length": "200000000"}, b"", 401),
+        ({"Content-Length": "200000000", "Origin": "https://example.org", "Authorization": "Bearer {token}"}, b"", 403),
+        ({"Content-Length": "200000000", "Authorization": "Bearer {token}"}, b"", 413),
+        ({"Transfer-Encoding": "chunked", "Authorization": "Bearer {token}"}, chunked(TOO_LONG), 413),
+        ({"Transfer-Encoding": "chunked", "Authorization": "Bearer {token}"}, chunked(TOO_LONG - 1), 400),
+    ],
+)
+def test_a_stranger_is_refused_before_the_body_is_read(
+    daemon: RunningDaemon, headers: dict[str, str], body: bytes, status: int
+) -> None:
+    given = {name: value.format(token=daemon.admin_token) for name, value in headers.items()}
+    answer = request(daemon.admin, "POST", "/admin/layout", body, given)
+    assert answer.status == status
+    assert answer.error
 
 
 @pytest.mark.parametrize(
