@@ -22,7 +22,7 @@ from scheduler import channel, spawn
 from scheduler.arena import Arena, Descriptor, SharedMemory
 from scheduler.channel import Done, Failed, Loaded, LoadFailed, ModelSource, Ready, RunBatch
 from scheduler.failures import Failures
-from scheduler.loading import LOAD_TIMEOUT_S, LoadedModel, Loader
+from scheduler.loading import LOAD_TIMEOUT_S, LoadedModel, Loader, Points
 from scheduler.staff import CRASH_WINDOW_S, CRASHES, DiedError, Listener, State, Worker, resolve
 from scheduler.worker import WorkerStart
 

@@ -13,7 +13,7 @@ import structlog
 from partitioner import autopilot
 from partitioner.autopilot import Proposal, Rules
 from partitioner.demand import Demand, Kind, Traffic
-from partitioner.geometry import GpuModel, Layout, PlacedProfile, Placement
+from partitioner.geometry import GpuModel, IllegalLayoutError, Layout, PlacedProfile, Placement
 from partitioner.latency import LatencyTable
 from partitioner.nvml_errors import NvmlError
 from partitioner.nvml_types import Gpu
@@ -76,7 +76,7 @@ class Autopilot:
         traffic = self._demand.traffic()
         try:
             self.view = View(traffic, await self._propose(traffic), "")
-        except (PlanError, InfeasibleError, _NothingToPlanError) as reason:
+        except (PlanError, InfeasibleError, IllegalLayoutError, _NothingToPlanError) as reason:
             self.view = View(traffic, None, str(reason))
         return self.view
 
