@@ -5,7 +5,8 @@ for each share of the SLO that a batch may take:
  1 a slice is worth less to a model by what keeps its bursts short (`capacity.QueryClass.served_per_s`);
  2 the programme of `capacity.py` finds the layouts with the most headroom;
  3 `sharing.py` says who works on which slice, and how much headroom is left under the rules of sharing;
- 4 where that is not enough, the model that its neighbours slow down most gets slices of its own: again from 2.
+ 4 where that is not enough, the model that its neighbours slow down most gets slices of its own: again from 2;
+ 5 where that is not enough either, and slices of one model each are known to be, every model gets its own.
 The first number of GPUs with a headroom of at least 1 is the plan, with the share that gives the most.
 
 A plan holds if requests are bound late: a queue for each model, and a free slice takes what is most urgent.
@@ -28,11 +29,11 @@ from partitioner.programme import InfeasibleError
 from partitioner.sharing import Balance, Rules, StaffedSlice
 
 # Shares of the SLO that a batch may take; half of it is the rest of the batch before, waited for in the worst case.
-# Slices of one model take longer to plan and gain less from the choice.
+# Slices of one model take longer to plan and gain less from the choice, so they are tried with some of them.
 SLO_SHARES = (0.5, 0.45, 0.55, 0.4, 0.35, 0.3)
 EXCLUSIVE_SHARES = (0.5, 0.45)
 # How often a share of the SLO is tried, each time with one more model on slices of its own.
-ATTEMPTS = 4
+ATTEMPTS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,10 @@ class _Search:
             apart |= {suffers}
             found, suffers = self._attempt(gpus, share, apart)
             best = max(best, found, key=lambda each: each.headroom)
+        # An exclusive plan keeps every rule of sharing, so sharing never takes more GPUs than it.
+        if best.headroom < 1 and apart != self._models and self._least(share).gpus <= gpus + 1e-6:
+            found, _ = self._attempt(gpus, share, self._models)
+            best = max(best, found, key=lambda each: each.headroom)
         return best
 
     def _attempt(self, gpus: int, share: float, apart: frozenset[str]) -> tuple[Candidate, str | None]:
@@ -180,10 +185,10 @@ class _Search:
             allotment = capacity.most_headroom(possible, self._gpu, gpus, apart)
         except InfeasibleError:
             return Candidate(share, [], Balance({}, 0.0)), None
-        if allotment.headroom < 1 and self._choices.exclusive:
+        if allotment.headroom < 1 and apart == self._models:
             # The search for the most headroom may give up early; what is known to be enough is not given away.
             least = self._least(share)
-            allotment = least if least.gpus == gpus else allotment
+            allotment = least if round(least.gpus) == gpus else allotment
         staffed = sharing.staffed(allotment, Rules(self._tables, self._choices.max_processes, share))
         slices = [each for gpu in staffed for each in gpu]
         found = Candidate(share, staffed, sharing.balance(slices, possible.classes))

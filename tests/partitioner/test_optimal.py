@@ -113,6 +113,37 @@ def test_every_plan_keeps_its_promises(demands: list[ModelDemand], exclusive: bo
     assert len(plan.gpus) >= plan.bound_gpus - 1e-6
 
 
+QUICKEST_MS = {
+    model: min(gang.latency_ms for gangs_there in table.by_gpcs.values() for gang in gangs_there)
+    for model, table in TABLES.items()
+}
+
+
+def test_many_rare_models_beside_a_busy_one_share_its_gpu() -> None:
+    rates = dict.fromkeys(sorted(TABLES)[:11], 0.01) | {"resnet50": 200.0}
+    demands = [ModelDemand(model, rate, 20 * QUICKEST_MS[model]) for model, rate in rates.items()]
+    assert len(optimal.plan(demands, TABLES, A100).gpus) == 1
+
+
+# By model: the power of ten of its rate, and its SLO as a multiple of the quickest batch.
+UNEQUAL_DEMANDS = st.lists(
+    st.tuples(st.sampled_from(sorted(TABLES)), st.floats(-2, 2.7), st.floats(5, 300)),
+    min_size=1,
+    max_size=11,
+    unique_by=lambda demand: demand[0],
+).map(lambda rows: [ModelDemand(model, 10**power, slo * QUICKEST_MS[model]) for model, power, slo in rows])
+
+
+@settings(max_examples=8, deadline=None)
+@given(UNEQUAL_DEMANDS, st.sampled_from([1, 3]))
+def test_sharing_never_takes_more_gpus(demands: list[ModelDemand], processes: int) -> None:
+    try:
+        alone = optimal.plan(demands, TABLES, A100, Choices(processes, exclusive=True))
+    except PlanError:
+        return
+    assert len(optimal.plan(demands, TABLES, A100, Choices(processes)).gpus) <= len(alone.gpus)
+
+
 # Two models on slices of 1, 2 and 4 GPCs; queries per second of a slice, whatever the batch.
 RATES = {"a": {1: 10, 2: 22, 4: 40}, "b": {1: 5, 2: 9, 4: 26}}
 TOY = {
