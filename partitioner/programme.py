@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+
+if TYPE_CHECKING:
+    from scipy.optimize import LinearConstraint
 
 # Good enough: within half a per cent of the optimum, or what the search has found after so many nodes. A limit on nodes
 # keeps the answer the same on any machine; the limit on time is for a machine that is far too slow.
@@ -40,6 +42,9 @@ class Programme:
 
     def solve(self) -> list[float]:
         """A value for every variable; integer ones are whole. Raises InfeasibleError."""
+        # Imported here: it takes a third of a second, and most daemons never plan.
+        from scipy.optimize import Bounds, milp
+
         result = milp(
             np.array(self._costs),
             integrality=np.array(self._integer, dtype=int),
@@ -53,6 +58,9 @@ class Programme:
         return [float(round(value)) if integer else max(value, 0.0) for value, integer in pairs]
 
     def _constraints(self) -> list[LinearConstraint]:
+        from scipy.optimize import LinearConstraint
+        from scipy.sparse import csr_array
+
         if not self._rows:
             return []
         rows = [index for index, (terms, _, _) in enumerate(self._rows) for _ in terms]

@@ -87,40 +87,29 @@ def test_what_stays_is_not_touched(demo_models: None) -> None:
         assert [line["worker"] for line in daemon.events("worker gone")] == ["gpu1/2g.20gb@4"]
 
 
-def test_a_running_request_is_finished_before_its_slice_goes_and_others_wait(tmp_path: Path) -> None:
+def test_what_runs_on_a_slice_that_goes_is_finished_and_the_rest_waits(tmp_path: Path) -> None:
+    """Also where the worker is killed while it drains: then what it ran runs again elsewhere."""
     repositories.emulated(tmp_path / "slow", milliseconds=700, items=1)
     with running("--model-repository", str(tmp_path), "--layout", "7g.80gb") as daemon:
-        answers: list[Any] = []
+        for killed, layout in ((False, "3g.40gb+3g.40gb"), (True, "7g.80gb")):
+            answers: list[int] = []
 
-        def ask() -> None:
-            answers.append(post(daemon.http, "slow", x_of(1))[0])
+            def ask(answers: list[int] = answers) -> None:
+                answers.append(post(daemon.http, "slow", x_of(1))[0])
 
-        threads = [threading.Thread(target=ask) for _ in range(3)]
-        threads[0].start()
-        until(lambda: metric(daemon, "nv_inference_pending_request_count", model="slow") == 1, "it runs")
-        changer = threading.Thread(target=cut, args=(daemon, "3g.40gb+3g.40gb"))
-        changer.start()
-        for thread in threads[1:]:
-            thread.start()
-        for thread in [*threads, changer]:
-            thread.join()
-        assert answers == [200, 200, 200]
-
-
-def test_a_worker_killed_while_it_drains_costs_no_request(tmp_path: Path) -> None:
-    repositories.emulated(tmp_path / "slow", milliseconds=2000, items=1)
-    with running("--model-repository", str(tmp_path), "--layout", "7g.80gb") as daemon:
-        answers: list[Any] = []
-        asking = threading.Thread(target=lambda: answers.append(post(daemon.http, "slow", x_of(1))[0]))
-        asking.start()
-        until(lambda: metric(daemon, "nv_inference_pending_request_count", model="slow") == 1, "it runs")
-        changer = threading.Thread(target=cut, args=(daemon, "3g.40gb+3g.40gb"))
-        changer.start()
-        until(lambda: metric(daemon, "migserve_slice_state", state="draining") == 1, "it drains")
-        daemon.kill_worker("gpu0/7g.80gb@0")
-        changer.join()
-        asking.join()
-        assert answers == [200]
+            threads = [threading.Thread(target=ask) for _ in range(3)]
+            threads[0].start()
+            until(lambda: metric(daemon, "nv_inference_pending_request_count", model="slow") == 1, "it runs")
+            changer = threading.Thread(target=cut, args=(daemon, layout))
+            changer.start()
+            until(lambda: metric(daemon, "migserve_slice_state", state="draining") >= 1, "it drains")
+            for thread in threads[1:]:
+                thread.start()
+            if killed:
+                daemon.kill_worker("gpu0/3g.40gb@0")
+            for thread in [*threads, changer]:
+                thread.join()
+            assert answers == [200, 200, 200]
 
 
 def test_a_model_that_fits_no_new_slice_keeps_the_old_layout(tmp_path: Path) -> None:
