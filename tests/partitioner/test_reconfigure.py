@@ -152,7 +152,8 @@ class Machine:
             for each in self.slices():
                 self.lodgers.move_in(each)
             self.lodgers.ask(20)
-        self.uuids = [gpu.uuid for gpu in self.door.gpus()]
+        self.gpus = self.door.gpus()
+        self.uuids = [gpu.uuid for gpu in self.gpus]
 
     def slices(self) -> list[Slice]:
         return [each for gpu in self.door.gpus() for each in gpu.slices]
@@ -162,7 +163,7 @@ class Machine:
 
     def apply(self, *layouts: str) -> Outcome:
         wanted = {}
-        for gpu, layout in zip(self.door.gpus(), layouts, strict=True):
+        for gpu, layout in zip(self.gpus, layouts, strict=True):
             assert gpu.model is not None
             wanted[gpu.uuid] = [placed.profile for placed in parse_layout(layout, gpu.model)]
         return asyncio.run(self.reconfigurer.apply(wanted))
