@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -21,6 +21,7 @@ from partitioner.tenants import Tenants, TenantsError
 from partitioner.transition import Round, Transition, arrange, transition
 
 Tell = Callable[[str], None]
+Begins = Callable[[Sequence["GpuChange"]], None]
 # A reading that contradicts itself is taken again, so often.
 READINGS = 3
 
@@ -38,14 +39,6 @@ class Result(StrEnum):
     APPLIED = "applied"
     RESTORED = "restored"
     NEAREST = "nearest"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a change ended. `reason`: why it was undone, or what of the undoing failed."""
-
-    result: Result
-    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +65,15 @@ class GpuChange:
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a change ended. `reason`: why it was undone, or what of the undoing failed; `changes`: what was tried."""
+
+    result: Result
+    reason: str = ""
+    changes: tuple[GpuChange, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class _State:
     """One GPU now: what the list of MIG devices shows, and what the lists of instances do."""
 
@@ -92,38 +94,23 @@ class _State:
         return [each for each in self.gpu.slices if each.start in starts]
 
 
-class Nobody:
-    """Tenants of a machine that nobody serves on: for the command line, and before the daemon's workers are up."""
-
-    def recut(self) -> AbstractAsyncContextManager[None]:
-        return nullcontext()
-
-    async def drain(self, slices: Sequence[Slice]) -> None:
-        return
-
-    async def admit(self, slices: Sequence[Slice]) -> None:
-        return
-
-    def homes(self) -> list[Slice]:
-        return []
-
-    def pids(self) -> list[int]:
-        return []
-
-    def unserved(self) -> list[str]:
-        return []
-
-
 class Reconfigurer:
     """The one that changes layouts. Calls of NVML run in threads, one at a time."""
 
     def __init__(
-        self, door: NvmlDoor, tenants: Tenants, intents: IntentFile | None = None, tell: Tell = lambda _: None
+        self,
+        door: NvmlDoor,
+        tenants: Tenants,
+        intents: IntentFile | None = None,
+        tell: Tell = lambda _: None,
+        begins: Begins = lambda _: None,
     ) -> None:
+        """`begins` is told the whole of a change before it begins, `tell` each step as it is done."""
         self._door = door
         self._tenants = tenants
         self._intents = intents
         self._tell = tell
+        self._begins = begins
         self._changing = asyncio.Lock()
         self._named: dict[str, str] = {}  # what people call a GPU, by UUID
 
@@ -146,13 +133,14 @@ class Reconfigurer:
         """
         async with self._changing:
             with self._exclusive():
-                changes = await self.changes(wanted)
+                changes = tuple(await self.changes(wanted))
                 for each in changes:
                     await self._remove_orphans(each.gpu.uuid)
-                changes = [each for each in changes if each.transition.rounds]
-                if not changes:
-                    return Outcome(Result.UNCHANGED)
-                return await self._carry_out(changes)
+                due = [each for each in changes if each.transition.rounds]
+                if not due:
+                    return Outcome(Result.UNCHANGED, changes=changes)
+                self._begins(changes)
+                return replace(await self._carry_out(due), changes=changes)
 
     async def switch(self, uuid: str, *, on: bool) -> None:
         """Switches MIG, where nobody serves. Off destroys every slice first. Raises RefusedChangeError, NvmlError."""
@@ -225,7 +213,7 @@ class Reconfigurer:
             self._check_tenants()
         except (NvmlError, TenantsError, OSError) as error:
             self._tell(f"undoing the change: {error}")
-            return await self._undo(intent.before, str(error))
+            return await self._bring_to(intent.before, str(error))
         return Outcome(Result.APPLIED)
 
     async def _round(self, uuid: str, round_: Round) -> None:
@@ -243,10 +231,10 @@ class Reconfigurer:
 
     # ---- back ----
 
-    async def _undo(self, before: Mapping[str, Layout], reason: str) -> Outcome:
-        """Each step by itself: what fails is told of, and the rest goes on."""
+    async def _bring_to(self, layouts: Mapping[str, Layout], reason: str) -> Outcome:
+        """These layouts, whatever there is now. Each step by itself: what fails is told of, and the rest goes on."""
         troubles: list[str] = []
-        for uuid, layout in before.items():
+        for uuid, layout in layouts.items():
             await self._attempt(troubles, self._remove_orphans(uuid))
             there = await self._attempt(troubles, self._read(uuid))
             if there is None:
@@ -259,7 +247,7 @@ class Reconfigurer:
                 if each not in there.layout:
                     await self._attempt(troubles, self._create(uuid, each))
             await self._attempt(troubles, self._settle(uuid))
-        reached = not troubles or await self._is(before)
+        reached = not troubles or await self._is(layouts)
         return Outcome(Result.RESTORED if reached else Result.NEAREST, "; then: ".join([reason, *troubles]))
 
     async def _settle(self, uuid: str) -> None:
@@ -275,10 +263,10 @@ class Reconfigurer:
             of_change = {*before, *intent.target[uuid]}
             if not set((await self._read(uuid)).layout) <= of_change:
                 return Outcome(Result.NEAREST, "somebody has cut the GPUs otherwise since; they were left as they are")
-        target = await self._undo(intent.target, "the daemon had ended in the middle of a change; it was finished")
+        target = await self._bring_to(intent.target, "the daemon had ended in the middle of a change; it was finished")
         if await self._is(intent.target):
             return Outcome(Result.APPLIED, target.reason)
-        return await self._undo(intent.before, f"the daemon had ended in the middle of a change; {target.reason}")
+        return await self._bring_to(intent.before, f"the daemon had ended in the middle of a change; {target.reason}")
 
     async def _attempt(self, troubles: list[str], step: Awaitable[Any]) -> Any:
         try:

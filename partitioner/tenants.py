@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Protocol
 
 from partitioner.geometry import Slice
@@ -36,3 +36,25 @@ class Tenants(Protocol):
 
     def unserved(self) -> list[str]:
         """Models that lived somewhere, and that now live nowhere: reasons to undo the change."""
+
+
+class Nobody:
+    """Tenants of a machine that nobody serves on: for the command line, and before the daemon's workers are up."""
+
+    def recut(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+    async def drain(self, slices: Sequence[Slice]) -> None:
+        return
+
+    async def admit(self, slices: Sequence[Slice]) -> None:
+        return
+
+    def homes(self) -> list[Slice]:
+        return []
+
+    def pids(self) -> list[int]:
+        return []
+
+    def unserved(self) -> list[str]:
+        return []

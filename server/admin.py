@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from partitioner.geometry import IllegalLayoutError, Layout, Slice
 from partitioner.nvml_errors import NvmlError
 from partitioner.nvml_types import Gpu
-from partitioner.reconfigure import RefusedChangeError, Result
+from partitioner.reconfigure import GpuChange, RefusedChangeError, Result
 from server.app import NO_WEB_PAGES, Message
 from server.autopilot import Autopilot
 from server.errors import Fault, ServeError, invalid
@@ -123,10 +123,8 @@ def router(layouts: Layouts, autopilot: Autopilot, serving: Serving) -> APIRoute
     @routes.post("/layout")
     async def change(wanted: LayoutRequest) -> dict[str, Any]:
         try:
-            changes = await layouts.changes(wanted.gpus)
-            steps = [step for each in changes for step in each.steps()]
             if wanted.dry_run:
-                return {"result": "dry run", "steps": steps}
+                return {"result": "dry run", "steps": _steps(await layouts.changes(wanted.gpus))}
             outcome = await layouts.apply(wanted.gpus)
         except (IllegalLayoutError, RefusedChangeError) as error:
             raise invalid(str(error)) from error
@@ -134,7 +132,7 @@ def router(layouts: Layouts, autopilot: Autopilot, serving: Serving) -> APIRoute
             raise ServeError(Fault.UNAVAILABLE, f"the layout was not changed: {error}") from error
         if outcome.result in (Result.RESTORED, Result.NEAREST):
             raise ServeError(Fault.INTERNAL, f"the change failed; {_LEFT[outcome.result]}: {outcome.reason}")
-        return {"result": outcome.result, "steps": steps, **await layout()}
+        return {"result": outcome.result, "steps": _steps(outcome.changes), **await layout()}
 
     @routes.get("/plan")
     async def plan() -> dict[str, Any]:
@@ -188,6 +186,10 @@ def _slice(each: Slice, serves: Sequence[str]) -> dict[str, Any]:
         "uuid": each.device_uuid,
         "serves": list(serves),
     }
+
+
+def _steps(changes: Sequence[GpuChange]) -> list[str]:
+    return [step for each in changes for step in each.steps()]
 
 
 def _names(layout: Layout) -> str:

@@ -13,8 +13,8 @@ from partitioner.intent import IntentFile
 from partitioner.nvml import NvmlDoor
 from partitioner.nvml_errors import NvmlError
 from partitioner.nvml_types import Gpu
-from partitioner.reconfigure import GpuChange, Nobody, Outcome, Reconfigurer, RefusedChangeError, Result
-from partitioner.tenants import Tenants
+from partitioner.reconfigure import GpuChange, Outcome, Reconfigurer, RefusedChangeError, Result
+from partitioner.tenants import Nobody, Tenants
 
 log = structlog.get_logger(__name__)
 
@@ -34,11 +34,12 @@ class Layouts:
         on_change: Callable[[Outcome, float], None],
     ) -> None:
         self._door = door
-        self._reconfigurer = Reconfigurer(door, tenants, intents, _tell)
+        self._reconfigurer = Reconfigurer(door, tenants, intents, _tell, self._begins)
         self._before_anybody_lives = Reconfigurer(door, Nobody(), intents, _tell)
         self._changes: set[asyncio.Task[Outcome]] = set()
         self._on_change = on_change
         self.gpus: list[Gpu] = []
+        self._began_s = 0.0  # the change under way, monotonic
         self.round_s = FIRST_CHANGE_S  # an estimate of what one round of a change takes
         self.changed_at_s: float | None = None  # monotonic; None: never
 
@@ -87,23 +88,23 @@ class Layouts:
             await asyncio.wait(self._changes)
 
     async def _apply(self, wanted: Mapping[str, Sequence[MigProfile]]) -> Outcome:
-        changes = await self._reconfigurer.changes(wanted)
-        rounds = sum(len(each.transition.rounds) for each in changes)
-        if rounds:
-            log.info("re-cutting", steps=[step for each in changes for step in each.steps()])
-        began_s = time.monotonic()
         try:
             outcome = await self._reconfigurer.apply(wanted)
         finally:
             await self.refresh()
-        seconds = time.monotonic() - began_s
         if outcome.result != Result.UNCHANGED:
             self.changed_at_s = time.monotonic()
-            self.round_s += NEW_WEIGHT * (seconds / max(rounds, 1) - self.round_s)
+            seconds = self.changed_at_s - self._began_s
+            rounds = sum(len(each.transition.rounds) for each in outcome.changes)
+            self.round_s += NEW_WEIGHT * (seconds / rounds - self.round_s)
             layouts = {gpu.index: "+".join(each.mig_profile for each in gpu.slices) for gpu in self.gpus}
             log.info("re-cut done", result=outcome.result, reason=outcome.reason, seconds=seconds, layouts=layouts)
             self._on_change(outcome, seconds)
         return outcome
+
+    def _begins(self, changes: Sequence[GpuChange]) -> None:
+        self._began_s = time.monotonic()
+        log.info("re-cutting", steps=[step for each in changes for step in each.steps()])
 
     def _profiles(self, wanted: Mapping[str, str]) -> dict[str, list[MigProfile]]:
         found = {}

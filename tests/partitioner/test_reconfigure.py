@@ -19,9 +19,9 @@ from partitioner.geometry import IllegalLayoutError, Slice, maximal_multisets, p
 from partitioner.intent import Intent, IntentFile
 from partitioner.nvml import NvmlDoor
 from partitioner.nvml_errors import NvmlError
-from partitioner.reconfigure import Nobody, Outcome, Reconfigurer, RefusedChangeError, Result
+from partitioner.reconfigure import Outcome, Reconfigurer, RefusedChangeError, Result
 from partitioner.simulated_nvml import SimulatedNvml, parse_gpus
-from partitioner.tenants import TenantsError
+from partitioner.tenants import Nobody, TenantsError
 from scheduler.core import SchedulerCore
 from scheduler.messages import (
     Answer,

@@ -10,8 +10,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from partitioner.nvml import NvmlDoor
-from partitioner.reconfigure import Nobody
 from partitioner.simulated_nvml import SimulatedNvml, parse_gpus
+from partitioner.tenants import Nobody
 from server.gpu_watch import GpuWatch
 from server.layouts import Layouts
 from server.metrics import Metrics
