@@ -186,9 +186,9 @@ def gpus(
 
     **migserve gpus --gpu sim:A30-24GB --layout 2g.12gb+1g.6gb+1g.6gb** shows what such a cut looks like
     """
-    from server import commands
+    from server import layout_command as do
 
-    raise typer.Exit(commands.show_gpus(gpu, layout))
+    raise typer.Exit(do.show(do.Machine(gpu, None, layout), as_json=False))
 
 
 @app.command()

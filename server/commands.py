@@ -18,7 +18,7 @@ from scheduler.journal import JournalError
 from scheduler.journal import replay as replay_journal
 from server import picture, settings
 from server.daemon import Daemon, Progress
-from server.gpus import StartError, open_gpus
+from server.gpus import StartError
 from server.settings import ConfigError, Settings, unknown_variables
 
 log = structlog.get_logger(__name__)
@@ -46,20 +46,6 @@ def serve(config: Path | None, flags: dict[str, Any]) -> int:
         return uvloop.run(run())
     except StartError as error:
         return _complain(f"migserve cannot start: {error}", UNAVAILABLE)
-
-
-def show_gpus(gpu: str, layout: str | None) -> int:
-    """Draws the GPUs."""
-    try:
-        door = open_gpus(gpu, layout)
-    except StartError as error:
-        return _complain(str(error), UNAVAILABLE)
-    gpcs = "1 GPC", "{} GPCs"
-    picture.console().print(
-        picture.layout(door.gpus(), lambda where: [gpcs[where.gpcs > 1].format(where.gpcs), where.device_uuid])
-    )
-    door.close()
-    return 0
 
 
 def replay(journal: Path) -> int:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from partitioner.geometry import IllegalLayoutError, MigProfile, parse_layout
+from partitioner.geometry import IllegalLayoutError, MigProfile, Slice, parse_layout
 from partitioner.layout_file import Device, LayoutFileError, Target, export, parse, select, targets
 from partitioner.nvml import NvmlDoor
 from partitioner.nvml_errors import NvmlError
 from partitioner.nvml_types import Gpu
-from partitioner.reconfigure import Nobody, Reconfigurer, RefusedChangeError, Result
+from partitioner.reconfigure import Reconfigurer, RefusedChangeError, Result
+from partitioner.tenants import Nobody
 from server import picture, plan_drawing
 from server.gpus import StartError, open_gpus
 
@@ -57,15 +58,13 @@ def show(machine: Machine, *, as_json: bool, out: Path | None = None) -> int:
     gpus = door.gpus()
     if out is not None:
         try:
-            plan_drawing.write_layout(
-                gpus, lambda where: [f"{where.gpcs} GPCs, {where.memory_mib / 1024:.1f} GiB"], out
-            )
+            plan_drawing.write_layout(gpus, lambda where: [_gpcs(where), f"{where.memory_mib / 1024:.1f} GiB"], out)
         except (ValueError, OSError) as error:
             return _fail(f"--out {out}: {error}", USAGE)
     elif as_json:
         print(json.dumps({"gpus": [_as_data(gpu) for gpu in gpus]}, indent=2))
     else:
-        _out.print(picture.layout(gpus, lambda where: [f"{where.gpcs} GPCs, {where.device_uuid}"]))
+        picture.console().print(picture.layout(gpus, lambda where: [_gpcs(where), where.device_uuid]))
     door.close()
     return OK
 
@@ -231,6 +230,10 @@ def _layout_of(gpu: Gpu) -> str:
 
 def _open(machine: Machine) -> NvmlDoor:
     return open_gpus(machine.gpu, machine.layout, machine.simulation_state)
+
+
+def _gpcs(where: Slice) -> str:
+    return "1 GPC" if where.gpcs == 1 else f"{where.gpcs} GPCs"
 
 
 def _as_data(gpu: Gpu) -> dict[str, object]:
