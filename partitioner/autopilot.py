@@ -43,7 +43,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A layout for every GPU, by its UUID; `gain`: share of queries more than now; `reason`: why, or why not."""
+    """A layout for every GPU, by its UUID. `served_*`: share of the queries in time; `reason`: why, or why not."""
 
     layouts: Mapping[str, Layout]
     served_now: float
@@ -52,7 +52,7 @@ class Proposal:
     reason: str
 
 
-def tables(models: Mapping[str, LatencyTable]) -> dict[str, GangTable]:
+def _tables(models: Mapping[str, LatencyTable]) -> dict[str, GangTable]:
     """What the daemon knows of its models, as the planner reads it: one process a slice."""
     return {
         name: GangTable(
@@ -105,7 +105,7 @@ def served(can: Capacities, layouts: Iterable[Layout]) -> float:
 def slice_capacities(demands: Sequence[ModelDemand], models: Mapping[str, LatencyTable], gpu: GpuModel) -> Capacities:
     """What each size of slice can do for each kind of query."""
     sizes = sorted({profile.gpcs for profile in gpu.profiles})
-    return capacities(query_classes(demands), tables(models), sizes, 1, SLO_SHARE)
+    return capacities(query_classes(demands), _tables(models), sizes, 1, SLO_SHARE)
 
 
 def _targets(

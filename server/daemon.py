@@ -173,6 +173,7 @@ class Daemon:
     async def _start(self) -> None:
         """Workers and models, unless told to stop first."""
         await self._find_slices()
+        log.info("driver", version=self._door.driver_version())
         for gpu in self.layouts.gpus:
             layout = [each.name for each in gpu.slices]
             log.info("gpu", index=gpu.index, name=gpu.name, uuid=gpu.uuid, simulated=gpu.simulated, slices=layout)

@@ -102,7 +102,7 @@ def _planned_gpu(index: int, slices: Sequence[PlannedSlice], gpu: GpuModel) -> P
         Group(bar(cells, gpu.memory_slices), legend[1:]),
         title=title,
         title_align="left",
-        width=WIDTH + 26,
+        width=FULL_WIDTH,
         border_style="dim",
     )
 
