@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import math
+import os
 from collections.abc import Iterator
 
 from scheduler.batching import Line
@@ -14,9 +16,14 @@ from scheduler.domain import Company, Kind, Part, Pool, Worker, models_of
 from scheduler.policies import Start
 
 THETA = 0.55
-BATCH_SHARE = 0.8
+SPARE=float(os.environ.get('SPARE','.32'))
+LEAST=float(os.environ.get('LEAST','.8'))
+TH=float(os.environ.get('TH','1'))
+BATCH_SHARE = float(os.environ.get('BS','1'))
+LATE_SHARE=float(os.environ.get('LS','1.5'))
+MODE=os.environ.get('MODE','M')
 BLOCKING_SHARE = 0.65
-LATE_FIRST = 7.0
+LATE_FIRST = 8.0
 PATIENCE_NS = 1_000_000_000
 OPEN_SHARE = 0.05
 IDLE_STREAMS = 64
@@ -27,19 +34,49 @@ StreamKey = tuple[int, Kind, Company]
 class _Rates:
     """How fast the slices serve one kind within an SLO. `shares`: of each slice in `per_ns`, the items a ns of all."""
 
-    __slots__ = ("caps", "changes", "least_ns", "per_ns", "rates", "shares")
+    __slots__ = ("caps", "changes", "least_ns", "overlaps", "per_ns", "rates", "shares", "thetas", "slo_ns", "kind", "late_caps")
 
     def __init__(self, workers: list[Worker], kind: Kind, slo_ns: float, changes: int) -> None:
         self.changes = changes
         self.caps: dict[int, int] = {}
         self.rates: dict[int, float] = {}
+        self.overlaps: dict[Kind, float] = {}
         for worker in workers:
             table = worker.tables[kind]
             cap = self.caps[worker.id] = max(table.largest_within(slo_ns), 1)
             self.rates[worker.id] = table.best_per_ns[cap]
         self.per_ns = sum(self.rates.values())
         self.shares = [(worker, self.rates[worker.id] / self.per_ns) for worker in workers]
+        self.thetas: dict[int, float] = {}
+        self.slo_ns = slo_ns / BATCH_SHARE
+        self.kind = kind
+        self.late_caps = {w.id: max(w.tables[kind].largest_within(self.slo_ns*LATE_SHARE), 1) for w in workers}
         self.least_ns = min(worker.tables[kind].time_ns(1) for worker in workers)
+
+    def theta(self, items: float, squares: float) -> float:
+        """By the mean of a query's items, and of their squares."""
+        queries = self.per_ns * self.slo_ns * items / squares
+        if MODE=="H":
+            return min(max(2/math.sqrt(queries),.3),.72)
+        percent = round(100 * max(1 - SPARE / math.sqrt(queries), LEAST))
+        theta = self.thetas.get(percent)
+        if theta is None:
+            batch_ns = 0.0
+            for worker, share in self.shares:
+                table = worker.tables[self.kind]
+                wanted = bisect.bisect_left(table.best_per_ns, percent / 100 * self.rates[worker.id])
+                batch_ns += share * table.ns[wanted]
+            theta = self.thetas[percent] = max(1 - batch_ns / self.slo_ns, 0.1)*TH
+        if MODE=="X":
+            return max(theta, min(max(2/math.sqrt(queries),.3),.72))
+        return theta
+
+    def overlap(self, other: Kind) -> float:
+        """The share of this capacity that is on slices which serve the other kind too."""
+        share = self.overlaps.get(other)
+        if share is None:
+            share = self.overlaps[other] = sum(share for worker, share in self.shares if other in worker.tables)
+        return share
 
     def capacity_ns(self, now_ns: int, due_ns: int) -> float:
         """Pool time until then: of every slice the time that it is free, by its share."""
@@ -55,7 +92,7 @@ class _Rates:
 class _Stream:
     """What waits of one kind, company and class: timely by due time, late by due time, open by arrival."""
 
-    __slots__ = ("company", "key", "kind", "late", "open", "priority", "rates", "sizes", "slo_ns", "timely")
+    __slots__ = ("company", "key", "kind", "late", "open", "priority", "rates", "sizes", "slo_ns", "timely", "mean", "square")
 
     def __init__(self, key: StreamKey) -> None:
         self.key = key
@@ -65,6 +102,7 @@ class _Stream:
         self.open = Line()
         self.sizes: list[tuple[int, int, int, Part]] = []  # heap of the timely ones, the largest first
         self.slo_ns = 0
+        self.mean = self.square = 0.0
         self.rates: _Rates
 
     def is_empty(self) -> bool:
@@ -146,6 +184,11 @@ class LateLanePool:
         self._rate(stream)
         self._busy[stream.key] = stream
         part.late = False
+        if stream.mean:
+            stream.mean += (part.items - stream.mean) / 100
+            stream.square += (part.items**2 - stream.square) / 100
+        else:
+            stream.mean, stream.square = part.items, part.items**2
         stream.push_timely(part)
         self._shed(now_ns, stream, part.due_ns)
         return 0
@@ -153,8 +196,11 @@ class LateLanePool:
     def _shed(self, now_ns: int, stream: _Stream, due_ns: int) -> None:
         """Puts the largest back until what is due by then fits into the capacity until then."""
         rates = stream.rates
-        room_ns = self._theta * rates.capacity_ns(now_ns, due_ns)
-        demand_ns = sum(each.demand_ns(due_ns) for each in self._busy.values() if each.priority <= stream.priority)
+        room_ns = rates.theta(stream.mean, stream.square) * rates.capacity_ns(now_ns, due_ns)
+        demand_ns = stream.demand_ns(due_ns)
+        for other in self._busy.values():
+            if other is not stream and other.priority <= stream.priority and other.timely.entries:
+                demand_ns += rates.overlap(other.kind) * other.demand_ns(due_ns)
         while demand_ns > room_ns:
             victim = stream.largest()
             if victim is None:
@@ -274,7 +320,7 @@ class LateLanePool:
         if worker is None:
             return None
         table = worker.tables[kind]
-        n = min(line.items, rates.caps[worker.id], max(table.largest_within(self._blocking_ns(worker, kind)), 1))
+        n = min(line.items, rates.late_caps[worker.id], max(table.largest_within(self._blocking_ns(worker, kind)), 1))
         return Start(worker, kind, line.take(table.best[n]))
 
     def _ready(self, kind: Kind) -> Iterator[Worker]:
