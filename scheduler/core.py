@@ -25,6 +25,7 @@ from scheduler.messages import (
     BatchFailed,
     Cancelled,
     Drains,
+    Piece,
     Reason,
     Refuse,
     Run,
@@ -39,6 +40,8 @@ from scheduler.policies import Policy, Waiting
 from scheduler.policies.elsa import Elsa
 
 CRASHES_PER_REQUEST = 2
+# How many SLOs after its due time the policy may expect a request to end, or else it is refused.
+LATEST_SLOS = 9
 # How long before the end of the running batch the next one is staged: time to gather it and copy it in.
 STAGE_AHEAD_NS = 2_000_000
 
@@ -133,7 +136,7 @@ class SchedulerCore:
         answered = tuple(query.request.id for query in batch.queries if not query.gone)
         for request_id in answered:
             del self._queries[request_id]
-        self._commands.append(Answer(event.batch_id, answered))
+        self._commands.append(Answer(answered))
 
     def _batch_failed(self, now_ns: int, event: BatchFailed) -> None:
         batch = self._finish(now_ns, event.worker_id, event.batch_id)
@@ -215,9 +218,14 @@ class SchedulerCore:
             return
         if model in self._pool.serving:
             worker, late_ns = self._policy.choose(now_ns, query)
-            if late_ns > 0 and self._refuse_late and not again:
-                self._refuse(query, Reason.SLO_UNREACHABLE, retry_after_ns=late_ns)
-                return
+            if late_ns > 0 and not again:
+                due_ns = query.request.due_ns
+                if self._refuse_late or query.request.strict:
+                    self._refuse(query, Reason.SLO_UNREACHABLE, retry_after_ns=late_ns)
+                    return
+                if due_ns is not None and late_ns > LATEST_SLOS * (due_ns - now_ns):
+                    self._refuse(query, Reason.OVERLOADED, retry_after_ns=late_ns)
+                    return
             if worker is not None:
                 self._start(now_ns, worker, [query])
                 return
@@ -267,16 +275,16 @@ class SchedulerCore:
         model = queries[0].request.model
         table = worker.tables[model]
         items = 0
-        ids = []
+        pieces = []
         for query in queries:
             query.batch_id = batch_id
             query.worker_id = worker.id
             items += query.request.items
-            ids.append(query.request.id)
+            pieces.append(Piece(query.request.id, 0, query.request.items))
         self._pool.start(now_ns, worker, batch_id, Batch(queries, table.time_ns(items)))
         if len(worker.in_flight) >= worker.depth:
             del self._roomy[worker.id]
-        self._commands.append(Run(worker.id, batch_id, model, tuple(ids)))
+        self._commands.append(Run(worker.id, batch_id, model, tuple(pieces)))
 
     def _finish(self, now_ns: int, worker_id: int, batch_id: int) -> Batch:
         worker = self._pool.workers[worker_id]

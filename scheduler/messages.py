@@ -6,6 +6,7 @@ Times are integer nanoseconds of one monotonic clock. All of it can be journalle
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import NamedTuple
 
 import msgspec
 
@@ -17,7 +18,8 @@ class Reason(StrEnum):
     """Why a request was refused or given up."""
 
     QUEUE_FULL = "queue_full"
-    SLO_UNREACHABLE = "slo_unreachable"
+    SLO_UNREACHABLE = "slo_unreachable"  # of strict requests
+    OVERLOADED = "overloaded"  # it cannot be served within ten SLOs
     EXPIRED = "expired"
     UNAVAILABLE = "unavailable"
     MODEL_FAILED = "model_failed"
@@ -27,9 +29,9 @@ class Reason(StrEnum):
 class Request(msgspec.Struct, frozen=True, gc=False):
     """A query of `items` >= 1 items for one model.
 
-    `dims` are the values of the model's varying axes: only equal ones share a batch. `due_ns`: the target,
-    which makes admission refuse what cannot meet it. `expires_ns`: dropped if not started by then.
-    `alone`: never batched with others.
+    `dims` are the values of the model's varying axes: only equal ones share a batch. `due_ns`: the target.
+    `expires_ns`: dropped if not started by then. `alone`: never batched with others. `strict`: refused at once
+    rather than served late. `whole`: never cut. `length`: along the padded axis, 0 where there is none.
     """
 
     id: int
@@ -40,6 +42,17 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     expires_ns: int | None = None
     priority: int = DEFAULT_PRIORITY
     alone: bool = False
+    strict: bool = False
+    whole: bool = False
+    length: int = 0
+
+
+class Piece(NamedTuple):
+    """Items `first` .. `first + items - 1` of a request, as one batch runs them."""
+
+    request_id: int
+    first: int
+    items: int
 
 
 class Event(msgspec.Struct, frozen=True, gc=False, tag=True):
@@ -119,18 +132,17 @@ class Command(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Run(Command, frozen=True):
-    """Send these requests, as one batch, to this worker."""
+    """Send these pieces, as one batch, to this worker."""
 
     worker_id: int
     batch_id: int
     model: str
-    request_ids: tuple[int, ...]
+    pieces: tuple[Piece, ...]
 
 
 class Answer(Command, frozen=True):
-    """These requests are complete with this batch's outputs."""
+    """These requests are complete: all their pieces have been in batches that are done."""
 
-    batch_id: int
     request_ids: tuple[int, ...]
 
 

@@ -298,8 +298,8 @@ class _Simulation:
     def _run(self, run: Run) -> None:
         worker = self._workers[run.worker_id]
         items = 0
-        for request_id in run.request_ids:
-            items += self._open[request_id].items
+        for piece in run.pieces:
+            items += piece.items
         time_ns = int(worker.time_ns(run.model, items) * next(self.factors))
         start_ns = max(self.now_ns, worker.free_ns)
         worker.free_ns = start_ns + time_ns

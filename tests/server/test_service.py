@@ -109,10 +109,11 @@ def wide_model() -> Model:
 def test_a_refusal_names_the_limit_its_source_and_the_estimate() -> None:
     async def story(stage: Served) -> None:
         # The table says 1 us.
-        (reply,) = stage.post(GOOD | {"parameters": {"slo_ms": 0.0001}})
-        assert reply.status == 429
+        (reply,) = stage.post(GOOD | {"parameters": {"slo_ms": 0.0001, "strict": True}})
+        assert (reply.status, b"retry-after: 1\r\n" in reply.head) == (429, True)
         assert b"slo_ms of the request is 0.0001 ms, the estimate is 0." in reply.body
-        stage.model.serving = ServingFile(slo_ms=0.0002)
+        assert b"send strict: false to be answered late" in reply.body
+        stage.model.serving = ServingFile(slo_ms=0.0002, strict=True)
         (reply,) = stage.post(GOOD)
         assert b"slo_ms in the model's serving.yaml is 0.0002 ms, the estimate is 0." in reply.body
         assert stage.post(GOOD | {"parameters": {"deadline_ms": 5000}}) == [], "it replaces the model's"

@@ -242,14 +242,14 @@ def test_a_full_queue_is_refused_with_the_time_to_retry(slow: RunningDaemon) -> 
         assert 1 <= int(headers["retry-after"]) <= 2
 
 
-def test_an_slo_out_of_reach_is_refused_and_one_within_reach_is_not(slow: RunningDaemon) -> None:
-    status, headers, body = post(slow.http, "slow", sixteen(slo_ms=100))
+def test_a_strict_slo_out_of_reach_is_refused_and_one_within_reach_is_not(slow: RunningDaemon) -> None:
+    status, headers, body = post(slow.http, "slow", sixteen(slo_ms=100, strict=True))
     assert status == 429
     assert "cannot answer in time" in body["error"]
     assert headers["retry-after"] == "1"
-    assert post(slow.http, "slow", sixteen(slo_ms=5000))[0] == 200
+    assert post(slow.http, "slow", sixteen(slo_ms=5000, strict=True))[0] == 200
     with Occupied(slow, 1):  # what runs is not interrupted
-        assert post(slow.http, "slow", sixteen(deadline_ms=320))[0] == 429
+        assert post(slow.http, "slow", sixteen(deadline_ms=320, strict=True))[0] == 429
 
 
 def test_a_deadline_that_passes_in_the_queue_ends_the_request_before_compute(slow: RunningDaemon) -> None:

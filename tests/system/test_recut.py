@@ -179,7 +179,9 @@ def bert(folder: Path) -> None:
     """Emulated with the timing of BERT on A100 slices; 32 items take a 1g slice 310 ms, a 3g slice 166 ms."""
     (folder / "bert" / "1").mkdir(parents=True)
     (folder / "bert" / "config.pbtxt").write_text(BERT)
-    (folder / "bert" / "serving.yaml").write_text("slo_ms: 198\nlatency_table: {measured: a100, model: bert}\n")
+    (folder / "bert" / "serving.yaml").write_text(
+        "slo_ms: 198\nsplit: false\nlatency_table: {measured: a100, model: bert}\n"
+    )
 
 
 @pytest.mark.parametrize("replan", ["auto", "propose"])
@@ -187,7 +189,7 @@ def test_the_layout_follows_the_traffic_where_it_may(tmp_path: Path, replan: str
     bert(tmp_path)
     often = ("--replan-interval-secs", "0.2", "--replan-half-life-secs", "2", "--replan-dwell-secs", "1")
     with running("--model-repository", str(tmp_path), "--layout", ONES, "--replan", replan, *often) as daemon:
-        large = x_of(*range(32))
+        large = x_of(*range(32), strict=True)
         assert post(daemon.http, "bert", large)[0] == 429, "no 1g slice can do it in time"
 
         def plan() -> Any:
