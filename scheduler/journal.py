@@ -56,7 +56,7 @@ def replay(path: Path) -> int:
             raise JournalError(f"{path} is not a journal: {error}") from error
         if header.policy not in POLICIES:
             raise JournalError(f"{path}: there is no policy {header.policy!r}; there are {', '.join(POLICIES)}")
-        core = SchedulerCore(header.max_queued, POLICIES[header.policy], refuse_late=False)
+        core = SchedulerCore(header.max_queued, POLICIES[header.policy])
         count = 0
         for count, entry in enumerate(_entries(path, lines), start=1):
             commands = tuple(core.handle(entry.now_ns, entry.event))

@@ -18,8 +18,8 @@ class Reason(StrEnum):
     """Why a request was refused or given up."""
 
     QUEUE_FULL = "queue_full"
-    SLO_UNREACHABLE = "slo_unreachable"  # of strict requests
-    OVERLOADED = "overloaded"  # it cannot be served within ten SLOs
+    SLO_UNREACHABLE = "slo_unreachable"
+    OVERLOADED = "overloaded"
     EXPIRED = "expired"
     UNAVAILABLE = "unavailable"
     MODEL_FAILED = "model_failed"
@@ -29,9 +29,9 @@ class Reason(StrEnum):
 class Request(msgspec.Struct, frozen=True, gc=False):
     """A query of `items` >= 1 items for one model.
 
-    `dims` are the values of the model's varying axes: only equal ones share a batch. `due_ns`: the target.
-    `expires_ns`: dropped if not started by then. `alone`: never batched with others. `strict`: refused at once
-    rather than served late. `whole`: never cut. `length`: along the padded axis, 0 where there is none.
+    `dims` are the values of the model's varying axes: only equal ones share a batch. `due_ns`: the target; what
+    cannot meet it is served late, or refused if it is `strict`. `expires_ns`: dropped if not started by then.
+    `alone`: never batched with others. `whole`: never cut. `length`: of its padded axis, 0 where there is none.
     """
 
     id: int
@@ -78,11 +78,15 @@ class WorkerUp(Event, frozen=True):
 
 
 class Serves(Event, frozen=True):
-    """A worker has loaded a model; `latency_ns[b - 1]` is the estimated time of a batch of b items."""
+    """A worker has loaded a model; `latency_ns[b - 1]` is the estimated time of a batch of b items.
+
+    With `lengths` (ascending), `latency_ns` holds such a row for each: of batches padded to that length.
+    """
 
     worker_id: int
     model: str
     latency_ns: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
 
 
 class StopsServing(Event, frozen=True):

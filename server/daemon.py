@@ -103,7 +103,7 @@ class Daemon:
                 self._journal = JournalWriter(settings.journal, Header(settings.max_queue_size, settings.policy))
             except OSError as error:
                 raise StartError(f"--journal {settings.journal} cannot be written: {error.strerror}") from error
-        core = SchedulerCore(settings.max_queue_size, POLICIES[settings.policy], refuse_late=False)
+        core = SchedulerCore(settings.max_queue_size, POLICIES[settings.policy])
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
         self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size)
         self._state_dir = settings.state_dir.expanduser()

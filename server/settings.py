@@ -114,7 +114,7 @@ class Settings(BaseSettings):
     )
 
     policy: Literal["late", "elsa"] = _setting(
-        "late",
+        "elsa",
         "operation",
         "late: a request waits in its model's queue until a slice is free, which takes what is most urgent. elsa: it "
         "is bound on arrival to the smallest slice that meets its target, as published.",

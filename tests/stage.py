@@ -38,7 +38,7 @@ class Stage:
         self.seen = Seen()
         self.sent: list[RunBatch] = []
         fleet: Any = self  # it sends, and that is all the driver asks of a fleet
-        self.driver = Driver(SchedulerCore(refuse_late=False), fleet, self.arena, self.seen)
+        self.driver = Driver(SchedulerCore(), fleet, self.arena, self.seen)
         self.driver.worker_up(0, WHERE, 1)
         self.driver.serves(0, KEY, tuple(range(1000, 1008)))
         self._ids = 0

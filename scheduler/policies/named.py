@@ -7,6 +7,6 @@ from collections.abc import Callable
 from scheduler.domain import Pool
 from scheduler.policies import Policy
 from scheduler.policies.elsa import Elsa
-from scheduler.policies.late import LateBinding
 
-POLICIES: dict[str, Callable[[Pool], Policy]] = {"late": LateBinding, "elsa": Elsa}
+POLICIES: dict[str, Callable[[Pool], Policy]] = {"elsa": Elsa}
+DEFAULT = "elsa"

@@ -18,7 +18,7 @@ EVENTS = [
 
 
 def written(path: Path) -> Path:
-    core = SchedulerCore(16, refuse_late=False)
+    core = SchedulerCore(16)
     journal = JournalWriter(path, Header(16, "elsa"))
     for now_ns, event in enumerate(EVENTS):
         journal.write(now_ns, event, core.handle(now_ns, event))
