@@ -20,52 +20,17 @@ from hypothesis import strategies as st
 
 from scheduler import driver as driver_module
 from scheduler.arena import Arena
-from scheduler.batching import Line
 from scheduler.channel import Done, Failed, RunBatch
 from scheduler.core import SchedulerCore
-from scheduler.domain import Company, Kind, Part, Pool, Worker
 from scheduler.driver import Answered, Driver, Pending, RefusedError, _Running, now_ns
 from scheduler.messages import Request
-from scheduler.policies import Start
 from scheduler.tensors import InputLayout, Signature, TensorSpec
+from tests.cutter import Cutter
 from tests.stage import KEY, WHERE, Seen
 
 LAYOUT = InputLayout(Signature((TensorSpec("a", "FP32", (1,)), TensorSpec("b", "INT32", (2,))), (), 64))
 TABLE_NS = tuple(range(1000, 1064))
 End = Answered | RefusedError
-
-
-class Cutter:
-    """A policy that cuts what may be cut, at places that chance picks, and mixes whatever may be mixed."""
-
-    def __init__(self, pool: Pool, chance: random.Random) -> None:
-        self._pool = pool
-        self._chance = chance
-        self._lines: dict[tuple[Kind, Company], Line] = {}
-
-    def offer(self, now_ns: int, part: Part, bound_ns: int | None) -> int:
-        self._lines.setdefault((part.kind, part.company), Line()).push(part, 0)
-        return 0
-
-    def next(self, now_ns: int) -> Start | None:
-        for worker in self._pool.ready.values():
-            for (kind, _), line in self._lines.items():
-                if line.entries and kind in worker.tables:
-                    return Start(worker, kind, line.take(self._chance.randint(1, 7)))
-        return None
-
-    def wake_ns(self, now_ns: int) -> int | None:
-        return None
-
-    def discard(self, part: Part) -> None:
-        self._lines[part.kind, part.company].remove(part, 0)
-
-    def evict(self, worker: Worker, model: str | None = None) -> list[Part]:
-        alone = [kind for kind in worker.tables if self._pool.serving[kind] == [worker]]
-        return [part for (kind, _), line in self._lines.items() if kind in alone for part in line.drain()]
-
-    def backlog_ns(self, now_ns: int, model: str) -> int:
-        return 0
 
 
 class ScribblingArena(Arena):
@@ -110,7 +75,7 @@ class Theatre:
         self.seen = Seen()
         fleet: Any = self  # it sends, and that is all the driver asks of a fleet
         chance = random.Random(self.seed)
-        core = SchedulerCore(policy=lambda pool: Cutter(pool, chance))
+        core = SchedulerCore(policy=lambda pool: Cutter(pool, lambda: chance.randint(1, 7)))
         self.driver = Driver(core, fleet, self.arena, self.seen)
 
     # ---- the fleet ----

@@ -49,6 +49,29 @@ def test_which_limit_counts(
 
 
 @pytest.mark.parametrize(
+    ("parameters", "model_strict", "strict"),
+    [
+        (None, False, False),
+        (None, True, True),
+        ({"slo_ms": 5}, True, True),
+        ({"strict": True}, False, True),
+        ({"strict": False}, True, False),
+        ({"strict": None}, True, True),
+    ],
+)
+def test_what_the_request_says_of_strictness_counts_before_what_the_model_says(
+    parameters: Given | None, model_strict: bool, strict: bool
+) -> None:
+    assert read_terms(parameters, NOW, 50.0, model_strict=model_strict).strict is strict
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", 1.0])
+def test_strict_is_true_or_false(value: Any) -> None:
+    with pytest.raises(ServeError, match="parameter strict must be true or false, not "):
+        read_terms({"strict": value}, NOW, None)
+
+
+@pytest.mark.parametrize(
     ("name", "meant"),
     [
         ("slo", "slo_ms"),
@@ -60,6 +83,8 @@ def test_which_limit_counts(
         ("timeout_ms", "timeout"),
         ("timout", "timeout"),
         ("prioritty", "priority"),
+        ("Strict", "strict"),
+        ("stict", "strict"),
     ],
 )
 def test_a_name_that_was_meant_as_one_of_ours_is_refused_with_it(name: str, meant: str) -> None:
