@@ -252,6 +252,28 @@ def test_a_strict_slo_out_of_reach_is_refused_and_one_within_reach_is_not(slow: 
         assert post(slow.http, "slow", sixteen(deadline_ms=320, strict=True))[0] == 429
 
 
+def test_an_slo_out_of_reach_is_missed_and_the_answer_says_by_how_much(slow: RunningDaemon) -> None:
+    import tritonclient.grpc as grpcclient
+
+    before = metric(slow, "migserve_late_requests_total")
+    status, _, body = post(slow.http, "slow", sixteen(slo_ms=100))
+    assert (status, body["parameters"]["late_ms"] >= 200) == (200, True)
+    tensor = grpcclient.InferInput("x", [1, 16], "FP32")
+    tensor.set_data_from_numpy(np.ones((1, 16), np.float32))
+    with grpcclient.InferenceServerClient(slow.grpc) as client:
+        reply = client.infer("slow", [tensor], parameters={"slo_ms": 100}).get_response()
+        assert reply.parameters["late_ms"].double_param >= 200
+        assert not client.infer("slow", [tensor], parameters={"slo_ms": 5000}).get_response().parameters
+    assert metric(slow, "migserve_late_requests_total") == before + 2
+
+
+def test_what_would_take_more_than_ten_slos_is_refused(slow: RunningDaemon) -> None:
+    status, headers, body = post(slow.http, "slow", sixteen(slo_ms=20))
+    assert (status, headers["retry-after"]) == (429, "1")
+    assert "even in ten times what it may take: slo_ms of the request is 20 ms" in body["error"]
+    assert metric(slow, "migserve_requests_not_answered_total", reason="overloaded") == 1
+
+
 def test_a_deadline_that_passes_in_the_queue_ends_the_request_before_compute(slow: RunningDaemon) -> None:
     batches = metric(slow, "nv_inference_exec_count")
     with Occupied(slow, 2):
