@@ -90,7 +90,8 @@ def read_terms(
         min(expires, default=None),
         _whole(parameters, "priority") or DEFAULT_PRIORITY,
         limit,
-        _flag(parameters, "strict", model_strict),
+        # After a deadline nobody waits any more, so there is no late answer to it.
+        _flag(parameters, "strict", model_strict or limit in (OF_REQUEST_DEADLINE, OF_CALL)),
     )
 
 
