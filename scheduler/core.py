@@ -40,7 +40,7 @@ from scheduler.messages import (
     WorkerUp,
 )
 from scheduler.policies import Policy
-from scheduler.policies.elsa import Elsa
+from scheduler.policies.pool import LateLanePool
 
 CRASHES_PER_REQUEST = 2
 # How long before the end of the running batch the next one is staged: time to gather it and copy it in.
@@ -57,7 +57,7 @@ class SchedulerCore:
     """
 
     def __init__(
-        self, max_queued: int = 4096, policy: Callable[[Pool], Policy] = Elsa, *, bounded: bool = True
+        self, max_queued: int = 4096, policy: Callable[[Pool], Policy] = LateLanePool, *, bounded: bool = True
     ) -> None:
         self._pool = Pool()
         self._policy = policy(self._pool)

@@ -69,7 +69,19 @@ class Query:
 class Part:
     """Some items of a query, one after the other, that wait or run together; at first all of them."""
 
-    __slots__ = ("batch_id", "company", "crashes", "due_ns", "first", "items", "kind", "query", "queued", "worker_id")
+    __slots__ = (
+        "batch_id",
+        "company",
+        "crashes",
+        "due_ns",
+        "first",
+        "items",
+        "kind",
+        "late",
+        "query",
+        "queued",
+        "worker_id",
+    )
 
     def __init__(self, query: Query, first: int, items: int, company: Company) -> None:
         self.query = query
@@ -80,6 +92,7 @@ class Part:
         self.due_ns = query.request.due_ns
         self.crashes = 0
         self.queued = False  # waiting in the policy's queues
+        self.late = False  # the policy has given up its due time
         self.batch_id: int | None = None
         self.worker_id: int | None = None
         query.parts.append(self)
@@ -98,6 +111,7 @@ class Part:
         piece = Part(self.query, self.first, items, self.company)
         piece.kind = self.kind
         piece.crashes = self.crashes
+        piece.late = self.late
         self.first += items
         self.items -= items
         return piece

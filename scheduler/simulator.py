@@ -34,7 +34,7 @@ from scheduler.messages import (
     WorkerUp,
 )
 from scheduler.policies import Policy
-from scheduler.policies.elsa import Elsa
+from scheduler.policies.pool import LateLanePool
 from scheduler.report import Report, Span, Tally, summarise
 from scheduler.workload import Arrival
 
@@ -116,7 +116,7 @@ class SliceEvent:
 def simulate(
     slices: Sequence[SimSlice],
     arrivals: Iterable[Arrival],
-    policy: Callable[[Pool], Policy] = Elsa,
+    policy: Callable[[Pool], Policy] = LateLanePool,
     *,
     slo_ms: Mapping[str, float] | None = None,
     seed: int = 0,

@@ -7,6 +7,6 @@ from collections.abc import Callable
 from scheduler.domain import Pool
 from scheduler.policies import Policy
 from scheduler.policies.elsa import Elsa
+from scheduler.policies.pool import LateLanePool
 
-POLICIES: dict[str, Callable[[Pool], Policy]] = {"elsa": Elsa}
-DEFAULT = "elsa"
+POLICIES: dict[str, Callable[[Pool], Policy]] = {"pool": LateLanePool, "elsa": Elsa}
