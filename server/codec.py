@@ -379,12 +379,8 @@ def encode_reply(
         if output.data is None:
             entry.data = output.values
         else:
-            nbytes = 0
-            for piece in output.data:
-                if size := len(piece):
-                    nbytes += size
-                    parts.append(piece)
-            entry.parameters = {"binary_data_size": nbytes}
+            entry.parameters = {"binary_data_size": sum(map(len, output.data))}
+            parts += filter(len, output.data)
         entries.append(entry)
     parameters = {"late_ms": late_ms} if late_ms else None
     parts[0] = wire.encode_json(wire.InferReply(model, version, entries, request_id or None, parameters))

@@ -91,19 +91,22 @@ def test_what_runs_on_a_slice_that_goes_is_finished_and_the_rest_waits(tmp_path:
     """Also where the worker is killed while it drains: then what it ran runs again elsewhere."""
     repositories.emulated(tmp_path / "slow", milliseconds=700, items=1)
     with running("--model-repository", str(tmp_path), "--layout", "7g.80gb") as daemon:
-        for killed, layout in ((False, "3g.40gb+3g.40gb"), (True, "7g.80gb")):
+        # As many run as there are slices, so that each is busy.
+        for busy, killed, layout in ((1, False, "3g.40gb+3g.40gb"), (2, True, "7g.80gb")):
             answers: list[int] = []
 
             def ask(answers: list[int] = answers) -> None:
                 answers.append(post(daemon.http, "slow", x_of(1))[0])
 
             threads = [threading.Thread(target=ask) for _ in range(3)]
-            threads[0].start()
-            until(lambda: metric(daemon, "nv_inference_pending_request_count", model="slow") == 1, "it runs")
+            for thread in threads[:busy]:
+                thread.start()
+            pending = "nv_inference_pending_request_count"
+            until(lambda busy=busy: metric(daemon, pending, model="slow") == busy, "all run")
             changer = threading.Thread(target=cut, args=(daemon, layout))
             changer.start()
             until(lambda: metric(daemon, "migserve_slice_state", state="draining") >= 1, "it drains")
-            for thread in threads[1:]:
+            for thread in threads[busy:]:
                 thread.start()
             if killed:
                 daemon.kill_worker("gpu0/3g.40gb@0")
