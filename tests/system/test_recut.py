@@ -8,6 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ def test_what_stays_is_not_touched(demo_models: None) -> None:
         assert [line["worker"] for line in daemon.events("worker gone")] == ["gpu1/2g.20gb@4"]
 
 
+def pending(daemon: RunningDaemon, count: int) -> bool:
+    return metric(daemon, "nv_inference_pending_request_count", model="slow") == count
+
+
 def test_what_runs_on_a_slice_that_goes_is_finished_and_the_rest_waits(tmp_path: Path) -> None:
     """Also where the worker is killed while it drains: then what it ran runs again elsewhere."""
     repositories.emulated(tmp_path / "slow", milliseconds=700, items=1)
@@ -101,8 +106,7 @@ def test_what_runs_on_a_slice_that_goes_is_finished_and_the_rest_waits(tmp_path:
             threads = [threading.Thread(target=ask) for _ in range(3)]
             for thread in threads[:busy]:
                 thread.start()
-            pending = "nv_inference_pending_request_count"
-            until(lambda busy=busy: metric(daemon, pending, model="slow") == busy, "all run")
+            until(partial(pending, daemon, busy), "they run")
             changer = threading.Thread(target=cut, args=(daemon, layout))
             changer.start()
             until(lambda: metric(daemon, "migserve_slice_state", state="draining") >= 1, "it drains")
