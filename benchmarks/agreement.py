@@ -6,8 +6,8 @@
 The daemon is a real one: HTTP, worker processes, shared memory. Its GPUs are simulated and its model is emulated, that
 is, a worker sleeps for as long as the latency table says. The simulator gets the same table without noise. Queries are
 sent at their recorded times, whatever comes back; a latency counts from the recorded time: a late sender shows.
-What is expected to be late is refused, by both. Where the sender itself is late by milliseconds, the machine is too slow
-for the rate, and the figures say nothing.
+What is expected to be late is refused, by both. Where the sender itself is late by many milliseconds, the machine is
+too slow for the rate, and the figures say nothing.
 """
 
 from __future__ import annotations
@@ -215,6 +215,7 @@ def main(
     console.print(table(cases))
     if write:
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+        machine += f"; niceness {os.nice(0)}, load average at the end {os.getloadavg()[0]:.1f}"
         RESULTS.write_text(
             f"# The daemon beside the simulator\n\n{__doc__ or ''}\n{machine}.\n\n```\n{console.export_text()}```\n"
         )
