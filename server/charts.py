@@ -8,9 +8,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-# Eight hues that stay apart for the colour-blind, a little lighter on dark paper; more series take them again.
-_LIGHT = ("#2a6fb8", "#d9622b", "#1f9e77", "#b58900", "#c2568c", "#5b4ab0", "#6b8e23", "#a33b3b")
-_DARK = ("#62a5ea", "#f08b57", "#43c59b", "#e0b93a", "#ea88b5", "#9d8df0", "#a5c858", "#e07777")
+# Hues that stay apart, the first eight also for the colour-blind; a little lighter on dark paper. More series take
+# them again.
+_LIGHT = (
+    "#2a6fb8", "#d9622b", "#1f9e77", "#b58900", "#c2568c", "#5b4ab0",
+    "#6b8e23", "#a33b3b", "#7d5a3c", "#6c7a89", "#2aa5c4", "#9c2fae",
+)  # fmt: skip
+_DARK = (
+    "#62a5ea", "#f08b57", "#43c59b", "#e0b93a", "#ea88b5", "#9d8df0",
+    "#a5c858", "#e07777", "#c79a73", "#a9b6c3", "#5fd0e8", "#d57be6",
+)  # fmt: skip
 HUES = len(_LIGHT)
 _PAPER = ("#ffffff", "#1f2328", "#59636e", "#d1d9e0", "#f4f6f8", "#ffffff")
 _NIGHT = ("#14171b", "#e8ebee", "#9aa4ae", "#3a424b", "#1f242a", "#10141a")
@@ -72,7 +79,7 @@ def lines(
     """Curves from zero up to `y_most`, where they are cut off; `limits`: dashed level lines with what they say."""
     x_most = max((x for each in series for x, _ in each.points), default=1.0)
     frame = Frame(380, 280, x_most, y_most)
-    clip = f"clip{abs(hash((title, x_most, y_most)))}"
+    clip = "clip-" + title.replace(" ", "-")
     parts = [
         f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP}" width="{frame.width - LEFT - RIGHT + 3}" '
         f'height="{frame.height - TOP - BOTTOM}"/></clipPath>',
@@ -120,20 +127,21 @@ def columns(title: str, x_label: str, y_label: str, groups: Sequence[str], serie
 
 def bars(title: str, rows: Sequence[str], series: Sequence[Series]) -> str:
     """Shares of 0 to 100 % as lying bars; a series has a point for each row, its x the row's number."""
-    thick = 14 if len(rows) * len(series) <= 24 else 9
-    step = thick * len(series) + 10
+    thick, gap = (14, 10) if len(rows) <= 16 else (7, 5)
+    step = thick * len(series) + gap
     left, width = 130.0, 760.0
     long = width - left - 60
     parts = []
     for number, name in enumerate(rows):
-        parts.append(_text(left - 8, 4 + number * step + (step - 10) / 2 + 4, name, "end"))
+        parts.append(_text(left - 8, 4 + number * step + (step - gap) / 2 + 4, name, "end"))
     for place, each in enumerate(series):
         for group, share in each.points:
             y = 4 + group * step + place * thick
             says = f"<title>{escape(each.name)}: {share:.1%}</title>"
             parts.append(_box(left, y, long, thick - 2, 'class="idle"'))
             parts.append(_box(left, y, long * min(share, 1.0), thick - 2, f'fill="{each.colour}"', says))
-            parts.append(_text(left + long + 8, y + thick - 3, f"{share:.0%}"))
+            if thick >= 12:
+                parts.append(_text(left + long + 8, y + thick - 3, f"{share:.0%}"))
     return _svg(title, width, 4 + len(rows) * step, parts)
 
 

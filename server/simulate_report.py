@@ -120,15 +120,17 @@ def _figures(setup: Setup, outcomes: Sequence[Outcome]) -> str:
 def _rows(setup: Setup, outcome: Outcome) -> Iterator[list[str]]:
     figures = [outcome.of_models(figure) for _, figure in PERCENTILES]
     within = outcome.of_models(lambda model: model.within_slo)
-    of_policy = (f"{outcome.rate_per_s:.1f}", f"{outcome.rate_per_s / setup.bound_per_s:.3f}")
+    of_policy = [f"{outcome.rate_per_s:.1f}", f"{outcome.rate_per_s / setup.bound_per_s:.3f}"]
     longest = f"{outcome.max_lateness(setup.scene.slo_ms):.1f}"
-    large = _percent(search.late_share_large(outcome.reports))
+    last = [longest, _percent(search.late_share_large(outcome.reports))]
+    name = outcome.policy
     if not within:
-        yield [outcome.policy, "no rate counts", "", *of_policy]
+        yield [name, "no rate counts", "", *of_policy]
     for model, share in within.items():
         times = [f"{by_model[model]:.1f}" for by_model in figures]
         slo = f"{setup.scene.slo_ms[model]:.1f}"
-        yield [outcome.policy, model, slo, *of_policy, _percent(share), *times, longest, large]
+        yield [name, model, slo, *of_policy, _percent(share), *times, *last]
+        name, of_policy, last = "", ["", ""], ["", ""]  # of all models together
 
 
 # ---- charts ----
@@ -178,10 +180,15 @@ def _utilisation(details: Sequence[Detail], hues: Mapping[str, int]) -> str:
 
 def _lateness(details: Sequence[Detail], hues: Mapping[str, int]) -> str:
     lowest = [1, *(highest + 1 for highest in SIZES[:-1])]
-    groups = [_size_name(low, high) for low, high in zip(lowest, SIZES, strict=True)]
+    sizes = [
+        (low, high)
+        for low, high in zip(lowest, SIZES, strict=True)
+        if any(math.isfinite(_late_share(each.shown, low)) for each in details)
+    ]
+    groups = [_size_name(low, high) for low, high in sizes]
     series = []
     for each in details:
-        shares = [_late_share(each.shown, low) for low in lowest]
+        shares = [_late_share(each.shown, low) for low, _ in sizes]
         series.append(Series(each.policy, hues[each.policy], list(enumerate(shares))))
     return charts.columns("Late queries by size", "items of a query", "late", groups, series)
 
