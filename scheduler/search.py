@@ -38,7 +38,7 @@ class Scene:
     slo_ms: Mapping[str, float]
     queries: int = 10_000
     noise: Noise = field(default_factory=Noise)
-    refuse_late: bool = False
+    strict: bool = False
 
     def run(self, policy: Callable[[Pool], Policy], rate_per_s: float, seed: int, *, timeline: bool = False) -> Report:
         """To the end, whatever comes of it."""
@@ -67,7 +67,7 @@ class Scene:
             seed=seed,
             noise=self.noise,
             max_queued=max(len(arrivals), 1),
-            refuse_late=self.refuse_late,
+            strict=self.strict,
             timeline=timeline,
             give_up=give_up,
         )

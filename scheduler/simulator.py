@@ -6,6 +6,7 @@ are carried out. Only the workers are made up: a batch takes the time of its tab
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from scheduler.messages import (
     WorkerUp,
 )
 from scheduler.policies import Policy
-from scheduler.policies.late import LateBinding
+from scheduler.policies.pool import LateLanePool
 from scheduler.report import Report, Span, Tally, summarise
 from scheduler.workload import Arrival
 
@@ -51,13 +52,24 @@ class SimulationError(ValueError):
 class SimSlice:
     """A slice with one worker; `tables[model][b - 1]`: milliseconds of a batch of b items.
 
-    A gang of k processes that share the slice is one worker too: b counts the items of all of them.
+    A gang of k processes that share the slice is one worker too: b counts the items of all of them. A model in
+    `lengths` has such a row for each of its lengths (ascending), one after the other; a batch takes the time of
+    the first that is no shorter than its longest item.
     """
 
     name: str
     gpcs: int
     tables: Mapping[str, Sequence[float]]
     depth: int = 1
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def batch_ms(self, model: str, items: int, length: int = 0) -> float:
+        """What the table says; proportional beyond its last batch."""
+        lengths = self.lengths.get(model, (0,))
+        rows = len(self.tables[model]) // len(lengths)
+        begin = rows * min(bisect.bisect_left(lengths, length), len(lengths) - 1)
+        beyond = max(items / rows, 1.0)
+        return self.tables[model][begin + min(items, rows) - 1] * beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +130,7 @@ class GiveUp:
 def simulate(
     slices: Sequence[SimSlice],
     arrivals: Iterable[Arrival],
-    policy: Callable[[Pool], Policy] = LateBinding,
+    policy: Callable[[Pool], Policy] = LateLanePool,
     *,
     slo_ms: Mapping[str, float] | None = None,
     seed: int = 0,
@@ -127,19 +139,22 @@ def simulate(
     priority: Mapping[str, int] | None = None,
     timeout_ms: Mapping[str, float] | None = None,
     max_queued: int = 4096,
-    refuse_late: bool = True,
+    strict: bool = False,
+    bounded: bool = True,
     timeline: bool = False,
     give_up: GiveUp | None = None,
 ) -> Report:
     """Runs `arrivals` (sorted by time) through a core over `slices`, until everything has ended.
 
-    `slo_ms`, `priority`, `timeout_ms`: by model, where it has one. The same arguments give the same report.
+    `slo_ms`, `priority`, `timeout_ms`: by model, where it has one. `strict`: nobody wants to be served late;
+    `bounded`: nobody wants to be served later than ten SLOs. The same arguments give the same report.
     With `give_up` it may end early; the report then is not complete, and says so.
     Raises SimulationError where requests are left that nothing will ever end.
     """
-    core = SchedulerCore(max_queued, policy, refuse_late=refuse_late)
+    core = SchedulerCore(max_queued, policy, bounded=bounded)
     simulation = _Simulation(core, slices, noise.factors(seed), timeline)
-    simulation.demands = _Demands(slo_ms or {}, priority or {}, timeout_ms or {})
+    padded = frozenset(model for each in slices for model in each.lengths)
+    simulation.demands = _Demands(slo_ms or {}, priority or {}, timeout_ms or {}, padded, strict)
     simulation.give_up = give_up
     simulation.schedule(events)
     complete = simulation.run(arrivals)
@@ -154,17 +169,23 @@ class _Demands:
     slo_ms: Mapping[str, float]
     priority: Mapping[str, int]
     timeout_ms: Mapping[str, float]
+    padded: frozenset[str] = frozenset()
+    strict: bool = False
 
     def request(self, number: int, arrival: Arrival) -> Request:
-        slo_ms, timeout_ms = self.slo_ms.get(arrival.model), self.timeout_ms.get(arrival.model)
+        model, length = arrival.model, arrival.length
+        slo_ms, timeout_ms = self.slo_ms.get(model), self.timeout_ms.get(model)
+        padded = model in self.padded
         return Request(
             number,
-            arrival.model,
+            model,
             arrival.items,
-            (arrival.length,) if arrival.length else (),
+            (length,) if length and not padded else (),
             None if slo_ms is None else arrival.at_ns + int(slo_ms * NS_PER_MS),
             None if timeout_ms is None else arrival.at_ns + int(timeout_ms * NS_PER_MS),
-            self.priority.get(arrival.model, DEFAULT_PRIORITY),
+            self.priority.get(model, DEFAULT_PRIORITY),
+            strict=self.strict,
+            length=length if padded else 0,
         )
 
 
@@ -178,12 +199,6 @@ class _Worker:
     serves: bool = True
     speed: float = 1.0
     free_ns: int = 0
-
-    def time_ns(self, model: str, items: int) -> float:
-        table = self.where.tables[model]
-        largest = len(table)
-        ms = table[items - 1] if items <= largest else table[-1] * items / largest
-        return ms * self.speed * NS_PER_MS
 
 
 _Due = tuple[int, int, AnyEvent | SliceEvent, int]  # when, serial, what, life of the worker
@@ -302,7 +317,8 @@ class _Simulation:
             self._tell(WorkerUp(worker_id, worker.where.gpcs, worker.where.depth))
         worker.up = worker.serves = True
         for model, table in worker.where.tables.items():
-            self._tell(Serves(worker_id, model, tuple(int(ms * NS_PER_MS) for ms in table)))
+            latency_ns = tuple(int(ms * NS_PER_MS) for ms in table)
+            self._tell(Serves(worker_id, model, latency_ns, worker.where.lengths.get(model, ())))
 
     # ---- what the core wants ----
 
@@ -327,10 +343,13 @@ class _Simulation:
 
     def _run(self, run: Run) -> None:
         worker = self._workers[run.worker_id]
-        items = 0
-        for request_id in run.request_ids:
-            items += self._open[request_id].items
-        time_ns = int(worker.time_ns(run.model, items) * next(self.factors))
+        items = length = 0
+        for request_id, _, of_piece in run.pieces:
+            items += of_piece
+            if worker.where.lengths:
+                length = max(length, self._open[request_id].length)
+        table_ms = worker.where.batch_ms(run.model, items, length)
+        time_ns = int(table_ms * worker.speed * NS_PER_MS * next(self.factors))
         start_ns = max(self.now_ns, worker.free_ns)
         worker.free_ns = start_ns + time_ns
         self.batches += 1

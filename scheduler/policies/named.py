@@ -7,6 +7,6 @@ from collections.abc import Callable
 from scheduler.domain import Pool
 from scheduler.policies import Policy
 from scheduler.policies.elsa import Elsa
-from scheduler.policies.late import LateBinding
+from scheduler.policies.pool import LateLanePool
 
-POLICIES: dict[str, Callable[[Pool], Policy]] = {"late": LateBinding, "elsa": Elsa}
+POLICIES: dict[str, Callable[[Pool], Policy]] = {"pool": LateLanePool, "elsa": Elsa}

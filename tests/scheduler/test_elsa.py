@@ -43,7 +43,7 @@ def test_step_a_counts_the_items_of_the_query() -> None:
 
 
 def test_without_slack_anywhere_the_query_is_refused_with_how_late_it_would_be() -> None:
-    assert core().handle(0, Arrived(Request(1, "m", 1, due_ns=4 * MS))) == [
+    assert core().handle(0, Arrived(Request(1, "m", 1, due_ns=4 * MS, strict=True))) == [
         Refuse(1, Reason.SLO_UNREACHABLE, 6 * MS),
     ]
 
