@@ -31,6 +31,10 @@ class Load(Protocol):
     def shares(self) -> Mapping[str, float]:
         """Of the queries, by model; in all 1."""
 
+    @property
+    def lengths(self) -> Mapping[str, Mapping[int, float]]:
+        """Of the items of each model, the share that has that length; 0: none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -78,6 +82,17 @@ class Mix:
     def shares(self) -> dict[str, float]:
         return {stream.model: stream.share for stream in self.streams}
 
+    @property
+    def lengths(self) -> dict[str, dict[int, float]]:
+        return {stream.model: _of_lengths(stream) for stream in self.streams}
+
+
+def _of_lengths(stream: Stream) -> dict[int, float]:
+    if stream.lengths is None:
+        return {0: 1.0}
+    drawn = Counter(arrival.length for arrival in workload.poisson("", 1000.0, 200.0, 0, None, stream.lengths))
+    return {length: count / drawn.total() for length, count in sorted(drawn.items())}
+
 
 def _mean(stream: Stream) -> float:
     if stream.sizes is None:
@@ -115,3 +130,13 @@ class Trace:
     def shares(self) -> dict[str, float]:
         queries = Counter(arrival.model for arrival in self.arrivals)
         return {model: count / len(self.arrivals) for model, count in queries.items()}
+
+    @property
+    def lengths(self) -> dict[str, dict[int, float]]:
+        items: dict[str, Counter[int]] = {}
+        for arrival in self.arrivals:
+            items.setdefault(arrival.model, Counter())[arrival.length] += arrival.items
+        return {
+            model: {length: count / of_model.total() for length, count in of_model.items()}
+            for model, of_model in items.items()
+        }

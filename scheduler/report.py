@@ -35,7 +35,7 @@ class Tally:
     items: list[int] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     refused_items: list[int] = field(default_factory=list)
-    late: int = 0  # refused, or answered after the SLO
+    late: int = 0  # answered after the SLO
     slo_ns: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,7 +50,6 @@ class Tally:
     def refuse(self, reason: str, items: int) -> None:
         self.refused[reason] += 1
         self.refused_items.append(items)
-        self.late += 1
 
 
 class LateShare(NamedTuple):

@@ -6,6 +6,7 @@ ten of them: a percentile alone is met best by queries that never end.
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections import Counter
@@ -142,36 +143,48 @@ def late_share_large(reports: Sequence[Report]) -> float:
 def fluid_bound_per_s(slices: Sequence[SimSlice], load: Load, slo_ms: Mapping[str, float]) -> float:
     """Queries a second, if every slice always ran its best batch within the SLO; 0 where a model fits nowhere.
 
-    With several models, the highest total rate at which some division of every slice's time serves each its share.
+    With several models, or lengths, the highest total rate at which some division of every slice's time serves each
+    its share.
     """
-    shares = load.shares
-    rates = {
-        model: [_best_items_per_s(each, model, slo_ms[model]) / load.items[model] for each in slices]
-        for model in shares
-    }
-    if len(shares) == 1:
-        return sum(next(iter(rates.values())))
-    return _divided([rates[model] for model in shares], list(shares.values()))
+    rates, demands = [], []
+    for model, share in load.shares.items():
+        for length, of_items in _by_bucket(slices, model, load.lengths[model]).items():
+            rates.append([_best_items_per_s(each, model, length, slo_ms[model]) for each in slices])
+            demands.append(share * load.items[model] * of_items)
+    return sum(rates[0]) / demands[0] if len(rates) == 1 else _divided(rates, demands)
 
 
-def _best_items_per_s(where: SimSlice, model: str, slo_ms: float) -> float:
-    table = where.tables.get(model, ())
-    return max((1e3 * batch / ms for batch, ms in enumerate(table, 1) if ms <= slo_ms), default=0.0)
+def _by_bucket(slices: Sequence[SimSlice], model: str, lengths: Mapping[int, float]) -> dict[int, float]:
+    """Shares of the items, by the length that they are padded to."""
+    edges = next((each.lengths[model] for each in slices if model in each.lengths), ())
+    found: dict[int, float] = {}
+    for length, share in lengths.items():
+        padded = edges[min(bisect.bisect_left(edges, length), len(edges) - 1)] if edges else 0
+        found[padded] = found.get(padded, 0.0) + share
+    return found
 
 
-def _divided(rates: Sequence[Sequence[float]], shares: Sequence[float]) -> float:
-    """The largest t such that slices, of which model m gets the share x of the time, serve t * shares[m] of each."""
+def _best_items_per_s(where: SimSlice, model: str, length: int, slo_ms: float) -> float:
+    if model not in where.tables:
+        return 0.0
+    rows = len(where.tables[model]) // len(where.lengths.get(model, (0,)))
+    times = ((batch, where.batch_ms(model, batch, length)) for batch in range(1, rows + 1))
+    return max((1e3 * batch / ms for batch, ms in times if ms <= slo_ms), default=0.0)
+
+
+def _divided(rates: Sequence[Sequence[float]], demands: Sequence[float]) -> float:
+    """The largest t such that slices, each divided among the kinds of work, serve t * demands[k] of every kind k."""
     from scipy.optimize import linprog
 
-    models, slices = len(rates), len(rates[0])
-    # The variables: x by model and slice, then t.
-    served = np.zeros((models, models * slices + 1))
-    time = np.zeros((slices, models * slices + 1))
-    for model in range(models):
-        served[model, model * slices : (model + 1) * slices] = -np.asarray(rates[model])
-        served[model, -1] = shares[model]
-        time[range(slices), range(model * slices, (model + 1) * slices)] = 1.0
-    objective = np.zeros(models * slices + 1)
+    kinds, slices = len(rates), len(rates[0])
+    # The variables: shares of time by kind and slice, then t.
+    served = np.zeros((kinds, kinds * slices + 1))
+    time = np.zeros((slices, kinds * slices + 1))
+    for kind in range(kinds):
+        served[kind, kind * slices : (kind + 1) * slices] = -np.asarray(rates[kind])
+        served[kind, -1] = demands[kind]
+        time[range(slices), range(kind * slices, (kind + 1) * slices)] = 1.0
+    objective = np.zeros(kinds * slices + 1)
     objective[-1] = -1.0
-    limits = np.concatenate([np.zeros(models), np.ones(slices)])
+    limits = np.concatenate([np.zeros(kinds), np.ones(slices)])
     return -float(linprog(objective, np.concatenate([served, time]), limits).fun)

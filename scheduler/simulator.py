@@ -119,8 +119,8 @@ class SliceEvent:
 class GiveUp:
     """When a simulation need not go on: what it was to show it cannot show any more.
 
-    `late`: more queries of a model than this were refused, or answered after its SLO. `lateness`: a query has been
-    there for longer than so many SLOs of its model (looked at now and then, so it may be found out later).
+    A query was refused. `late`: more queries of a model than this were answered after its SLO. `lateness`: a query has
+    been there for longer than so many SLOs of its model. (Looked at now and then, so it may be found out later.)
     """
 
     late: Mapping[str, int]
@@ -258,8 +258,9 @@ class _Simulation:
         limits = self.give_up
         if limits is None:
             return False
-        if any(tally.late > limits.late.get(model, tally.sent) for model, tally in self.tallies.items()):
-            return True
+        for model, tally in self.tallies.items():
+            if tally.refused or tally.late > limits.late.get(model, tally.sent):
+                return True
         oldest = next(iter(self._open.values()), None)
         return oldest is not None and self.now_ns - oldest.at_ns > limits.lateness * self.tallies[oldest.model].slo_ns
 

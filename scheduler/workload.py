@@ -35,16 +35,18 @@ def constant(items: int) -> Sizes:
     return lambda _, count: np.full(count, items)
 
 
-def log_normal(median: float = 6.0, sigma: float = 0.9, most: int = 32) -> Sizes:
-    """Rounded, clipped to 1..most. The defaults are those of the workload that PARIS and ELSA are judged by."""
+def log_normal(median: float = 6.0, sigma: float = 0.9, most: int = 32, least: int = 1) -> Sizes:
+    """Rounded, clipped to least..most. The defaults are those of the workload that PARIS and ELSA are judged by."""
 
     def draw(generator: np.random.Generator, count: int) -> np.ndarray:
-        return np.clip(np.rint(generator.lognormal(math.log(median), sigma, count)), 1, most).astype(int)
+        return np.clip(np.rint(generator.lognormal(math.log(median), sigma, count)), least, most).astype(int)
 
     return draw
 
 
 W_PAPER = log_normal()
+# Tokens: the median in the middle of 16..512, by ratio, and 95 % inside.
+W_LENGTH = log_normal(math.sqrt(16 * 512), math.log(512 / 16) / 4, 512, 16)
 
 
 def poisson(

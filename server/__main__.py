@@ -252,8 +252,9 @@ def simulate(
     workload: Annotated[
         str,
         typer.Option(
-            help="`w-paper`: 1 to 32 items a query, log-normal. `w-slo`: the models, rates and SLOs of a --scenario. "
-            "Or a CSV file with the columns seconds,model,items,length (the last two may be missing).",
+            help="`w-paper`: 1 to 32 items a query, log-normal. `w-length`: texts of 16 to 512 tokens, for bert-base. "
+            "`w-slo`: the models, rates and SLOs of a --scenario. Or a CSV file with the columns "
+            "seconds,model,items,length (the last two may be missing).",
         ),
     ] = "w-paper",
     scenario: Annotated[str | None, typer.Option(help="Of w-slo: S1 to S6.")] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,18 +36,13 @@ class Outcome:
                 found.setdefault(model, []).append(figure(each))
         return {model: statistics.median(values) for model, values in found.items()}
 
-    @property
-    def within_slo(self) -> float:
-        """Of the worst model."""
-        return min(self.of_models(lambda each: each.within_slo).values(), default=math.nan)
-
-    @property
-    def answered(self) -> int:
-        return sum(each.answered for report in self.reports for each in report.models.values())
-
-    @property
-    def sent(self) -> int:
-        return sum(each.sent for report in self.reports for each in report.models.values())
+    def refused(self) -> dict[str, int]:
+        """By reason, of all seeds."""
+        found: Counter[str] = Counter()
+        for report in self.reports:
+            for each in report.models.values():
+                found.update(each.refused)
+        return dict(found)
 
     def utilisation(self) -> dict[str, float]:
         """By slice, the mean over the seeds."""
@@ -76,6 +72,7 @@ def to_json(outcome: Outcome, setup: Setup) -> dict[str, Any]:
         "late_share_large": _rounded(search.late_share_large(outcome.reports), 4),
         "seeds": list(outcome.seeds),
         "within_slo": _one_or_all(outcome.of_models(lambda each: each.within_slo), 4),
+        "refused": outcome.refused(),
         "utilisation": {name: _rounded(share, 4) for name, share in outcome.utilisation().items()},
     }
     if outcome.goal:

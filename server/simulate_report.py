@@ -93,7 +93,11 @@ def _about_noise(setup: Setup) -> str:
             f"drawn around the table: log-normal, {noise.sigma:.0%}, and {noise.tail_share:.0%} of the batches longer "
             f"by {noise.tail_mean:.0%} in the mean"
         )
-    refused = "What would be late is refused." if setup.scene.strict else "Only what would end more than ten SLOs late is refused."
+    refused = (
+        "What would be late is refused."
+        if setup.scene.strict
+        else "Only what would end more than ten SLOs late is refused."
+    )
     return (
         "<p>Nothing here ran on a GPU: arrivals and slices are simulated, the decisions are those of the scheduler "
         f"that <code>migserve serve</code> runs. Times of batches come from the latency table and are {drawn}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from partitioner.cuts import cuts
 from partitioner.gangs import GangTable
 from partitioner.geometry import GpuModel, Layout, parse_layout
 from partitioner.latency import Measurement
+from partitioner.lengths import LengthTable, length_tables
 from partitioner.optimal import Choices
 from partitioner.plans import ModelDemand, Plan
 from scheduler import workload
@@ -21,14 +23,18 @@ from scheduler.simulator import EXACT, Noise, SimSlice
 from scheduler.workload import TraceError
 from server.plan_command import UsageError, measured, nearest, quiet, read_demand
 
-WORKLOADS = ("w-paper", "w-slo")
+WORKLOADS = ("w-paper", "w-length", "w-slo")
 ADJECTIVES = {"poisson": "Poisson", "bursty": "bursty", "diurnal": "diurnal"}
 DEFAULT_MODEL, DEFAULT_GPUS, DEFAULT_SLO_FACTOR = "resnet50", 2, 2.0
+# The one that the shipped table has by length, and who measured it.
+LENGTH_MODEL, BY_LENGTH = "bert-base", "migprofiler"
 LARGEST_BATCH = 64
 # The SLO is a multiple of the time of so many items on a whole GPU, the most that a query of w-paper carries.
 MOST_ITEMS = 32
 # Of one model in a slice, where the planner cuts.
 PROCESSES = 5
+# What lasts for fewer SLOs is a short run.
+SHORT_SLOS = 100
 # Without a rate: this share of the fluid bound.
 DEFAULT_LOAD = 0.8
 
@@ -76,6 +82,8 @@ def prepare(asked: Asked) -> Setup:
         return _w_slo(asked, gpu, measurements, notes)
     if asked.scenario is not None:
         raise UsageError("--scenario is for --workload w-slo")
+    if asked.workload == "w-length":
+        return _w_length(asked, gpu)
     if asked.workload == "w-paper":
         return _w_paper(asked, gpu, measurements, notes)
     return _recorded(asked, gpu, measurements, notes)
@@ -89,6 +97,48 @@ def _w_paper(asked: Asked, gpu: GpuModel, measurements: Sequence[Measurement], n
     load = Mix([Stream(model, 1.0, workload.W_PAPER)], asked.arrivals)
     about = f"w-paper: {ADJECTIVES[asked.arrivals]} queries of {model}, 1 to 32 items each (log-normal, median 6)"
     return _cut_alike(asked, gpu, measurements, load, about, None, notes)
+
+
+def _w_length(asked: Asked, gpu: GpuModel) -> Setup:
+    """Texts, batched by padded length; the SLO is by the time of the longest ones."""
+    model = asked.model or LENGTH_MODEL
+    found = (
+        latency.read_measurements(asked.latency_table)
+        if asked.latency_table
+        else latency.shipped_measurements(BY_LENGTH)
+    )
+    of_gpu = [each for each in found if each.gpu in ("", gpu.name)]
+    known = sorted({each.model for each in found if each.seq_len})
+    if model not in known:
+        raise UsageError(f"no latencies by length for {model!r}; there are those of {', '.join(known) or 'no model'}")
+    notes = [
+        "Few batch sizes were measured at other lengths than 64; there an item weighs as much as in the one that was."
+    ]
+    if not of_gpu:
+        notes.append(f"The latencies were measured on another GPU than {gpu.name}.")
+    tables = length_tables(of_gpu or found, model, LARGEST_BATCH)
+    layout = parse_layout(asked.layout, gpu) if asked.layout else varied_cut(gpu)
+    gpus = asked.gpus or DEFAULT_GPUS
+    slices = [
+        _of_lengths(_name(index, placed.profile.name, placed.placement.start), placed.profile.gpcs, model, tables)
+        for index in range(gpus)
+        for placed in layout
+    ]
+    whole = tables[_stand_in(tables, gpu.compute_slices)]
+    slo_ms = {model: (asked.slo_factor or DEFAULT_SLO_FACTOR) * whole.rows[-1][MOST_ITEMS - 1]}
+    load = Mix([Stream(model, 1.0, None, workload.W_LENGTH)], asked.arrivals)
+    about = f"w-length: {ADJECTIVES[asked.arrivals]} queries of {model}, one text of 16 to 512 tokens each (log-normal)"
+    return _setup(asked, slices, load, slo_ms, f"{gpus} x {_text(layout)}", f"{about}; {gpu.name}", None, notes)
+
+
+def _of_lengths(name: str, gpcs: int, model: str, tables: Mapping[int, LengthTable]) -> SimSlice:
+    table = tables[_stand_in(tables, gpcs)]
+    return SimSlice(name, gpcs, {model: [ms for row in table.rows for ms in row]}, lengths={model: table.lengths})
+
+
+def _stand_in(tables: Mapping[int, LengthTable], gpcs: int) -> int:
+    """The measured size that speaks for this one: the nearest smaller, else the smallest."""
+    return max((size for size in tables if size <= gpcs), default=min(tables))
 
 
 def _recorded(asked: Asked, gpu: GpuModel, measurements: Sequence[Measurement], notes: Sequence[str]) -> Setup:
@@ -180,9 +230,23 @@ def _setup(
         raise UsageError(
             f"no slice ends even one item within its SLO ({short}): raise --slo-factor, or cut larger slices"
         )
+    if not isinstance(load, Trace):
+        notes = (*notes, *_short_run(asked.queries, bound_per_s, min(slo_ms.values())))
     noise = Noise(asked.noise) if asked.noise > 0 else EXACT
     scene = Scene(slices, load, slo_ms, asked.queries, noise, asked.strict)
     return Setup(scene, layout, about, bound_per_s, rate_per_s or DEFAULT_LOAD * bound_per_s, notes)
+
+
+def _short_run(queries: int, rate_per_s: float, slo_ms: float) -> list[str]:
+    """What is to be said of a run at about that rate, if it is short."""
+    slos = 1e3 * queries / rate_per_s / slo_ms
+    if slos >= SHORT_SLOS:
+        return []
+    enough = math.ceil(queries * SHORT_SLOS / slos)
+    return [
+        f"{queries} queries last for {slos:.0f} SLOs only: what still waits when they end flatters the figures; "
+        f"--queries {enough} last for {SHORT_SLOS}."
+    ]
 
 
 # ---- slices and their tables ----

@@ -41,8 +41,18 @@ def test_a_trace_is_stretched_to_another_rate() -> None:
     assert [arrival.at_ns for arrival in trace.draw(2.0, 10, 0)] == [0, NS_PER_S // 2, NS_PER_S]
     assert trace.items == {"a": 3.0, "b": 1.0}
     assert trace.shares == {"a": pytest.approx(2 / 3), "b": pytest.approx(1 / 3)}
+    assert trace.lengths == {"a": {0: 1.0}, "b": {0: 1.0}}
 
 
 def test_a_trace_of_one_query_or_of_one_moment_has_a_rate() -> None:
     assert Trace([Arrival(5, "a")]).draw(2.0, 1, 0) == [Arrival(0, "a")]
     assert len(Trace([Arrival(5, "a"), Arrival(5, "a")]).draw(2.0, 1, 0)) == 2
+
+
+def test_lengths_are_shares_of_the_items() -> None:
+    trace = Trace([Arrival(0, "a", 3, 10), Arrival(1, "a", 1, 20)])
+    assert trace.lengths == {"a": {10: 0.75, 20: 0.25}}
+    drawn = Mix([Stream("m", 1.0, None, workload.W_LENGTH)]).lengths["m"]
+    assert (min(drawn), max(drawn)) == (16, 512)
+    assert sum(drawn.values()) == pytest.approx(1.0)
+    assert sum(share for length, share in drawn.items() if length <= 90) == pytest.approx(0.5, abs=0.02)

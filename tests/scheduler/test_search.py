@@ -52,8 +52,8 @@ def test_a_probe_that_is_given_up_is_one_that_fails_and_others_are_what_a_full_r
     assert verdicts >= {(True, True), (False, False)}
 
 
-def test_a_probe_ends_when_a_query_is_late_beyond_bounds_though_few_are() -> None:
-    """However many may be late: at 111 % of what the slice can do they wait longer and longer."""
+def test_a_probe_ends_when_a_query_is_late_beyond_bounds_or_refused_however_many_may_be_late() -> None:
+    """At 111 % of what the slice can do they wait longer and longer."""
     busy = [Arrival(index * 9_000_000, "m") for index in range(3000)]
     scene = Scene([ONE], Trace(busy), {"m": 30.0}, noise=EXACT)
     report = scene.probe(Elsa, scene.load.rate_per_s, 0, 0.0)  # type: ignore[attr-defined]
@@ -81,6 +81,16 @@ def test_the_bound_of_several_models_divides_the_slices_among_them() -> None:
     load = Mix([Stream("a", 0.8), Stream("b", 0.2)])
     # 0.8 t = 100 + 100 x, 0.2 t = 200 (1 - x)
     assert search.fluid_bound_per_s(slices, load, {"a": 50.0, "b": 50.0}) == pytest.approx(2000 / 9)
+
+
+def test_the_bound_of_several_lengths_divides_the_slices_among_them() -> None:
+    """Half of the items are short, 10 ms each, half long, 30 ms: 50 a second."""
+    both = SimSlice("one", 1, {"m": [10.0, 30.0]}, lengths={"m": (64, 128)})
+    load = Trace([Arrival(0, "m", 1, 50), Arrival(1, "m", 1, 100)])
+    assert search.fluid_bound_per_s([both], load, {"m": 30.0}) == pytest.approx(50.0)
+    assert search.fluid_bound_per_s([both], load, {"m": 20.0}) == pytest.approx(0.0)
+    short = Trace([Arrival(0, "m", 1, 50), Arrival(1, "m", 1, 64)])
+    assert search.fluid_bound_per_s([both], short, {"m": 30.0}) == pytest.approx(100.0)
 
 
 def test_a_bound_is_zero_where_a_model_is_served_nowhere() -> None:

@@ -86,8 +86,11 @@ def test_several_policies_come_as_a_list() -> None:
 
 
 def test_strict_refuses_what_would_be_late() -> None:
-    lax, strict = found("--rate", "2000", *FEW), found("--rate", "2000", "--strict", *FEW)
+    lax, strict = (found("--rate", "900", "--policy", "elsa", *FEW, *flag) for flag in ((), ("--strict",)))
+    assert "slo_unreachable" not in lax["refused"]
+    assert strict["refused"]["slo_unreachable"] > 0
     assert strict["within_slo"] > lax["within_slo"]
+    assert strict["max_lateness_slo"] < lax["max_lateness_slo"]
 
 
 @pytest.mark.parametrize("arrivals", ["bursty", "diurnal"])
@@ -114,6 +117,18 @@ def test_w_slo_plans_and_tries_the_plan() -> None:
     assert found("--workload", "w-slo", "--scenario", "S1", "--layout", "7g.80gb", *FEW)["layout"] == "2 x 7g.80gb"
 
 
+def test_w_length_batches_by_padded_length() -> None:
+    data = found("--workload", "w-length", "--find-max", "p95", "--seeds", "1", *FEW)
+    assert data["slo_ms"] == pytest.approx(2 * 82.4, abs=0.1)
+    assert data["ratio_to_bound"] > 0.5
+    assert data["late_share_large"] is None
+
+
+def test_a_short_run_is_told() -> None:
+    assert "queries last for" in simulate("--workload", "w-length", *FEW).stdout
+    assert "queries last for" not in simulate("--queries", "2000").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -126,11 +141,18 @@ def test_w_slo_plans_and_tries_the_plan() -> None:
         (("--find-max", "p90"), "--find-max takes p95 or p99, not 'p90'"),
         (("--find-max", "p95", "--rate", "5"), "leave out one of them"),
         (("--find-max", "p95", "--strict"), "leave out --strict"),
-        (("--workload", "w-papers"), "no workload and no file is called 'w-papers'; there are w-paper, w-slo"),
+        (
+            ("--workload", "w-papers"),
+            "no workload and no file is called 'w-papers'; there are w-paper, w-length, w-slo",
+        ),
         (("--workload", "w-slo"), "pick one with --scenario, of S1"),
         (("--workload", "w-slo", "--scenario", "S9"), "no scenario 'S9'"),
         (("--workload", "w-slo", "--scenario", "S1", "--model", "bert"), "leave out --model"),
         (("--scenario", "S1"), "--scenario is for --workload w-slo"),
+        (
+            ("--workload", "w-length", "--model", "bert"),
+            "no latencies by length for 'bert'; there are those of bert-base",
+        ),
         (("--arrivals", "steady"), "there are poisson, bursty, diurnal"),
         (("--slo-factor", "0.1", "--layout", "1g.10gb"), "no slice ends even one item within its SLO"),
         (("--latency-table", "nowhere.csv"), "latency table nowhere.csv: No such file"),
