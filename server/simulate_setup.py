@@ -34,7 +34,7 @@ MOST_ITEMS = 32
 # Of one model in a slice, where the planner cuts.
 PROCESSES = 5
 # What lasts for fewer SLOs is a short run.
-SHORT_SLOS = 100
+SHORT_SLOS = 200
 # Without a rate: this share of the fluid bound.
 DEFAULT_LOAD = 0.8
 
