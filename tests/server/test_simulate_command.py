@@ -126,7 +126,7 @@ def test_w_length_batches_by_padded_length() -> None:
 
 def test_a_short_run_is_told() -> None:
     assert "queries last for" in simulate("--workload", "w-length", *FEW).stdout
-    assert "queries last for" not in simulate("--queries", "2000").stdout
+    assert "queries last for" not in simulate("--queries", "4000").stdout
 
 
 @pytest.mark.parametrize(
