@@ -40,6 +40,8 @@ from scheduler.workload import Arrival
 
 NS_PER_MS = 1_000_000
 BLOCK = 4096
+# After so many arrivals it is asked again whether a simulation may be given up.
+LOOK_EVERY = 64
 
 
 class SimulationError(ValueError):
@@ -113,6 +115,18 @@ class SliceEvent:
     factor: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """When a simulation need not go on: what it was to show it cannot show any more.
+
+    A query was refused. `late`: more queries of a model than this were answered after its SLO. `lateness`: a query has
+    been there for longer than so many SLOs of its model. (Looked at now and then, so it may be found out later.)
+    """
+
+    late: Mapping[str, int]
+    lateness: float
+
+
 def simulate(
     slices: Sequence[SimSlice],
     arrivals: Iterable[Arrival],
@@ -128,20 +142,24 @@ def simulate(
     strict: bool = False,
     bounded: bool = True,
     timeline: bool = False,
+    give_up: GiveUp | None = None,
 ) -> Report:
     """Runs `arrivals` (sorted by time) through a core over `slices`, until everything has ended.
 
     `slo_ms`, `priority`, `timeout_ms`: by model, where it has one. `strict`: nobody wants to be served late;
     `bounded`: nobody wants to be served later than ten SLOs. The same arguments give the same report.
+    With `give_up` it may end early; the report then is not complete, and says so.
     Raises SimulationError where requests are left that nothing will ever end.
     """
     core = SchedulerCore(max_queued, policy, bounded=bounded)
     simulation = _Simulation(core, slices, noise.factors(seed), timeline)
     padded = frozenset(model for each in slices for model in each.lengths)
     simulation.demands = _Demands(slo_ms or {}, priority or {}, timeout_ms or {}, padded, strict)
+    simulation.give_up = give_up
     simulation.schedule(events)
-    simulation.run(arrivals)
-    return summarise(simulation.tallies, simulation.busy_ns, simulation.batches, simulation.now_ns, simulation.spans)
+    complete = simulation.run(arrivals)
+    end_ns, spans = simulation.now_ns, simulation.spans
+    return summarise(simulation.tallies, simulation.busy_ns, simulation.batches, end_ns, spans, complete=complete)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +211,7 @@ class _Simulation:
     factors: Iterator[float]
     keeps_timeline: bool
     demands: _Demands = field(default_factory=lambda: _Demands({}, {}, {}))
+    give_up: GiveUp | None = None
     now_ns: int = 0
     batches: int = 0
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -218,18 +237,32 @@ class _Simulation:
                 raise SimulationError(f"no slice is called {event.slice_name!r}; there are {', '.join(self.busy_ns)}")
             self._push(event.at_ns, event, 0)
 
-    def run(self, arrivals: Iterable[Arrival]) -> None:
+    def run(self, arrivals: Iterable[Arrival]) -> bool:
+        """Whether it was run to the end."""
         heap = self._heap
         for number, arrival in enumerate(arrivals, start=1):
             at_ns = arrival.at_ns
             while heap and heap[0][0] <= at_ns:
                 self._happen(*heapq.heappop(heap))
+            if number % LOOK_EVERY == 0 and self._hopeless():
+                return False
             self._arrive(at_ns, number, arrival)
         while heap:
             self._happen(*heapq.heappop(heap))
         if self._open:
             models = sorted({arrival.model for arrival in self._open.values()})
             raise SimulationError(f"{len(self._open)} requests of {', '.join(models)} never end: is a slice awaited?")
+        return True
+
+    def _hopeless(self) -> bool:
+        limits = self.give_up
+        if limits is None:
+            return False
+        for model, tally in self.tallies.items():
+            if tally.refused or tally.late > limits.late.get(model, tally.sent):
+                return True
+        oldest = next(iter(self._open.values()), None)
+        return oldest is not None and self.now_ns - oldest.at_ns > limits.lateness * self.tallies[oldest.model].slo_ns
 
     # ---- what happens ----
 
@@ -301,9 +334,7 @@ class _Simulation:
             now_ns = self.now_ns
             for request_id in command.request_ids:
                 arrival = self._open.pop(request_id)
-                tally = self.tallies[arrival.model]
-                tally.latencies_ns.append(now_ns - arrival.at_ns)
-                tally.items.append(arrival.items)
+                self.tallies[arrival.model].answer(now_ns - arrival.at_ns, arrival.items)
         elif isinstance(command, Refuse):
             arrival = self._open.pop(command.request_id)
             self.tallies[arrival.model].refuse(command.reason, arrival.items)
