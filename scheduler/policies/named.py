@@ -7,6 +7,16 @@ from collections.abc import Callable
 from scheduler.domain import Pool
 from scheduler.policies import Policy
 from scheduler.policies.elsa import Elsa
+from scheduler.policies.fifs import FirstIdle
+from scheduler.policies.jsq import ShortestQueue
+from scheduler.policies.preba import Preba
+from scheduler.policies.static import StaticBatching
 
-POLICIES: dict[str, Callable[[Pool], Policy]] = {"elsa": Elsa}
+POLICIES: dict[str, Callable[[Pool], Policy]] = {
+    "fifs": FirstIdle,
+    "jsq": ShortestQueue,
+    "static": StaticBatching,
+    "preba": Preba,
+    "elsa": Elsa,
+}
 DEFAULT = "elsa"
