@@ -22,7 +22,7 @@ class ShortestQueue:
         self._lanes: dict[int, Queue] = {}
 
     def offer(self, now_ns: int, part: Part, bound_ns: int | None) -> int:
-        worker = min(self._pool.serving[part.kind], key=lambda w: self._load(now_ns, w))
+        worker = self._shortest(now_ns, self._pool.serving[part.kind])
         time_ns = worker.tables[part.kind].time_ns(part.items)
         if bound_ns is not None and part.due_ns is not None:
             late_ns = now_ns + self._wait_ns(now_ns, worker, part.query.request.priority) + time_ns - part.due_ns
@@ -35,12 +35,12 @@ class ShortestQueue:
         lane.push(part, time_ns)
         return 0
 
-    def _load(self, now_ns: int, worker: Worker) -> tuple[int, int, int]:
-        lane = self._lanes.get(worker.id)
-        running = len(worker.in_flight)
-        if not lane:
-            return running, max(worker.free_at_ns - now_ns, 0), worker.id
-        return running + len(lane), self._wait_ns(now_ns, worker), worker.id
+    def _shortest(self, now_ns: int, workers: list[Worker]) -> Worker:
+        lanes = self._lanes
+        counts = [len(worker.in_flight) + len(lanes.get(worker.id, ())) for worker in workers]
+        least = min(counts)
+        shortest = [worker for worker, count in zip(workers, counts, strict=True) if count == least]
+        return min(shortest, key=lambda worker: (self._wait_ns(now_ns, worker), worker.id))
 
     def _wait_ns(self, now_ns: int, worker: Worker, priority: float = float("inf")) -> int:
         """Until what is there of this class and those above it has been worked off."""

@@ -9,6 +9,7 @@ from scheduler.policies import Policy
 from scheduler.policies.elsa import Elsa
 from scheduler.policies.fifs import FirstIdle
 from scheduler.policies.jsq import ShortestQueue
+from scheduler.policies.marginal import MarginalCost
 from scheduler.policies.preba import Preba
 from scheduler.policies.static import StaticBatching
 
@@ -18,5 +19,6 @@ POLICIES: dict[str, Callable[[Pool], Policy]] = {
     "static": StaticBatching,
     "preba": Preba,
     "elsa": Elsa,
+    "marginal": MarginalCost,
 }
 DEFAULT = "elsa"

@@ -77,7 +77,7 @@ class Preba(Central):
         if company[1]:
             return 0  # it is isolated
         tables = [worker.tables[kind] for worker in self._pool.serving[kind]]
-        return int(1 / sum(1 / max(table.ns[table.knee], 1) for table in tables))
+        return round(1 / sum(1 / max(table.ns[table.knee], 1) for table in tables))
 
     def _usual_items(self, kind: Kind, table: BatchTable) -> int:
         return table.knee
