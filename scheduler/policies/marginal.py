@@ -23,7 +23,8 @@ pieces per item first, and at most one a slice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from scheduler.domain import BatchTable, Company, Kind, Part, Pool, Worker, models_of
@@ -41,13 +42,14 @@ class _Batch:
         self.company = company
         self.promised: dict[Part, float] = {}
 
-    def recount(self, tables: dict[Kind, BatchTable]) -> None:
+    def recount(self, plan: _Plan) -> None:
         """After a change of parts or tables; not for an empty one."""
         self.items = sum(part.items for part in self.promised)
         self.kind = max(part.kind for part in self.promised)
         self.priority = min(part.query.request.priority for part in self.promised)
         self.due_ns = min(self.promised.values())
-        self.ns = _time_ns(tables[self.kind], self.items)
+        times_ns = plan.times_ns(self.kind)
+        self.ns = times_ns[min(self.items, len(times_ns) - 1)]
 
 
 class _Plan:
@@ -56,13 +58,33 @@ class _Plan:
     `latest_ns[i]`: when the worker has to be free, so that batch i and all after it keep their promises.
     """
 
-    __slots__ = ("batches", "ends_ns", "latest_ns", "worker")
+    __slots__ = ("_tables", "_times_ns", "batches", "ends_ns", "latest_ns", "worker")
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
+        self._times_ns: dict[Kind, Sequence[int]] = {}
+        self._tables: dict[Kind, BatchTable] = {}  # that they are of
         self.batches: list[_Batch] = []
         self.ends_ns: list[int] = []
         self.latest_ns: list[float] = []
+
+    def times_ns(self, kind: Kind) -> Sequence[int]:
+        """Planned times of batches, by items."""
+        times_ns = self._times_ns.get(kind)
+        if times_ns is None:
+            table = self._tables[kind] = self.worker.tables[kind]
+            times_ns = self._times_ns[kind] = planned_ns(table)
+        return times_ns
+
+    def tables_changed(self) -> None:
+        changed = [kind for kind, table in self._tables.items() if self.worker.tables.get(kind) is not table]
+        if not changed:
+            return
+        for kind in changed:
+            del self._tables[kind], self._times_ns[kind]
+        for batch in self.batches:
+            batch.recount(self)
+        self.recount()
 
     def recount(self) -> None:
         """After a change of batches."""
@@ -122,9 +144,11 @@ class MarginalCost:
             self._add(part, ways[-1], due_ns)
             return 0
         way = min(self._ways(now_ns, part, NEVER, cuts=False), key=lambda w: (w.end_ns, w.cost))
-        if bound_ns is not None and due_ns is not None and way.end_ns - due_ns > bound_ns:
-            return way.end_ns - due_ns - bound_ns
-        self._add(part, way, NEVER)
+        late_ns = 0 if due_ns is None else way.end_ns - due_ns
+        if bound_ns is not None and late_ns > bound_ns:
+            return late_ns - bound_ns
+        # It may be in time after all: rule 4 gives a slice no more of a query than its table has rows.
+        self._add(part, way, NEVER if due_ns is None or late_ns > 0 else due_ns)
         return 0
 
     def next(self, now_ns: int) -> Start | None:
@@ -144,7 +168,7 @@ class MarginalCost:
         plan, batch = self._where.pop(part)
         del batch.promised[part]
         if batch.promised:
-            batch.recount(plan.worker.tables)
+            batch.recount(plan)
         else:
             plan.batches.remove(batch)
         plan.recount()
@@ -225,7 +249,7 @@ class MarginalCost:
             batch = _Batch(part.company)
             plan.batches.insert(way.place, batch)
         batch.promised[part] = promised_ns
-        batch.recount(plan.worker.tables)
+        batch.recount(plan)
         plan.recount()
         part.queued = True
         part.worker_id = plan.worker.id
@@ -241,71 +265,69 @@ class MarginalCost:
         """After tables have changed."""
         self._known_at = self._pool.changes
         for plan in self._plans.values():
-            for batch in plan.batches:
-                batch.recount(plan.worker.tables)
-            plan.recount()
+            plan.tables_changed()
 
 
 def _joins(plan: _Plan, free_ns: int, part: Part, due_ns: float, cuts: bool) -> Iterator[_Way]:
     """Ways to join a batch of the plan, up to the first one of a lower class."""
-    model, priority = part.kind[0], part.query.request.priority
-    tables, gpcs = plan.worker.tables, plan.worker.gpcs
-    for index, batch in enumerate(plan.batches):
-        if batch.kind[0] == model and batch.company == part.company:
-            end_ns = free_ns + plan.ends_ns[index]
-            table = tables[max(batch.kind, part.kind)]
-            within_ns = batch.ns + min(plan.latest_ns[index] - free_ns, due_ns - end_ns)
-            items = _fitting(table, batch.items, part.items, within_ns, cuts)
-            if items:
-                more_ns = _time_ns(table, batch.items + items) - batch.ns
-                yield _Way(more_ns * gpcs, end_ns + more_ns, items, plan, index, batch)
+    kind, company, priority = part.kind, part.company, part.query.request.priority
+    for place, batch in enumerate(plan.batches):
+        if batch.company == company and batch.kind[0] == kind[0]:
+            end_ns = free_ns + plan.ends_ns[place]
+            more_ns = min(plan.latest_ns[place] - free_ns, due_ns - end_ns)
+            if more_ns >= 0:
+                times_ns = plan.times_ns(max(batch.kind, kind))
+                items = _fitting(times_ns, batch.items, part.items, batch.ns + more_ns, cuts)
+                if items:
+                    time_ns = times_ns[batch.items + items] - batch.ns
+                    yield _Way(time_ns * plan.worker.gpcs, end_ns + time_ns, items, plan, place, batch)
         if batch.priority > priority:
             return
 
 
 def _new_batch(plan: _Plan, free_ns: int, part: Part, due_ns: float, cuts: bool) -> _Way | None:
     """The way to add a batch of its own: before those of lower classes, if that breaks no promise, or further back."""
-    table = plan.worker.tables[part.kind]
-    time_ns = _time_ns(table, part.items)
-    index = _place(plan, free_ns, part.query.request.priority, time_ns)
-    start_ns = free_ns + (plan.ends_ns[index - 1] if index else 0)
-    end_ns = start_ns + time_ns
-    if end_ns <= due_ns and (part.items <= table.max_batch or not cuts):
-        return _Way(time_ns * plan.worker.gpcs, end_ns, part.items, plan, index, None)
-    items = _fitting(table, 0, part.items, due_ns - start_ns, cuts)
-    if not items:
-        return None
-    time_ns = _time_ns(table, items)
-    return _Way(time_ns * plan.worker.gpcs, start_ns + time_ns, items, plan, index, None)
+    times_ns = plan.times_ns(part.kind)
+    items, rows = part.items, len(times_ns) - 1
+    time_ns = times_ns[items if items < rows else rows]
+    place = _place(plan, free_ns, part.query.request.priority, time_ns) if plan.batches else 0
+    start_ns = free_ns + plan.ends_ns[place - 1] if place else free_ns
+    if start_ns + time_ns > due_ns or (cuts and items > rows):
+        items = _fitting(times_ns, 0, items, due_ns - start_ns, cuts)
+        if not items:
+            return None
+        time_ns = times_ns[items]
+    return _Way(time_ns * plan.worker.gpcs, start_ns + time_ns, items, plan, place, None)
 
 
 def _place(plan: _Plan, free_ns: int, priority: int, time_ns: int) -> int:
     """Of a new batch: behind its own class and the ones above, as far to the front as promises allow."""
-    count = index = len(plan.batches)
-    while index and plan.batches[index - 1].priority > priority:
-        index -= 1
-    while index < count and plan.latest_ns[index] < free_ns + time_ns:
-        index += 1
-    return index
+    count = place = len(plan.batches)
+    while place and plan.batches[place - 1].priority > priority:
+        place -= 1
+    while place < count and plan.latest_ns[place] < free_ns + time_ns:
+        place += 1
+    return place
 
 
-def _fitting(table: BatchTable, there: int, items: int, within_ns: float, cuts: bool) -> int:
+def _fitting(times_ns: Sequence[int], there: int, items: int, within_ns: float, cuts: bool) -> int:
     """How many of `items` join `there` others in a batch that takes no longer; without `cuts`, all or none."""
-    if there + items <= table.max_batch and _time_ns(table, there + items) <= within_ns:
+    if there + items < len(times_ns) and times_ns[there + items] <= within_ns:
         return items
-    return max(min(table.largest_within(within_ns / table.guard) - there, items), 0) if cuts else 0
+    return max(min(bisect_right(times_ns, within_ns) - 1 - there, items), 0) if cuts else 0
 
 
 def _smaller(way: _Way, kind: Kind, items: int) -> _Way:
     """The same way for fewer items."""
-    worker, batch = way.plan.worker, way.batch
-    there, ns = (0, 0) if batch is None else (batch.items, batch.ns)
-    table = worker.tables[kind if batch is None else max(kind, batch.kind)]
-    more_ns = _time_ns(table, there + items) - ns
-    way_ns = way.cost // worker.gpcs
-    return way._replace(cost=more_ns * worker.gpcs, end_ns=way.end_ns - way_ns + more_ns, items=items)
+    plan, batch = way.plan, way.batch
+    if batch is None:
+        time_ns = plan.times_ns(kind)[items]
+    else:
+        time_ns = plan.times_ns(max(kind, batch.kind))[batch.items + items] - batch.ns
+    earlier_ns = way.cost // plan.worker.gpcs - time_ns
+    return way._replace(cost=time_ns * plan.worker.gpcs, end_ns=way.end_ns - earlier_ns, items=items)
 
 
-def _time_ns(table: BatchTable, items: int) -> int:
-    """With the spread, rule 8."""
-    return int(table.time_ns(items) * table.guard)
+def planned_ns(table: BatchTable) -> Sequence[int]:
+    """Rule 8."""
+    return table.ns if table.guard == 1 else [int(ns * table.guard) for ns in table.ns]
