@@ -77,14 +77,13 @@ def test_a_query_is_cut_where_that_is_the_only_way_in_time() -> None:
     assert core.ask(0, 20, due_ms=21) == [(0, [(1, 12)]), (1, [(1, 8)])]
 
 
-def test_a_query_is_cut_where_that_is_cheaper() -> None:
+def test_the_pieces_that_cost_the_least_an_item_are_cut_first() -> None:
     core = core_with(MarginalCost, ONE, (7, {"m": FLAT}))
     core.ask(0, due_ms=50)
-    core.ask(0, due_ms=25)  # room for five items: to 25 ms
-    # On the other slice 10 ms and 70 GPC-ms each, so two: as much as there must be.
-    assert core.ask(0, 6, due_ms=60, whole=True) == []  # behind: 15 GPC-ms
-    assert core.ask(0, 7, due_ms=25) == [(1, [(4, 2)])]
-    assert core.at(10, BatchDone(0, 1)) == [(0, [(2, 1), (4, 5)])]
+    core.ask(0, due_ms=25)  # from 10 to 20, with room for five items
+    # On the other slice an item takes 10 ms and 70 GPC-ms: seven are not in time there, two must be.
+    assert core.ask(0, 7, due_ms=25) == [(1, [(3, 2)])]
+    assert core.at(10, BatchDone(0, 1)) == [(0, [(2, 1), (3, 5)])]
 
 
 @pytest.mark.parametrize("how", [{"whole": True}, {"alone": True}])
