@@ -12,7 +12,9 @@
 6. A promise that has been lost all the same (a slice failed, a batch took longer than expected) binds nobody.
 7. Classes: a new batch goes before the batches of lower classes, and a query joins none behind them, as far as that
    keeps what has been promised. A promise weighs more than a class.
-8. Planned times are estimates with their spread (`BatchTable.guard`).
+8. Planned times are estimates and twice their guard (`BatchTable.guard`, 2 sigma): as batches are filled up to their due
+   time, whatever takes longer is late. With 5 % noise ResNet-50 on 2 GPUs of 7x1g comes to .34 of the fluid bound with the
+   guard once, .58 with it twice, .02 without.
 
 With exact service times, and slices that neither fail nor drain, every promise is kept: rule 3 is checked at every
 addition, and all else that happens to a plan (a cancelled query) makes it shorter.
@@ -31,6 +33,8 @@ from scheduler.domain import BatchTable, Company, Kind, Part, Pool, Worker, mode
 from scheduler.policies import Start
 
 NEVER = float("inf")
+# How much of the guard is planned for.
+MARGIN = 2
 
 
 class _Batch:
@@ -331,4 +335,7 @@ def _smaller(way: _Way, kind: Kind, items: int) -> _Way:
 
 def planned_ns(table: BatchTable) -> Sequence[int]:
     """Rule 8."""
-    return table.ns if table.guard == 1 else [int(ns * table.guard) for ns in table.ns]
+    if table.guard == 1:
+        return table.ns
+    spread = 1 + MARGIN * (table.guard - 1)
+    return [int(ns * spread) for ns in table.ns]
