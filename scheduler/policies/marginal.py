@@ -12,9 +12,9 @@
 6. A promise that has been lost all the same (a slice failed, a batch took longer than expected) binds nobody.
 7. Classes: a new batch goes before the batches of lower classes, and a query joins none behind them, as far as that
    keeps what has been promised. A promise weighs more than a class.
-8. Planned times are estimates and twice their guard (`BatchTable.guard`, 2 sigma): as batches are filled up to their due
-   time, whatever takes longer is late. With 5 % noise ResNet-50 on 2 GPUs of 7x1g comes to .34 of the fluid bound with the
-   guard once, .58 with it twice, .02 without.
+8. Planned times are estimates and twice their guard (`BatchTable.guard`, 2 sigma): batches are filled up to their due
+   time, so that whatever takes longer is late. With 5 % noise ResNet-50 on 2 GPUs of 7x1g comes to .34 of the fluid
+   bound with the guard once, .58 with it twice, .02 without.
 
 With exact service times, and slices that neither fail nor drain, every promise is kept: rule 3 is checked at every
 addition, and all else that happens to a plan (a cancelled query) makes it shorter.
