@@ -145,3 +145,18 @@ class Line:
             part.queued = False
             self.items -= part.items
         return parts
+
+    def take_whole(self, items: int) -> list[Part]:
+        """The first part, and those after it, in order, while all of them have no more items than that."""
+        count = total = 0
+        for entry in self.entries:
+            total += entry[3].items
+            if count and total > items:
+                break
+            count += 1
+        parts = [entry[3] for entry in self.entries[:count]]
+        del self.entries[:count]
+        for part in parts:
+            part.queued = False
+            self.items -= part.items
+        return parts

@@ -40,7 +40,7 @@ from scheduler.messages import (
     WorkerUp,
 )
 from scheduler.policies import Policy
-from scheduler.policies.pool import LateLanePool
+from scheduler.policies.pool import OnePool
 
 CRASHES_PER_REQUEST = 2
 # How long before the end of the running batch the next one is staged: time to gather it and copy it in.
@@ -57,7 +57,7 @@ class SchedulerCore:
     """
 
     def __init__(
-        self, max_queued: int = 4096, policy: Callable[[Pool], Policy] = LateLanePool, *, bounded: bool = True
+        self, max_queued: int = 4096, policy: Callable[[Pool], Policy] = OnePool, *, bounded: bool = True
     ) -> None:
         self._pool = Pool()
         self._policy = policy(self._pool)
@@ -142,7 +142,7 @@ class SchedulerCore:
     def _batch_done(self, now_ns: int, event: BatchDone) -> None:
         batch = self._finish(now_ns, event.worker_id, event.batch_id)
         if self._pool.workers[event.worker_id].learn(now_ns, batch):
-            self._pool.changes += 1
+            self._pool.paces[batch.kind[0]] += 1
         answered = []
         for part in batch.parts:
             query = part.query

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -205,7 +206,7 @@ class Pool:
     """Who is up and who serves what; `serving[kind]` runs from small slices to large ones.
 
     `ready`: workers that may be given a batch now. `lengths[model]`: upper ends of its length buckets, (0,) where
-    it has none. `changes` counts every change of what is served, and how fast.
+    it has none. `changes` counts every change of what is served, `paces[model]` of how fast.
     """
 
     def __init__(self) -> None:
@@ -214,6 +215,7 @@ class Pool:
         self.ready: dict[int, Worker] = {}
         self.lengths: dict[str, tuple[int, ...]] = {}
         self.changes = 0
+        self.paces: Counter[str] = Counter()
 
     def add(self, worker: Worker) -> None:
         self.workers[worker.id] = worker

@@ -34,7 +34,7 @@ from scheduler.messages import (
     WorkerUp,
 )
 from scheduler.policies import Policy
-from scheduler.policies.pool import LateLanePool
+from scheduler.policies.pool import OnePool
 from scheduler.report import Report, Span, Tally, summarise
 from scheduler.workload import Arrival
 
@@ -130,7 +130,7 @@ class GiveUp:
 def simulate(
     slices: Sequence[SimSlice],
     arrivals: Iterable[Arrival],
-    policy: Callable[[Pool], Policy] = LateLanePool,
+    policy: Callable[[Pool], Policy] = OnePool,
     *,
     slo_ms: Mapping[str, float] | None = None,
     seed: int = 0,

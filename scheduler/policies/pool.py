@@ -1,335 +1,346 @@
-"""One pool, late binding, a late lane: nothing is bound to a slice before that slice is free. Pure.
+"""One pool, late binding, a late lane: nothing is bound to a slice before that slice is free. Our own. Pure.
 
-(draft)
+What waits of one kind (model and length bucket), company and class has three lanes: timely, late, and open for what
+has no due time. Timely and late lanes are in order of due time, open ones in order of arrival.
+
+Rules:
+1. A new query is timely, unless the timely lane then holds more than theta times the items that the slices can do
+   until the query is due (`rates.Rates`). Then the largest ones waiting go to the late lane until it fits: one late
+   query is one late query, however much room it gives to others. What idle slices could do at once is never too much.
+2. What no slice could end in time, were it idle, goes to the late lane.
+3. A slice that is free serves the highest class that it can; within a class
+   a. a late lane whose first query is nearly ten SLOs old, unless its model has had more than its share (rule 7);
+   b. timely work: of models within their share whose first query has little time left, then of all, the one whose
+      first query has the least relative laxity, (due - now - time) / SLO;
+   c. late work, the oldest first; d. open work, the oldest first. Open work that has waited a second goes first, while
+      that takes no more than a twentieth of the slice's time.
+4. A timely batch ends before its first query is due, with the spread of the estimates as margin (`BatchTable.guard`),
+   and is the one with the most items per time. Of the free slices it goes to the one that it uses best. Queries are
+   cut freely where that gains more than 2 %; a batch cuts one query at most, the last. Where the timely lane is
+   empty then, late and open items and shorter ones of the model fill the batch up, as far as that costs nobody time.
+5. Late batches may take one and a half SLOs; open ones go up to the knee, or the peak where much waits.
+6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them.
+7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, which all
+   models that have work share equally.
+8. The late lane takes no more than it can serve within the bound, by how fast it was served lately; what finds it full
+   is refused, and so is a strict query that would be late. What was accepted is never refused; strict ones never late
+   for the sake of others.
+
+The late lane, binding late and taking cut queries are the exploration of this project; theta, fairness and rule 6 too.
+docs/scheduling.md has the figures.
 """
 
 from __future__ import annotations
 
 import bisect
-import heapq
 import math
-import os
 from collections.abc import Iterator
 
 from scheduler.batching import Line
-from scheduler.domain import Company, Kind, Part, Pool, Worker, models_of
+from scheduler.domain import Kind, Part, Pool, Worker, models_of
 from scheduler.policies import Start
+from scheduler.policies.lanes import Decayed, Lanes, LanesKey, take_efficient
+from scheduler.policies.rates import RateBook
 
-THETA = 0.55
-SPARE=float(os.environ.get('SPARE','.32'))
-LEAST=float(os.environ.get('LEAST','.8'))
-TH=float(os.environ.get('TH','1'))
-BATCH_SHARE = float(os.environ.get('BS','1'))
-LATE_SHARE=float(os.environ.get('LS','1.5'))
-MODE=os.environ.get('MODE','M')
-BLOCKING_SHARE = 0.65
+# Rule 3a, in SLOs since it came. The core refuses what would end later than ten.
 LATE_FIRST = 8.0
+# Rule 3b: relative laxity that is little.
+PRESSING = 0.2
+# Rule 3d.
 PATIENCE_NS = 1_000_000_000
 OPEN_SHARE = 0.05
-IDLE_STREAMS = 64
-
-StreamKey = tuple[int, Kind, Company]
-
-
-class _Rates:
-    """How fast the slices serve one kind within an SLO. `shares`: of each slice in `per_ns`, the items a ns of all."""
-
-    __slots__ = ("caps", "changes", "least_ns", "overlaps", "per_ns", "rates", "shares", "thetas", "slo_ns", "kind", "late_caps")
-
-    def __init__(self, workers: list[Worker], kind: Kind, slo_ns: float, changes: int) -> None:
-        self.changes = changes
-        self.caps: dict[int, int] = {}
-        self.rates: dict[int, float] = {}
-        self.overlaps: dict[Kind, float] = {}
-        for worker in workers:
-            table = worker.tables[kind]
-            cap = self.caps[worker.id] = max(table.largest_within(slo_ns), 1)
-            self.rates[worker.id] = table.best_per_ns[cap]
-        self.per_ns = sum(self.rates.values())
-        self.shares = [(worker, self.rates[worker.id] / self.per_ns) for worker in workers]
-        self.thetas: dict[int, float] = {}
-        self.slo_ns = slo_ns / BATCH_SHARE
-        self.kind = kind
-        self.late_caps = {w.id: max(w.tables[kind].largest_within(self.slo_ns*LATE_SHARE), 1) for w in workers}
-        self.least_ns = min(worker.tables[kind].time_ns(1) for worker in workers)
-
-    def theta(self, items: float, squares: float) -> float:
-        """By the mean of a query's items, and of their squares."""
-        queries = self.per_ns * self.slo_ns * items / squares
-        if MODE=="H":
-            return min(max(2/math.sqrt(queries),.3),.72)
-        percent = round(100 * max(1 - SPARE / math.sqrt(queries), LEAST))
-        theta = self.thetas.get(percent)
-        if theta is None:
-            batch_ns = 0.0
-            for worker, share in self.shares:
-                table = worker.tables[self.kind]
-                wanted = bisect.bisect_left(table.best_per_ns, percent / 100 * self.rates[worker.id])
-                batch_ns += share * table.ns[wanted]
-            theta = self.thetas[percent] = max(1 - batch_ns / self.slo_ns, 0.1)*TH
-        if MODE=="X":
-            return max(theta, min(max(2/math.sqrt(queries),.3),.72))
-        return theta
-
-    def overlap(self, other: Kind) -> float:
-        """The share of this capacity that is on slices which serve the other kind too."""
-        share = self.overlaps.get(other)
-        if share is None:
-            share = self.overlaps[other] = sum(share for worker, share in self.shares if other in worker.tables)
-        return share
-
-    def capacity_ns(self, now_ns: int, due_ns: int) -> float:
-        """Pool time until then: of every slice the time that it is free, by its share."""
-        total = 0.0
-        for worker, share in self.shares:
-            free_ns = worker.free_at_ns
-            left_ns = due_ns - (free_ns if free_ns > now_ns else now_ns)
-            if left_ns > 0:
-                total += share * left_ns
-        return total
+# Rule 6. MARGIN: how much more than the other models' load must be left.
+BLOCKING_SHARE = 0.65
+MARGIN = 1.1
+# Rules 6 and 7 look back about so far.
+TAU_NS = 2e9
+# Rule 7: less of the pool's time than this is none.
+IDLE_USE = 0.02
+BUSY_USE = 0.9
+# Rule 8: of all slices' best, what late work gets at least; and how many SLOs it looks back.
+LEAST_LATE = 0.05
+LATE_TAU = 4.0
+# Empty lanes that are kept, with what they know of sizes and rates.
+KEPT = 64
 
 
-class _Stream:
-    """What waits of one kind, company and class: timely by due time, late by due time, open by arrival."""
-
-    __slots__ = ("company", "key", "kind", "late", "open", "priority", "rates", "sizes", "slo_ns", "timely", "mean", "square")
-
-    def __init__(self, key: StreamKey) -> None:
-        self.key = key
-        self.priority, self.kind, self.company = key
-        self.timely = Line()
-        self.late = Line()
-        self.open = Line()
-        self.sizes: list[tuple[int, int, int, Part]] = []  # heap of the timely ones, the largest first
-        self.slo_ns = 0
-        self.mean = self.square = 0.0
-        self.rates: _Rates
-
-    def is_empty(self) -> bool:
-        return not (self.timely.entries or self.late.entries or self.open.entries)
-
-    def push_timely(self, part: Part) -> None:
-        assert part.due_ns is not None
-        self.timely.push(part, part.due_ns)
-        if len(self.sizes) > 2 * len(self.timely.entries) + 64:
-            self.sizes = [_by_size(entry[3]) for entry in self.timely.entries]
-            heapq.heapify(self.sizes)
-        else:
-            heapq.heappush(self.sizes, _by_size(part))
-
-    def largest(self) -> Part | None:
-        """The timely part with the most items."""
-        sizes = self.sizes
-        while sizes:
-            size, _, _, part = sizes[0]
-            if part.queued and not part.late:
-                if part.items == -size:
-                    return part
-                heapq.heapreplace(sizes, _by_size(part))  # it was cut
-            else:
-                heapq.heappop(sizes)
-        return None
-
-    def demote(self, part: Part) -> None:
-        """To the late lane."""
-        assert part.due_ns is not None
-        self.timely.remove(part, part.due_ns)
-        part.late = True
-        self.late.push(part, part.due_ns)
-
-    def discard(self, part: Part) -> None:
-        if part.due_ns is None:
-            self.open.remove(part, 0)
-        elif part.late:
-            self.late.remove(part, part.due_ns)
-        else:
-            self.timely.remove(part, part.due_ns)
-
-    def demand_ns(self, due_ns: int) -> float:
-        """Pool time of what is due by then; those in between are taken to be of average size."""
-        entries = self.timely.entries
-        if not entries:
-            return 0.0
-        items: float = self.timely.items
-        if entries[-1][0] > due_ns:
-            items *= bisect.bisect_right(entries, (due_ns + 1,)) / len(entries)
-        return items / self.rates.per_ns
-
-
-def _by_size(part: Part) -> tuple[int, int, int, Part]:
-    return (-part.items, part.query.request.id, part.first, part)
-
-
-class LateLanePool:
-    """The streams, and when each slice may next put open work first."""
+class OnePool:
+    """The lanes, and what each model has had."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._streams: dict[StreamKey, _Stream] = {}
-        self._busy: dict[StreamKey, _Stream] = {}  # those where something waits
-        self._rates: dict[tuple[Kind, int], _Rates] = {}
-        self._open_first_ns: dict[int, int] = {}
-        self._theta = THETA
+        self._rates = RateBook(pool)
+        self._lanes: dict[LanesKey, Lanes] = {}
+        self._waiting: dict[LanesKey, Lanes] = {}  # those where something waits
+        self._use: dict[str, Decayed] = {}  # pool time by model
+        self._open_first_ns: dict[int, int] = {}  # by worker: when open work may go first again
 
     # ---- arrivals ----
 
     def offer(self, now_ns: int, part: Part, bound_ns: int | None) -> int:
-        stream = self._stream(part)
+        key = (part.query.request.priority, part.kind, part.company)
+        lanes = self._lanes.get(key)
+        if lanes is None:
+            lanes = self._lanes[key] = Lanes(key, self._rates.of(part.kind, 0), TAU_NS)
         if part.due_ns is None:
-            self._rate(stream)
-            stream.open.push(part, 0)
-            self._busy[stream.key] = stream
+            lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
+            lanes.open.push(part, 0)
+            self._waiting[key] = lanes
             return 0
-        stream.slo_ns = max(part.due_ns - part.query.arrived_ns, 1)
-        self._rate(stream)
-        self._busy[stream.key] = stream
-        part.late = False
-        if stream.mean:
-            stream.mean += (part.items - stream.mean) / 100
-            stream.square += (part.items**2 - stream.square) / 100
-        else:
-            stream.mean, stream.square = part.items, part.items**2
-        stream.push_timely(part)
-        self._shed(now_ns, stream, part.due_ns)
+        lanes.slo_ns = max(part.due_ns - part.query.arrived_ns, 1)
+        lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
+        lanes.late_served.tau_ns = LATE_TAU * lanes.slo_ns
+        lanes.arrived(now_ns, part.items)
+        retry_ns = self._admit(now_ns, lanes, part, part.due_ns, bound_ns)
+        if lanes:
+            self._waiting[key] = lanes
+        return retry_ns
+
+    def _admit(self, now_ns: int, lanes: Lanes, part: Part, due_ns: int, bound_ns: int | None) -> int:
+        """Rules 1 and 8. 0, or in how many ns a new try has a chance."""
+        rates = lanes.rates
+        lanes.push_timely(part)
+        if now_ns + rates.least_ns > due_ns:
+            return self._make_late(now_ns, lanes, part, bound_ns, now_ns + rates.least_ns - due_ns)
+        if self._fits_idle(now_ns, lanes, due_ns):
+            return 0
+        room = rates.theta(lanes.mean, lanes.square) * rates.items_until(now_ns, due_ns)
+        while lanes.timely.items > room:
+            excess_ns = int((lanes.timely.items - room) / rates.pool_per_ns) + 1
+            victim = lanes.largest()
+            if victim is None or (bound_ns is not None and not self._takes_late(now_ns, lanes, victim, bound_ns)):
+                victim = part
+            if victim is part:
+                return self._make_late(now_ns, lanes, part, bound_ns, excess_ns)
+            lanes.put_back(victim)
         return 0
 
-    def _shed(self, now_ns: int, stream: _Stream, due_ns: int) -> None:
-        """Puts the largest back until what is due by then fits into the capacity until then."""
-        rates = stream.rates
-        room_ns = rates.theta(stream.mean, stream.square) * rates.capacity_ns(now_ns, due_ns)
-        demand_ns = stream.demand_ns(due_ns)
-        for other in self._busy.values():
-            if other is not stream and other.priority <= stream.priority and other.timely.entries:
-                demand_ns += rates.overlap(other.kind) * other.demand_ns(due_ns)
-        while demand_ns > room_ns:
-            victim = stream.largest()
-            if victim is None:
-                return
-            demand_ns -= victim.items / rates.per_ns
-            stream.demote(victim)
+    def _fits_idle(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
+        """Whether slices that are free could do all that is timely, each in one batch."""
+        room = 0
+        for worker in self._ready(lanes.kind):
+            table = worker.tables[lanes.kind]
+            room += table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
+            if room >= lanes.timely.items:
+                return True
+        return False
+
+    def _make_late(self, now_ns: int, lanes: Lanes, part: Part, bound_ns: int | None, late_ns: int) -> int:
+        if bound_ns is None or (bound_ns and self._takes_late(now_ns, lanes, part, bound_ns)):
+            lanes.put_back(part)
+            return 0
+        lanes.discard(part)
+        return late_ns if bound_ns == 0 else max(lanes.slo_ns, 1)
+
+    def _takes_late(self, now_ns: int, lanes: Lanes, part: Part, bound_ns: int) -> bool:
+        served = max(lanes.late_served.per_ns(now_ns), LEAST_LATE * lanes.rates.pool_per_ns)
+        return lanes.late.items + part.items <= max(bound_ns, lanes.slo_ns) * served
 
     # ---- batches ----
 
     def next(self, now_ns: int) -> Start | None:
-        busy = self._busy
-        if not busy:
+        waiting = self._waiting
+        if not waiting:
             return None
         start = None
-        for priority in sorted({stream.priority for stream in busy.values()}):
-            streams = [stream for stream in busy.values() if stream.priority == priority]
-            start = self._next_of(now_ns, streams)
-            if start is not None:
-                break
-        for key in [key for key, stream in busy.items() if stream.is_empty()]:
-            del busy[key]
-            if len(self._streams) > IDLE_STREAMS:
-                del self._streams[key]
+        if len(waiting) == 1:
+            start = self._next_of(now_ns, list(waiting.values()))
+        else:
+            for priority in sorted({lanes.priority for lanes in waiting.values()}):
+                start = self._next_of(now_ns, [lanes for lanes in waiting.values() if lanes.priority == priority])
+                if start is not None:
+                    break
+        self._sweep()
         return start
 
-    def _next_of(self, now_ns: int, streams: list[_Stream]) -> Start | None:
-        for stream in streams:
-            self._rate(stream)
-            self._give_up_heads(now_ns, stream)
-        overdue = [s for s in streams if s.late.entries and now_ns - s.late.entries[0][0] > (LATE_FIRST - 1) * s.slo_ns]
-        for stream in overdue:
-            start = self._late_batch(now_ns, stream)
+    def _sweep(self) -> None:
+        for key in [key for key, lanes in self._waiting.items() if not lanes]:
+            del self._waiting[key]
+            if len(self._lanes) > KEPT:
+                del self._lanes[key]
+
+    def _next_of(self, now_ns: int, group: list[Lanes]) -> Start | None:
+        """Of one class."""
+        for lanes in group:
+            lanes.rates = self._rates.of(lanes.kind, lanes.slo_ns)
+            self._put_back_the_hopeless(now_ns, lanes)
+        over = self._over_share(now_ns, group)
+        return (
+            self._overdue(now_ns, group, over)
+            or self._timely(now_ns, group, over)
+            or self._first(now_ns, [lanes for lanes in group if lanes.late.entries], late=True)
+            or self._first(now_ns, [lanes for lanes in group if lanes.open.entries], late=False)
+        )
+
+    def _put_back_the_hopeless(self, now_ns: int, lanes: Lanes) -> None:
+        entries = lanes.timely.entries
+        latest_ns = now_ns + lanes.rates.least_ns
+        while entries and entries[0][0] < latest_ns:
+            lanes.put_back(entries[0][3])
+
+    def _overdue(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
+        """Rules 3a, and 3d's second half."""
+        for lanes in group:
+            entries = lanes.late.entries
+            if not entries or now_ns - entries[0][0] < (LATE_FIRST - 1) * lanes.slo_ns:
+                continue
+            if lanes.kind[0] in over and any(other.timely.entries for other in group if other is not lanes):
+                continue
+            start = self._bulk(now_ns, lanes, late=True)
             if start is not None:
                 return start
-        timely = [stream for stream in streams if stream.timely.entries]
-        if len(timely) > 1:
-            timely.sort(key=lambda s: (s.timely.entries[0][0] - now_ns) / s.slo_ns)
-        for stream in timely:
-            start = self._timely_batch(now_ns, stream)
-            if start is not None:
-                return start
-        for stream in sorted((s for s in streams if s.late.entries), key=lambda s: s.late.entries[0][0]):
-            start = self._late_batch(now_ns, stream)
-            if start is not None:
-                return start
-        for stream in sorted((s for s in streams if s.open.entries), key=lambda s: s.open.entries[0][1]):
-            start = self._open_batch(now_ns, stream)
+        for lanes in group:
+            entries = lanes.open.entries
+            if entries and now_ns - entries[0][3].query.arrived_ns > PATIENCE_NS:
+                start = self._bulk(now_ns, lanes, late=False, rarely=True)
+                if start is not None:
+                    return start
+        return None
+
+    def _timely(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
+        """Rule 3b."""
+        ranked = []
+        for number, lanes in enumerate(group):
+            if lanes.timely.entries:
+                laxity = (lanes.timely.entries[0][0] - now_ns - lanes.rates.least_ns) / lanes.slo_ns
+                first = bool(over) and laxity < PRESSING and lanes.kind[0] not in over
+                ranked.append((not first, laxity, number, lanes))
+        if len(ranked) > 1:
+            ranked.sort()
+        for *_, lanes in ranked:
+            start = self._timely_batch(now_ns, lanes)
             if start is not None:
                 return start
         return None
 
-    def _give_up_heads(self, now_ns: int, stream: _Stream) -> None:
-        """What no slice can serve in time any more is late."""
-        entries = stream.timely.entries
-        latest_ns = now_ns + stream.rates.least_ns
-        while entries and entries[0][0] < latest_ns:
-            stream.demote(entries[0][3])
-
-    def _timely_batch(self, now_ns: int, stream: _Stream) -> Start | None:
-        kind, line, rates = stream.kind, stream.timely, stream.rates
-        best: tuple[float, Worker, int, int, int] | None = None
+    def _timely_batch(self, now_ns: int, lanes: Lanes) -> Start | None:
+        """Rule 4."""
+        kind, rates, entries = lanes.kind, lanes.rates, lanes.timely.entries
+        best: tuple[float, Worker, int, int] | None = None
         for worker in self._ready(kind):
             table = worker.tables[kind]
             start_ns = max(now_ns, worker.free_at_ns)
-            guard = table.guard
             index = 0
-            head = line.entries[0]
-            if head[0] < start_ns + guard * table.ns[1]:
-                index = bisect.bisect_left(line.entries, (int(start_ns + guard * table.ns[1]),))
-                if index == len(line.entries):
+            if entries[0][0] < start_ns + table.guard * table.ns[1]:  # another slice may still be quick enough
+                index = bisect.bisect_left(entries, (int(start_ns + table.guard * table.ns[1]) + 1,))
+                if index == len(entries):
                     continue
-                head = line.entries[index]
-            left_ns = min(head[0] - start_ns, self._blocking_ns(worker, kind)) / guard
-            n = min(line.items, table.largest_within(left_ns), rates.caps[worker.id])
-            need = 1 if head[3].may_be_cut else head[3].items
-            if n < need:
+            due_ns, *_, head = entries[index]
+            most = min(
+                lanes.timely.items,
+                table.largest_within((due_ns - start_ns) / table.guard),
+                rates.caps[worker.id],
+            )
+            most = min(most, self._cap(now_ns, worker, kind, most))
+            if not head.may_be_cut and head.items > most:
                 continue
-            b = table.best[n]
-            if b < need:
-                b = need
-            value = b / table.ns[b] / rates.rates[worker.id]
+            value = table.best_per_ns[most] / rates.items_per_ns[worker.id]
             if best is None or value > best[0]:
-                best = value, worker, index, b, head[0]
+                best = value, worker, index, most
         if best is None:
             return None
-        _, worker, index, b, due_ns = best
-        parts = line.take(b, index)
-        if not line.entries:
-            self._fill_up(now_ns, worker, stream, parts, due_ns)
-        return Start(worker, kind, parts)
+        _, worker, index, most = best
+        due_ns = entries[index][0]
+        parts = take_efficient(lanes.timely, index, most, worker.tables[kind])
+        if not entries:
+            self._fill_up(now_ns, worker, lanes, parts, due_ns)
+        return self._start(now_ns, worker, kind, parts)
 
-    def _fill_up(self, now_ns: int, worker: Worker, stream: _Stream, parts: list[Part], due_ns: int) -> None:
-        """Late and open items ride along in a batch that took all that was timely."""
-        table = worker.tables[stream.kind]
+    def _fill_up(self, now_ns: int, worker: Worker, lanes: Lanes, parts: list[Part], due_ns: int) -> None:
+        """The end of rule 4."""
+        table = worker.tables[lanes.kind]
         items = sum(part.items for part in parts)
-        start_ns = max(now_ns, worker.free_at_ns)
-        left_ns = min(due_ns - start_ns, self._blocking_ns(worker, stream.kind)) / table.guard
-        for line in (stream.late, stream.open):
-            if not line.entries:
+        most = min(
+            table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard),
+            lanes.rates.caps[worker.id],
+        )
+        most = min(most, self._cap(now_ns, worker, lanes.kind, most))
+        for line in (lanes.late, lanes.open):
+            if not line.entries or items >= most:
                 continue
-            n = table.best[min(items + line.items, table.largest_within(left_ns), stream.rates.caps[worker.id])]
+            room = table.best[min(items + line.items, most)] - items
             head = line.entries[0][3]
-            if n > items and (head.may_be_cut or head.items <= n - items):
-                more = line.take(n - items)
+            if room >= (1 if head.may_be_cut else head.items):
+                more = line.take(room)
                 items += sum(part.items for part in more)
                 parts += more
 
-    def _late_batch(self, now_ns: int, stream: _Stream) -> Start | None:
-        return self._bulk(now_ns, stream, stream.late)
+    def _first(self, now_ns: int, group: list[Lanes], *, late: bool) -> Start | None:
+        """Rules 3c and 3d."""
+        if len(group) > 1:
+            group.sort(key=lambda lanes: (lanes.late if late else lanes.open).entries[0][:3])
+        for lanes in group:
+            start = self._bulk(now_ns, lanes, late=late)
+            if start is not None:
+                return start
+        return None
 
-    def _open_batch(self, now_ns: int, stream: _Stream) -> Start | None:
-        return self._bulk(now_ns, stream, stream.open)
-
-    def _bulk(self, now_ns: int, stream: _Stream, line: Line) -> Start | None:
-        kind, rates = stream.kind, stream.rates
-        worker = max(self._ready(kind), key=lambda w: rates.rates[w.id], default=None)
-        if worker is None:
+    def _bulk(self, now_ns: int, lanes: Lanes, *, late: bool, rarely: bool = False) -> Start | None:
+        """Rule 5, on the fastest slice that is free."""
+        kind, rates = lanes.kind, lanes.rates
+        ready = [w for w in self._ready(kind) if not rarely or now_ns >= self._open_first_ns.get(w.id, 0)]
+        if not ready:
             return None
+        worker = max(ready, key=lambda w: rates.items_per_ns[w.id])
         table = worker.tables[kind]
-        n = min(line.items, rates.late_caps[worker.id], max(table.largest_within(self._blocking_ns(worker, kind)), 1))
-        return Start(worker, kind, line.take(table.best[n]))
+        if late:
+            line = lanes.late
+            most = min(line.items, rates.late_caps[worker.id])
+            parts = take_efficient(line, 0, self._cap(now_ns, worker, kind, most), table)
+            lanes.late_served.add(now_ns, sum(part.items for part in parts))
+        else:
+            line = lanes.open
+            most = table.peak if line.items > 2 * table.knee else table.knee
+            parts = line.take_whole(self._cap(now_ns, worker, kind, most))
+        start = self._start(now_ns, worker, kind, parts)
+        if rarely:
+            time_ns = table.time_ns(sum(part.items for part in parts))
+            self._open_first_ns[worker.id] = now_ns + int(time_ns / OPEN_SHARE)
+        return start
+
+    def _start(self, now_ns: int, worker: Worker, kind: Kind, parts: list[Part]) -> Start:
+        use = self._use.get(kind[0])
+        if use is None:
+            use = self._use[kind[0]] = Decayed(TAU_NS)
+        share = worker.gpcs / sum(each.gpcs for each in self._pool.workers.values())
+        use.add(now_ns, share * worker.tables[kind].time_ns(sum(part.items for part in parts)))
+        return Start(worker, kind, parts)
 
     def _ready(self, kind: Kind) -> Iterator[Worker]:
         return (worker for worker in self._pool.ready.values() if kind in worker.tables)
 
-    def _blocking_ns(self, worker: Worker, kind: Kind) -> float:
-        """How long a batch may keep the slice from other models that have been waiting."""
-        slos = [s.slo_ns for s in self._streams.values() if s.kind[0] != kind[0] and s.kind in worker.tables]
-        return min((BLOCKING_SHARE * slo for slo in slos if slo), default=float("inf"))
+    def _cap(self, now_ns: int, worker: Worker, kind: Kind, most: int) -> int:
+        """Rule 6: the most items that a batch of up to `most` may have; at least one."""
+        table = worker.tables[kind]
+        for other in self._lanes.values():
+            if other.kind[0] == kind[0] or not other.slo_ns or other.kind not in worker.tables:
+                continue
+            limit_ns = BLOCKING_SHARE * other.slo_ns
+            if table.ns[most] > limit_ns and not self._carried(now_ns, worker, other, limit_ns):
+                most = max(table.largest_within(limit_ns), 1)
+        return most
+
+    def _carried(self, now_ns: int, worker: Worker, other: Lanes, limit_ns: float) -> bool:
+        """Whether the slices that are left, but for those that are busy for longer than that, carry the other's load."""
+        arriving = other.arriving.per_ns(now_ns)
+        rates = other.rates
+        if not other and arriving < IDLE_USE * rates.pool_per_ns:
+            return True
+        taken = rates.items_per_ns.get(worker.id, 0.0)
+        for each in rates.workers:
+            if each.free_at_ns > now_ns + limit_ns:
+                taken += rates.items_per_ns[each.id]
+        return taken <= rates.pool_per_ns - MARGIN * arriving
+
+    def _over_share(self, now_ns: int, group: list[Lanes]) -> set[str]:
+        """Rule 7."""
+        models = {lanes.kind[0] for lanes in group}
+        if len(models) < 2:
+            return set()
+        uses = {model: use.per_ns(now_ns) for model, use in self._use.items()}
+        active = models | {model for model, use in uses.items() if use > IDLE_USE}
+        share = max(sum(uses.values()), BUSY_USE) / len(active)
+        return {model for model in models if uses.get(model, 0.0) > share}
 
     def wake_ns(self, now_ns: int) -> int | None:
         return None
@@ -337,44 +348,24 @@ class LateLanePool:
     # ---- leaving ----
 
     def discard(self, part: Part) -> None:
-        self._streams[_key(part)].discard(part)
+        self._lanes[part.query.request.priority, part.kind, part.company].discard(part)
 
     def evict(self, worker: Worker, model: str | None = None) -> list[Part]:
         models = models_of(worker) if model is None else [model]
         parts: list[Part] = []
-        for key in [key for key in self._busy if key[1][0] in models and self._pool.serving.get(key[1]) == [worker]]:
-            stream = self._busy.pop(key)
-            del self._streams[key]
-            parts += stream.timely.drain() + stream.late.drain() + stream.open.drain()
+        for key in [key for key in self._lanes if key[1][0] in models]:
+            if self._pool.serving.get(key[1]) == [worker]:
+                parts += self._lanes.pop(key).drain()
+                self._waiting.pop(key, None)
+        if model is None:
+            self._open_first_ns.pop(worker.id, None)
         return parts
 
-    # ---- estimates ----
-
     def backlog_ns(self, now_ns: int, model: str) -> int:
-        streams = [stream for stream in self._busy.values() if stream.kind[0] == model]
-        workers = [w for (name, _), serving in self._pool.serving.items() if name == model for w in serving]
-        free_ns = min((worker.free_at_ns for worker in workers), default=now_ns)
-        items_ns = sum((s.timely.items + s.late.items + s.open.items) / s.rates.per_ns for s in streams)
-        return max(free_ns - now_ns, 0) + int(items_ns)
-
-    def _stream(self, part: Part) -> _Stream:
-        key = _key(part)
-        stream = self._streams.get(key)
-        if stream is None:
-            stream = self._streams[key] = _Stream(key)
-        return stream
-
-    def _rate(self, stream: _Stream) -> None:
-        """Brings the stream's rates up to date."""
-        slo_ns = stream.slo_ns or 1 << 62
-        steps = max(slo_ns.bit_length() - 4, 0)
-        key = (stream.kind, slo_ns >> steps << steps)
-        rates = self._rates.get(key)
-        if rates is None or rates.changes != self._pool.changes:
-            workers = self._pool.serving[stream.kind]
-            rates = self._rates[key] = _Rates(workers, stream.kind, BATCH_SHARE * slo_ns, self._pool.changes)
-        stream.rates = rates
-
-
-def _key(part: Part) -> StreamKey:
-    return part.query.request.priority, part.kind, part.company
+        free_ns = math.inf
+        wait_ns = 0.0
+        for lanes in self._waiting.values():
+            if lanes.kind[0] == model:
+                wait_ns += lanes.items / lanes.rates.pool_per_ns
+                free_ns = min(free_ns, *(worker.free_at_ns for worker in lanes.rates.workers))
+        return int(wait_ns + (max(free_ns - now_ns, 0) if free_ns < math.inf else 0))
