@@ -134,7 +134,7 @@ class OnePool:
 
     def _takes_late(self, now_ns: int, lanes: Lanes, part: Part, bound_ns: int) -> bool:
         served = max(lanes.late_served.per_ns(now_ns), LEAST_LATE * lanes.rates.pool_per_ns)
-        return lanes.late.items + part.items <= max(bound_ns, lanes.slo_ns) * served
+        return lanes.late.items + part.items <= max(bound_ns - lanes.slo_ns, 0) * served
 
     # ---- batches ----
 
@@ -186,13 +186,13 @@ class OnePool:
                 continue
             if lanes.kind[0] in over and any(other.timely.entries for other in group if other is not lanes):
                 continue
-            start = self._bulk(now_ns, lanes, late=True)
+            start = self._bulk(now_ns, lanes, late=True, forced=True)
             if start is not None:
                 return start
         for lanes in group:
             entries = lanes.open.entries
             if entries and now_ns - entries[0][3].query.arrived_ns > PATIENCE_NS:
-                start = self._bulk(now_ns, lanes, late=False, rarely=True)
+                start = self._bulk(now_ns, lanes, late=False, forced=True)
                 if start is not None:
                     return start
         return None
@@ -275,10 +275,10 @@ class OnePool:
                 return start
         return None
 
-    def _bulk(self, now_ns: int, lanes: Lanes, *, late: bool, rarely: bool = False) -> Start | None:
+    def _bulk(self, now_ns: int, lanes: Lanes, *, late: bool, forced: bool = False) -> Start | None:
         """Rule 5, on the fastest slice that is free."""
         kind, rates = lanes.kind, lanes.rates
-        ready = [w for w in self._ready(kind) if not rarely or now_ns >= self._open_first_ns.get(w.id, 0)]
+        ready = [w for w in self._ready(kind) if late or not forced or now_ns >= self._open_first_ns.get(w.id, 0)]
         if not ready:
             return None
         worker = max(ready, key=lambda w: rates.items_per_ns[w.id])
@@ -287,13 +287,14 @@ class OnePool:
             line = lanes.late
             most = min(line.items, rates.late_caps[worker.id])
             parts = take_efficient(line, 0, self._cap(now_ns, worker, kind, most), table)
-            lanes.late_served.add(now_ns, sum(part.items for part in parts))
+            if not forced:
+                lanes.late_served.add(now_ns, sum(part.items for part in parts))
         else:
             line = lanes.open
             most = table.peak if line.items > 2 * table.knee else table.knee
             parts = line.take_whole(self._cap(now_ns, worker, kind, most))
         start = self._start(now_ns, worker, kind, parts)
-        if rarely:
+        if forced and not late:
             time_ns = table.time_ns(sum(part.items for part in parts))
             self._open_first_ns[worker.id] = now_ns + int(time_ns / OPEN_SHARE)
         return start
