@@ -141,8 +141,7 @@ class SchedulerCore:
 
     def _batch_done(self, now_ns: int, event: BatchDone) -> None:
         batch = self._finish(now_ns, event.worker_id, event.batch_id)
-        if self._pool.workers[event.worker_id].learn(now_ns, batch):
-            self._pool.paces[batch.kind[0]] += 1
+        self._pool.workers[event.worker_id].learn(now_ns, batch)
         answered = []
         for part in batch.parts:
             query = part.query

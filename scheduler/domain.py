@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from itertools import accumulate
 
 from partitioner import latency
@@ -21,21 +21,32 @@ class BatchTable:
     """Estimated time of a batch of one kind of work on one worker: `ns[b]` for b items, `ns[0]` = 0.
 
     `knee`: PARIS's, with 80 % of the peak throughput. `peak`: the smallest batch with all of it.
-    `best_per_ns[b]`: most items a ns of any batch up to b, which `best[b]` has. `guard`: how many times its
-    estimate a batch may take and be no surprise.
+    `best_per_ns[b]`: most items a ns of any batch up to b, which `best[b]` has. `factor`: by which it was corrected.
+    `guard`: how many times its estimate a batch may take and be no surprise.
     """
 
-    __slots__ = ("best", "best_per_ns", "guard", "knee", "max_batch", "ns", "peak")
+    __slots__ = ("best", "best_per_ns", "factor", "guard", "knee", "max_batch", "ns", "peak")
 
-    def __init__(self, latency_ns: Sequence[int], guard: float = 1.0) -> None:
-        self.ns = (0, *latency_ns)
-        self.guard = guard
+    def __init__(self, latency_ns: Sequence[int]) -> None:
+        # No batch is done in no time.
+        self.ns = (0, *(max(ns, 1) for ns in latency_ns))
+        self.factor = 1.0
+        self.guard = 1.0
         self.max_batch = len(latency_ns)
         self.knee = latency.knee(latency_ns)
-        per_ns = [batch / max(ns, 1) for batch, ns in enumerate(self.ns)]
+        per_ns = [0.0, *(batch / ns for batch, ns in enumerate(self.ns[1:], start=1))]
         self.best_per_ns = list(accumulate(per_ns, max))
         self.best = list(accumulate(range(len(per_ns)), lambda best, b: b if per_ns[b] >= per_ns[best] else best))
         self.peak = per_ns.index(self.best_per_ns[-1])
+
+    def scaled(self, factor: float) -> BatchTable:
+        """One whose times are so many times as long; what is best stays the best."""
+        table = copy(self)
+        table.factor = factor
+        if factor != 1:
+            table.ns = (0, *(max(int(ns * factor), 1) for ns in self.ns[1:]))
+            table.best_per_ns = [per_ns / factor for per_ns in self.best_per_ns]
+        return table
 
     def time_ns(self, items: int) -> int:
         """Of one batch; what is larger than the table counts as its last row."""
@@ -149,16 +160,15 @@ class Worker:
         self.in_flight: dict[int, Batch] = {}
         self.free_at_ns = 0
         self.ended_ns = 0  # its last batch
-        self._told: dict[Kind, tuple[int, ...]] = {}  # ns of each batch, as the worker said
+        self._told: dict[Kind, BatchTable] = {}  # as the worker said
         self._estimates: dict[str, Estimate] = {}  # by model
 
     def has_room(self) -> bool:
         return len(self.in_flight) < self.depth
 
     def serve(self, kind: Kind, latency_ns: tuple[int, ...]) -> None:
-        self._told[kind] = latency_ns
-        estimate = self._estimates.setdefault(kind[0], Estimate())
-        self.tables[kind] = _table(latency_ns, estimate)
+        self._told[kind] = BatchTable(latency_ns)
+        self._correct(kind, self._told[kind], self._estimates.setdefault(kind[0], Estimate()))
 
     def withdraw(self, model: str) -> list[Kind]:
         """Returns what it served of it."""
@@ -179,34 +189,34 @@ class Worker:
             self.free_at_ns += other.estimate_ns
         return batch
 
-    def learn(self, now_ns: int, batch: Batch) -> bool:
-        """From a batch that is done now. Whether its model's tables have changed by it."""
+    def learn(self, now_ns: int, batch: Batch) -> None:
+        """From a batch that is done now: how long its model takes here, against what the tables say."""
         took_ns = now_ns - max(batch.sent_ns, self.ended_ns)
         self.ended_ns = now_ns
-        model = batch.kind[0]
-        estimate = self._estimates.get(model)
         told = self._told.get(batch.kind)
-        if estimate is None or told is None:
-            return False  # no longer served
+        if told is None:
+            return  # no longer served
+        estimate = self._estimates[batch.kind[0]]
         items = sum(part.items for part in batch.parts)
-        if not estimate.observe(took_ns / max(told[min(items, len(told)) - 1], 1)):
-            return False
-        for kind, latency_ns in self._told.items():
-            if kind[0] == model:
-                self.tables[kind] = _table(latency_ns, estimate)
-        return True
+        if not estimate.observe(took_ns / told.time_ns(max(items, 1))):
+            return
+        for kind, table in self._told.items():
+            if kind[0] == batch.kind[0]:
+                self._correct(kind, table, estimate)
 
-
-def _table(latency_ns: tuple[int, ...], estimate: Estimate) -> BatchTable:
-    factor = estimate.factor
-    return BatchTable(latency_ns if factor == 1 else [int(ns * factor) for ns in latency_ns], estimate.guard)
+    def _correct(self, kind: Kind, told: BatchTable, estimate: Estimate) -> None:
+        """A new table where the times have changed, so that who knows the old one sees that it is old."""
+        now = self.tables.get(kind)
+        if now is None or now.factor != estimate.factor:
+            now = self.tables[kind] = told.scaled(estimate.factor)
+        now.guard = estimate.guard
 
 
 class Pool:
     """Who is up and who serves what; `serving[kind]` runs from small slices to large ones.
 
     `ready`: workers that may be given a batch now. `lengths[model]`: upper ends of its length buckets, (0,) where
-    it has none. `changes` counts every change of what is served, `paces[model]` of how fast.
+    it has none. `changes` counts every change of what is served. `gpcs`: of all workers.
     """
 
     def __init__(self) -> None:
@@ -215,16 +225,18 @@ class Pool:
         self.ready: dict[int, Worker] = {}
         self.lengths: dict[str, tuple[int, ...]] = {}
         self.changes = 0
-        self.paces: Counter[str] = Counter()
+        self.gpcs = 0
 
     def add(self, worker: Worker) -> None:
         self.workers[worker.id] = worker
+        self.gpcs += worker.gpcs
         self.ready[worker.id] = worker
 
     def remove(self, worker: Worker) -> None:
         for model in models_of(worker):
             self.withdraw(worker, model)
         del self.workers[worker.id]
+        self.gpcs -= worker.gpcs
         self.ready.pop(worker.id, None)
 
     def kind_of(self, request: Request) -> Kind:

@@ -19,18 +19,20 @@ SIGMA_PER_MAD = 1.4826
 # How many sigmas a batch may take longer and be no surprise.
 SIGMAS = 2.0
 MOST_GUARD = 1.5
-# Smaller changes are not worth a new table.
+# Smaller changes are not worth a new table; nor is looking for them after every batch.
 NOTICED = 0.03
+EVERY = 4
 
 
 class Estimate:
     """Of one model on one worker. Times are to be multiplied by `factor`; `guard` is 1 + 2 sigma, at most 1.5."""
 
-    __slots__ = ("_last", "_sorted", "factor", "guard")
+    __slots__ = ("_count", "_last", "_sorted", "factor", "guard")
 
     def __init__(self) -> None:
         self.factor = 1.0
         self.guard = 1.0
+        self._count = 0
         self._last: deque[float] = deque()
         self._sorted: list[float] = []
 
@@ -41,7 +43,8 @@ class Estimate:
         insort(self._sorted, ratio)
         if len(self._last) > WINDOW:
             del self._sorted[bisect_left(self._sorted, self._last.popleft())]
-        if len(self._last) < ENOUGH:
+        self._count += 1
+        if len(self._last) < ENOUGH or (len(self._last) == WINDOW and self._count % EVERY):
             return False
         middle = len(self._sorted) // 2
         factor = self._sorted[middle]

@@ -60,6 +60,8 @@ BUSY_USE = 0.9
 # Rule 8: of all slices' best, what late work gets at least; and how many SLOs it looks back.
 LEAST_LATE = 0.05
 LATE_TAU = 4.0
+# Free slices that are looked at, where these can do it.
+ENOUGH = 8
 # Empty lanes that are kept, with what they know of sizes and rates.
 KEPT = 64
 
@@ -217,24 +219,23 @@ class OnePool:
         """Rule 4."""
         kind, rates, entries = lanes.kind, lanes.rates, lanes.timely.entries
         best: tuple[float, Worker, int, int] | None = None
-        for worker in self._ready(kind):
-            table = worker.tables[kind]
-            start_ns = max(now_ns, worker.free_at_ns)
+        for looked_at, worker in enumerate(self._ready(kind)):
+            if looked_at >= ENOUGH and best is not None:
+                break
+            fit = rates.fit(worker)
+            table = fit.table
+            start_ns = worker.free_at_ns if worker.free_at_ns > now_ns else now_ns
             index = 0
             if entries[0][0] < start_ns + table.guard * table.ns[1]:  # another slice may still be quick enough
                 index = bisect.bisect_left(entries, (int(start_ns + table.guard * table.ns[1]) + 1,))
                 if index == len(entries):
                     continue
-            due_ns, *_, head = entries[index]
-            most = min(
-                lanes.timely.items,
-                table.largest_within((due_ns - start_ns) / table.guard),
-                rates.caps[worker.id],
-            )
-            most = min(most, self._cap(now_ns, worker, kind, most))
-            if not head.may_be_cut and head.items > most:
+            due_ns, _, _, head = entries[index]
+            most = bisect.bisect_right(table.ns, (due_ns - start_ns) / table.guard) - 1
+            most = self._cap(now_ns, worker, kind, min(most, lanes.timely.items, fit.cap))
+            if head.items > most and not head.may_be_cut:
                 continue
-            value = table.best_per_ns[most] / rates.items_per_ns[worker.id]
+            value = table.best_per_ns[most] / fit.items_per_ns
             if best is None or value > best[0]:
                 best = value, worker, index, most
         if best is None:
@@ -252,7 +253,7 @@ class OnePool:
         items = sum(part.items for part in parts)
         most = min(
             table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard),
-            lanes.rates.caps[worker.id],
+            lanes.rates.fit(worker).cap,
         )
         most = min(most, self._cap(now_ns, worker, lanes.kind, most))
         for line in (lanes.late, lanes.open):
@@ -281,11 +282,11 @@ class OnePool:
         ready = [w for w in self._ready(kind) if late or not forced or now_ns >= self._open_first_ns.get(w.id, 0)]
         if not ready:
             return None
-        worker = max(ready, key=lambda w: rates.items_per_ns[w.id])
+        worker = max(ready, key=lambda w: rates.fit(w).items_per_ns)
         table = worker.tables[kind]
         if late:
             line = lanes.late
-            most = min(line.items, rates.late_caps[worker.id])
+            most = min(line.items, rates.fit(worker).late_cap)
             parts = take_efficient(line, 0, self._cap(now_ns, worker, kind, most), table)
             if not forced:
                 lanes.late_served.add(now_ns, sum(part.items for part in parts))
@@ -303,8 +304,7 @@ class OnePool:
         use = self._use.get(kind[0])
         if use is None:
             use = self._use[kind[0]] = Decayed(TAU_NS)
-        share = worker.gpcs / sum(each.gpcs for each in self._pool.workers.values())
-        use.add(now_ns, share * worker.tables[kind].time_ns(sum(part.items for part in parts)))
+        use.add(now_ns, worker.gpcs / self._pool.gpcs * worker.tables[kind].time_ns(sum(part.items for part in parts)))
         return Start(worker, kind, parts)
 
     def _ready(self, kind: Kind) -> Iterator[Worker]:
@@ -312,6 +312,8 @@ class OnePool:
 
     def _cap(self, now_ns: int, worker: Worker, kind: Kind, most: int) -> int:
         """Rule 6: the most items that a batch of up to `most` may have; at least one."""
+        if len(worker.tables) == 1:
+            return most
         table = worker.tables[kind]
         for other in self._lanes.values():
             if other.kind[0] == kind[0] or not other.slo_ns or other.kind not in worker.tables:
@@ -327,10 +329,10 @@ class OnePool:
         rates = other.rates
         if not other and arriving < IDLE_USE * rates.pool_per_ns:
             return True
-        taken = rates.items_per_ns.get(worker.id, 0.0)
+        taken = rates.fit(worker).items_per_ns
         for each in rates.workers:
             if each.free_at_ns > now_ns + limit_ns:
-                taken += rates.items_per_ns[each.id]
+                taken += rates.fit(each).items_per_ns
         return taken <= rates.pool_per_ns - MARGIN * arriving
 
     def _over_share(self, now_ns: int, group: list[Lanes]) -> set[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import math
+from typing import NamedTuple
 
-from scheduler.domain import Kind, Pool, Worker
+from scheduler.domain import BatchTable, Kind, Pool, Worker
 
 # The queue never holds less or more than these shares of what the pool can do until a query is due.
 LEAST_THETA, MOST_THETA = 0.3, 0.72
@@ -15,52 +16,59 @@ EFFICIENT = 0.95
 LATE_SHARE = 1.5
 
 
+class Fit(NamedTuple):
+    """How a slice serves one kind: `cap` is the largest batch within the SLO, `items_per_ns` of the best one up to it."""
+
+    table: BatchTable
+    cap: int
+    late_cap: int
+    items_per_ns: float
+    efficient_ns: int
+
+
 class Rates:
-    """Of one kind, within `slo_ns`. By worker id: `caps`, the largest batch that takes no longer than the SLO (or
-    than 1.5 of them, `late_caps`), and `items_per_ns` of the best batch up to that cap. `pool_per_ns` is their sum.
-    """
+    """Of one kind, within `slo_ns`. `pool_per_ns`: items of all slices at their best."""
 
-    __slots__ = (
-        "_efficient_ns",
-        "caps",
-        "items_per_ns",
-        "largest_batch",
-        "late_caps",
-        "least_ns",
-        "pool_per_ns",
-        "slo_ns",
-        "version",
-        "workers",
-    )
+    __slots__ = ("_efficient", "_fits", "_kind", "largest_batch", "least_ns", "pool_per_ns", "slo_ns", "workers")
 
-    def __init__(self, workers: list[Worker], kind: Kind, slo_ns: float, version: int) -> None:
+    def __init__(self, workers: list[Worker], kind: Kind, slo_ns: float) -> None:
         self.workers = workers
         self.slo_ns = slo_ns
-        self.version = version
-        self.caps: dict[int, int] = {}
-        self.late_caps: dict[int, int] = {}
-        self.items_per_ns: dict[int, float] = {}
-        self.largest_batch = 1
-        self.least_ns = min(worker.tables[kind].ns[1] for worker in workers)
-        efficient_ns = 0.0
-        for worker in workers:
-            table = worker.tables[kind]
-            cap = self.caps[worker.id] = max(table.largest_within(slo_ns), 1)
-            self.late_caps[worker.id] = max(table.largest_within(LATE_SHARE * slo_ns), 1)
-            rate = self.items_per_ns[worker.id] = table.best_per_ns[cap]
-            self.largest_batch = max(self.largest_batch, table.best[cap])
-            efficient_ns += rate * table.ns[bisect.bisect_left(table.best_per_ns, EFFICIENT * rate)]
-        self.pool_per_ns = sum(self.items_per_ns.values())
-        self._efficient_ns = efficient_ns / self.pool_per_ns
+        self._kind = kind
+        self._fits = {worker.id: self._fit(worker) for worker in workers}
+        fits = self._fits.values()
+        self.least_ns = min(fit.table.ns[1] for fit in fits)
+        self.largest_batch = max(fit.table.best[fit.cap] for fit in fits)
+        self.pool_per_ns = sum(fit.items_per_ns for fit in fits)
+        self._efficient = sum(fit.items_per_ns * fit.efficient_ns for fit in fits)
+
+    def _fit(self, worker: Worker) -> Fit:
+        table = worker.tables[self._kind]
+        cap = max(table.largest_within(self.slo_ns), 1)
+        rate = table.best_per_ns[cap]
+        efficient_ns = table.ns[bisect.bisect_left(table.best_per_ns, EFFICIENT * rate)]
+        return Fit(table, cap, max(table.largest_within(LATE_SHARE * self.slo_ns), 1), rate, efficient_ns)
+
+    def fit(self, worker: Worker) -> Fit:
+        """As its table is now: where that has been corrected, so are the sums, when somebody looks."""
+        fit = self._fits[worker.id]
+        if fit.table is not worker.tables[self._kind]:
+            new = self._fits[worker.id] = self._fit(worker)
+            self.pool_per_ns += new.items_per_ns - fit.items_per_ns
+            self._efficient += new.items_per_ns * new.efficient_ns - fit.items_per_ns * fit.efficient_ns
+            self.least_ns = min(each.table.ns[1] for each in self._fits.values())
+            return new
+        return fit
 
     def items_until(self, now_ns: int, due_ns: int) -> float:
         """Items that the slices can do by then, each from when it is free."""
         items = 0.0
-        for worker, rate in zip(self.workers, self.items_per_ns.values(), strict=True):
+        fits = self._fits
+        for worker in self.workers:
             free_ns = worker.free_at_ns
             left_ns = due_ns - (free_ns if free_ns > now_ns else now_ns)
             if left_ns > 0:
-                items += rate * left_ns
+                items += fits[worker.id].items_per_ns * left_ns
         return items
 
     def theta(self, mean: float, square: float) -> float:
@@ -73,11 +81,11 @@ class Rates:
         within_slo = self.pool_per_ns * self.slo_ns
         deviations = 2 * math.sqrt(square / (mean * within_slo))
         floor = LEAST_THETA + self.largest_batch / within_slo
-        return max(min(max(deviations, floor), MOST_THETA), 1 - self._efficient_ns / self.slo_ns)
+        return max(min(max(deviations, floor), MOST_THETA), 1 - self._efficient / self.pool_per_ns / self.slo_ns)
 
 
 class RateBook:
-    """Rates by kind and SLO, made anew when what is served, or how fast, has changed."""
+    """Rates by kind and SLO, made anew when what is served has changed."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -93,7 +101,6 @@ class RateBook:
         steps = max(slo_ns.bit_length() - 4, 0)
         key = (kind, slo_ns >> steps << steps)
         rates = self._rates.get(key)
-        if rates is None or rates.version != pool.paces[kind[0]]:
-            within_ns = float(slo_ns) if slo_ns else math.inf
-            rates = self._rates[key] = Rates(pool.serving[kind], kind, within_ns, pool.paces[kind[0]])
+        if rates is None:
+            rates = self._rates[key] = Rates(pool.serving[kind], kind, float(slo_ns) if slo_ns else math.inf)
         return rates
