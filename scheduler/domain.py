@@ -36,7 +36,10 @@ class BatchTable:
         self.knee = latency.knee(latency_ns)
         per_ns = [0.0, *(batch / ns for batch, ns in enumerate(self.ns[1:], start=1))]
         self.best_per_ns = list(accumulate(per_ns, max))
-        self.best = list(accumulate(range(len(per_ns)), lambda best, b: b if per_ns[b] >= per_ns[best] else best))
+        self.best = [0] * len(per_ns)
+        for batch in range(1, len(per_ns)):
+            below = self.best[batch - 1]
+            self.best[batch] = batch if per_ns[batch] >= per_ns[below] else below
         self.peak = per_ns.index(self.best_per_ns[-1])
 
     def scaled(self, factor: float) -> BatchTable:

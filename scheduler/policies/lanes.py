@@ -38,7 +38,8 @@ class Decayed:
 class Lanes:
     """`timely`: by due time, what is to be in time; `late`: by due time, what is not; `open`: by arrival, what has none.
 
-    `slo_ns`: of the last query that came, 0 before. `arriving`, `late_served`: items a ns.
+    `slo_ns`: of the last query that came, 0 before. `arriving`: items a ns. `timely_use`: of these
+    slices' time by timely work of any model, in items a ns that could have been done in it.
     """
 
     __slots__ = (
@@ -47,7 +48,6 @@ class Lanes:
         "arriving",
         "kind",
         "late",
-        "late_served",
         "mean",
         "open",
         "priority",
@@ -55,6 +55,7 @@ class Lanes:
         "slo_ns",
         "square",
         "timely",
+        "timely_use",
     )
 
     def __init__(self, key: LanesKey, rates: Rates, tau_ns: float) -> None:
@@ -65,7 +66,7 @@ class Lanes:
         self.rates = rates
         self.slo_ns = 0
         self.arriving = Decayed(tau_ns)
-        self.late_served = Decayed(tau_ns)
+        self.timely_use = Decayed(tau_ns)
         self.mean = self.square = 0.0
         self._count = 0
         self._largest: list[tuple[int, int, int, Part]] = []  # heap of timely ones; may hold some that are gone
@@ -151,4 +152,4 @@ def take_efficient(line: Line, index: int, most: int, table: BatchTable) -> list
 
 
 def _by_size(part: Part) -> tuple[int, int, int, Part]:
-    return (-part.items, part.query.request.id, part.first, part)
+    return (-part.items, -part.query.request.id, -part.first, part)  # of equal ones the newest

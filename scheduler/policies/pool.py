@@ -22,7 +22,7 @@ Rules:
 6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them.
 7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, which all
    models that have work share equally.
-8. The late lane takes no more than it can serve within the bound, by how fast it was served lately; what finds it full
+8. The late lane takes no more than it can serve within the bound, by what timely work, and late work that had to go first, have left of the slices lately; what finds it full
    is refused, and so is a strict query that would be late. What was accepted is never refused; strict ones never late
    for the sake of others.
 
@@ -36,7 +36,6 @@ import bisect
 import math
 from collections.abc import Iterator
 
-from scheduler.batching import Line
 from scheduler.domain import Kind, Part, Pool, Worker, models_of
 from scheduler.policies import Start
 from scheduler.policies.lanes import Decayed, Lanes, LanesKey, take_efficient
@@ -59,7 +58,7 @@ IDLE_USE = 0.02
 BUSY_USE = 0.9
 # Rule 8: of all slices' best, what late work gets at least; and how many SLOs it looks back.
 LEAST_LATE = 0.05
-LATE_TAU = 4.0
+USE_TAU = 4.0
 # Free slices that are looked at, where these can do it.
 ENOUGH = 8
 # Empty lanes that are kept, with what they know of sizes and rates.
@@ -91,7 +90,7 @@ class OnePool:
             return 0
         lanes.slo_ns = max(part.due_ns - part.query.arrived_ns, 1)
         lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
-        lanes.late_served.tau_ns = LATE_TAU * lanes.slo_ns
+        lanes.timely_use.tau_ns = USE_TAU * lanes.slo_ns
         lanes.arrived(now_ns, part.items)
         retry_ns = self._admit(now_ns, lanes, part, part.due_ns, bound_ns)
         if lanes:
@@ -135,8 +134,9 @@ class OnePool:
         return late_ns if bound_ns == 0 else max(lanes.slo_ns, 1)
 
     def _takes_late(self, now_ns: int, lanes: Lanes, part: Part, bound_ns: int) -> bool:
-        served = max(lanes.late_served.per_ns(now_ns), LEAST_LATE * lanes.rates.pool_per_ns)
-        return lanes.late.items + part.items <= max(bound_ns - lanes.slo_ns, 0) * served
+        pool_per_ns = lanes.rates.pool_per_ns
+        left_per_ns = max(pool_per_ns - lanes.timely_use.per_ns(now_ns), LEAST_LATE * pool_per_ns)
+        return lanes.late.items + part.items <= max(bound_ns - lanes.slo_ns, 0) * left_per_ns
 
     # ---- batches ----
 
@@ -245,7 +245,15 @@ class OnePool:
         parts = take_efficient(lanes.timely, index, most, worker.tables[kind])
         if not entries:
             self._fill_up(now_ns, worker, lanes, parts, due_ns)
+        self._count_use(now_ns, worker, worker.tables[kind].time_ns(sum(part.items for part in parts)))
         return self._start(now_ns, worker, kind, parts)
+
+    def _count_use(self, now_ns: int, worker: Worker, time_ns: int) -> None:
+        """For rule 8: what each kind of work here could have had of that time."""
+        for lanes in self._lanes.values():
+            if lanes.slo_ns and lanes.kind in worker.tables:
+                rates = self._rates.of(lanes.kind, lanes.slo_ns)
+                lanes.timely_use.add(now_ns, time_ns * rates.fit(worker).items_per_ns)
 
     def _fill_up(self, now_ns: int, worker: Worker, lanes: Lanes, parts: list[Part], due_ns: int) -> None:
         """The end of rule 4."""
@@ -288,15 +296,15 @@ class OnePool:
             line = lanes.late
             most = min(line.items, rates.fit(worker).late_cap)
             parts = take_efficient(line, 0, self._cap(now_ns, worker, kind, most), table)
-            if not forced:
-                lanes.late_served.add(now_ns, sum(part.items for part in parts))
         else:
             line = lanes.open
             most = table.peak if line.items > 2 * table.knee else table.knee
             parts = line.take_whole(self._cap(now_ns, worker, kind, most))
         start = self._start(now_ns, worker, kind, parts)
-        if forced and not late:
-            time_ns = table.time_ns(sum(part.items for part in parts))
+        time_ns = table.time_ns(sum(part.items for part in parts))
+        if forced and late:
+            self._count_use(now_ns, worker, time_ns)
+        elif forced:
             self._open_first_ns[worker.id] = now_ns + int(time_ns / OPEN_SHARE)
         return start
 

@@ -81,7 +81,8 @@ class Rates:
         within_slo = self.pool_per_ns * self.slo_ns
         deviations = 2 * math.sqrt(square / (mean * within_slo))
         floor = LEAST_THETA + self.largest_batch / within_slo
-        return max(min(max(deviations, floor), MOST_THETA), 1 - self._efficient / self.pool_per_ns / self.slo_ns)
+        efficient: float = 1 - self._efficient / self.pool_per_ns / self.slo_ns
+        return max(min(max(deviations, floor), MOST_THETA), efficient)
 
 
 class RateBook:

@@ -22,6 +22,7 @@ from scheduler.messages import (
     WorkerLost,
     WorkerUp,
 )
+from scheduler.policies.elsa import Elsa
 
 MS = 1_000_000
 # 1 ms for one item, 0.1 ms more for each further one. Peak rate 64 / 7.3 ms; 22 is the first with 80 % of it.
@@ -31,7 +32,7 @@ KNEE = 22
 
 def core_with(*gpcs: int, depth: int = 1, max_queued: int = 4096, table: tuple[int, ...] = TABLE) -> SchedulerCore:
     """Workers 0, 1, ... of these sizes, all serving model m."""
-    core = SchedulerCore(max_queued)
+    core = SchedulerCore(max_queued, Elsa)
     for worker_id, size in enumerate(gpcs):
         core.handle(0, WorkerUp(worker_id, size, depth))
         core.handle(0, Serves(worker_id, "m", table))
