@@ -46,7 +46,7 @@ class Scene:
         return self._simulate(policy, self.load.draw(rate_per_s, self.queries, seed), seed, timeline, None)
 
     def probe(self, policy: Callable[[Pool], Policy], rate_per_s: float, seed: int, share: float) -> Report:
-        """Given up as soon as it is certain that not this share is in time, or a query late beyond bounds."""
+        """Nothing is refused; given up as soon as it is certain that this share is not in time, or a query too late."""
         arrivals = self.load.draw(rate_per_s, self.queries, seed)
         sent = Counter(arrival.model for arrival in arrivals)
         late = {model: math.floor((1 - share) * count + 1e-9) for model, count in sent.items()}
@@ -69,6 +69,7 @@ class Scene:
             noise=self.noise,
             max_queued=max(len(arrivals), 1),
             strict=self.strict,
+            bounded=give_up is None,
             timeline=timeline,
             give_up=give_up,
         )

@@ -36,7 +36,7 @@ class Decayed:
 
 
 class Lanes:
-    """`timely`: by due time, what is to be in time; `late`: by due time, what is not; `open`: by arrival, what has none.
+    """`timely` and `late`: by due time, what is to be in time and what is not; `open`: by arrival, what has none.
 
     `slo_ns`: of the last query that came, 0 before. `arriving`: items a ns. `timely_use`: of these
     slices' time by timely work of any model, in items a ns that could have been done in it.

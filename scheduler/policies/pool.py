@@ -6,7 +6,8 @@ has no due time. Timely and late lanes are in order of due time, open ones in or
 Rules:
 1. A new query is timely, unless the timely lane then holds more than theta times the items that the slices can do
    until the query is due (`rates.Rates`). Then the largest ones waiting go to the late lane until it fits: one late
-   query is one late query, however much room it gives to others. What idle slices could do at once is never too much.
+   query is one late query, however much room it gives to others. What slices could do in their next batches, free ones
+   or any for a query that is the only one, is never too much.
 2. What no slice could end in time, were it idle, goes to the late lane.
 3. A slice that is free serves the highest class that it can; within a class
    a. a late lane whose first query is nearly ten SLOs old, unless its model has had more than its share (rule 7);
@@ -22,12 +23,11 @@ Rules:
 6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them.
 7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, which all
    models that have work share equally.
-8. The late lane takes no more than it can serve within the bound, by what timely work, and late work that had to go first, have left of the slices lately; what finds it full
-   is refused, and so is a strict query that would be late. What was accepted is never refused; strict ones never late
-   for the sake of others.
+8. The late lane takes no more than it can serve within the bound, by what timely work, and late work that had to go
+   first, have left of the slices lately. What finds it full is refused, and so is a strict query that would be late.
+   What was accepted is never refused, and a strict query never late for the sake of others.
 
-The late lane, binding late and taking cut queries are the exploration of this project; theta, fairness and rule 6 too.
-docs/scheduling.md has the figures.
+docs/scheduling.md has a picture, the figures, and what was tried and dropped.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class OnePool:
         lanes.push_timely(part)
         if now_ns + rates.least_ns > due_ns:
             return self._make_late(now_ns, lanes, part, bound_ns, now_ns + rates.least_ns - due_ns)
-        if self._fits_idle(now_ns, lanes, due_ns):
+        if self._fits(now_ns, lanes, due_ns):
             return 0
         room = rates.theta(lanes.mean, lanes.square) * rates.items_until(now_ns, due_ns)
         while lanes.timely.items > room:
@@ -116,12 +116,14 @@ class OnePool:
             lanes.put_back(victim)
         return 0
 
-    def _fits_idle(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
-        """Whether slices that are free could do all that is timely, each in one batch."""
+    def _fits(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
+        """Whether the next batches could do all that is timely: of free slices, or of any if only one query waits."""
+        alone = len(lanes.timely.entries) == 1
         room = 0
-        for worker in self._ready(lanes.kind):
+        for worker in lanes.rates.workers if alone else self._ready(lanes.kind):
             table = worker.tables[lanes.kind]
-            room += table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
+            fitting = table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
+            room = max(room, fitting) if alone else room + fitting
             if room >= lanes.timely.items:
                 return True
         return False
@@ -332,7 +334,7 @@ class OnePool:
         return most
 
     def _carried(self, now_ns: int, worker: Worker, other: Lanes, limit_ns: float) -> bool:
-        """Whether the slices that are left, but for those that are busy for longer than that, carry the other's load."""
+        """Whether the slices that are left carry the other's load; those that are busy for longer than that do not."""
         arriving = other.arriving.per_ns(now_ns)
         rates = other.rates
         if not other and arriving < IDLE_USE * rates.pool_per_ns:

@@ -17,7 +17,7 @@ LATE_SHARE = 1.5
 
 
 class Fit(NamedTuple):
-    """How a slice serves one kind: `cap` is the largest batch within the SLO, `items_per_ns` of the best one up to it."""
+    """How a slice serves one kind: `cap`, its largest batch within the SLO; `items_per_ns` of the best up to that."""
 
     table: BatchTable
     cap: int

@@ -97,7 +97,7 @@ class World:
         assert len(batches) <= self.depth, "more batches than the worker takes"
         for number, first, items in run.pieces:
             assert number in self.open, "run although it has ended"
-            assert items > 0 and first >= 0 and first + items <= self.items[number], "items that it does not have"
+            assert 0 <= first < first + items <= self.items[number], "items that it does not have"
             assert items == self.items[number] or number not in self.whole, "cut although it must not be"
             for item in range(first, first + items):
                 assert (number, item) not in elsewhere, "one item in two batches at once"
