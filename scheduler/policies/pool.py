@@ -101,8 +101,11 @@ class OnePool:
         """Rules 1 and 8. 0, or in how many ns a new try has a chance."""
         rates = lanes.rates
         lanes.push_timely(part)
-        if now_ns + rates.least_ns > due_ns:
-            return self._make_late(now_ns, lanes, part, bound_ns, now_ns + rates.least_ns - due_ns)
+        least_ns = rates.least_ns
+        if not part.may_be_cut:
+            least_ns = min(worker.tables[lanes.kind].time_ns(part.items) for worker in rates.workers)
+        if now_ns + least_ns > due_ns:
+            return self._make_late(now_ns, lanes, part, bound_ns, now_ns + least_ns - due_ns)
         if self._fits(now_ns, lanes, due_ns):
             return 0
         room = rates.theta(lanes.mean, lanes.square) * rates.items_until(now_ns, due_ns)
@@ -212,9 +215,13 @@ class OnePool:
         if len(ranked) > 1:
             ranked.sort()
         for *_, lanes in ranked:
-            start = self._timely_batch(now_ns, lanes)
-            if start is not None:
-                return start
+            while lanes.timely.entries:
+                start = self._timely_batch(now_ns, lanes)
+                if start is not None:
+                    return start
+                if any(worker.in_flight for worker in lanes.rates.workers):
+                    break  # one that is busy may still be quick enough
+                lanes.put_back(lanes.timely.entries[0][3])
         return None
 
     def _timely_batch(self, now_ns: int, lanes: Lanes) -> Start | None:
