@@ -171,6 +171,7 @@ class SchedulerCore:
         worker = self._pool.workers[event.worker_id]
         evicted = self._policy.evict(worker, event.model) if event.model in models_of(worker) else []
         self._pool.serve(worker, event.model, event.latency_ns, event.lengths)
+        self._pool.weights[event.model] = event.weight
         self._forget_return(event.worker_id, event.model)
         self._place_again(now_ns, [*evicted, *self._parked.pop(event.model, ())])
 

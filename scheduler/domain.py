@@ -219,7 +219,8 @@ class Pool:
     """Who is up and who serves what; `serving[kind]` runs from small slices to large ones.
 
     `ready`: workers that may be given a batch now. `lengths[model]`: upper ends of its length buckets, (0,) where
-    it has none. `changes` counts every change of what is served. `gpcs`: of all workers.
+    it has none. `weights[model]`: its part of slices that it shares. `gpcs`: of all workers. `changes` counts every
+    change of what is served.
     """
 
     def __init__(self) -> None:
@@ -228,6 +229,7 @@ class Pool:
         self.ready: dict[int, Worker] = {}
         self.lengths: dict[str, tuple[int, ...]] = {}
         self.changes = 0
+        self.weights: dict[str, float] = {}
         self.gpcs = 0
 
     def add(self, worker: Worker) -> None:
@@ -265,6 +267,7 @@ class Pool:
             if not self.serving[kind]:
                 del self.serving[kind]
                 self.lengths.pop(model, None)
+                self.weights.pop(model, None)
 
 
 def models_of(worker: Worker) -> list[str]:

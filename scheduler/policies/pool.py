@@ -18,11 +18,11 @@ Rules:
 4. A timely batch ends before its first query is due, with the spread of the estimates as margin (`BatchTable.guard`),
    and is the one with the most items per time. Of the free slices it goes to the one that it uses best. Queries are
    cut freely where that gains more than 2 %; a batch cuts one query at most, the last. Where the timely lane is
-   empty then, late and open items and shorter ones of the model fill the batch up, as far as that costs nobody time.
+   empty then, late and open items fill the batch up, as far as its due time allows.
 5. Late batches may take one and a half SLOs; open ones go up to the knee, or the peak where much waits.
 6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them.
-7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, which all
-   models that have work share equally.
+7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, by the
+   weights of the models that have work.
 8. The late lane takes no more than it can serve within the bound, by what timely work, and late work that had to go
    first, have left of the slices lately. What finds it full is refused, and so is a strict query that would be late.
    What was accepted is never refused, and a strict query never late for the sake of others.
@@ -358,9 +358,10 @@ class OnePool:
         if len(models) < 2:
             return set()
         uses = {model: use.per_ns(now_ns) for model, use in self._use.items()}
-        active = models | {model for model, use in uses.items() if use > IDLE_USE}
-        share = max(sum(uses.values()), BUSY_USE) / len(active)
-        return {model for model in models if uses.get(model, 0.0) > share}
+        weights = self._pool.weights
+        active = models | {model for model, use in uses.items() if use > IDLE_USE and model in weights}
+        per_weight = max(sum(uses.values()), BUSY_USE) / sum(weights.get(model, 1.0) for model in active)
+        return {model for model in models if uses.get(model, 0.0) > weights.get(model, 1.0) * per_weight}
 
     def wake_ns(self, now_ns: int) -> int | None:
         return None
@@ -377,6 +378,7 @@ class OnePool:
             if self._pool.serving.get(key[1]) == [worker]:
                 parts += self._lanes.pop(key).drain()
                 self._waiting.pop(key, None)
+                self._use.pop(key[1][0], None)
         if model is None:
             self._open_first_ns.pop(worker.id, None)
         return parts
