@@ -11,6 +11,9 @@ from scheduler.policies.rates import Rates
 
 LanesKey = tuple[int, Kind, Company]  # the first is the priority
 
+# The request of the company of all that run by themselves.
+LONE = -1
+
 # Rule 4: a batch that ends with a whole query may have so much less throughput than one that cuts.
 WHOLE_SHARE = 0.98
 # Arriving queries whose sizes are remembered, about.
@@ -35,19 +38,27 @@ class Decayed:
         return self._sum * math.exp((self._at_ns - now_ns) / self.tau_ns) / self.tau_ns
 
 
+def key_of(part: Part) -> LanesKey:
+    """What runs by itself has lanes of its own: all such parts together, or each would have the pool for itself."""
+    dims, request_id, _ = company = part.company
+    return part.query.request.priority, part.kind, (dims, LONE, 0) if request_id else company
+
+
 class Lanes:
     """`timely` and `late`: by due time, what is to be in time and what is not; `open`: by arrival, what has none.
 
-    `slo_ns`: of the last query that came, 0 before. `arriving`: items a ns. `timely_use`: of these
-    slices' time by timely work of any model, in items a ns that could have been done in it.
+    `lone`: its parts run by themselves. `slo_ns`: the geometric mean of the last queries', 0 before. `arriving`: items
+    a ns. `timely_use`: of these slices' time by timely work of any model, in the items that it could have done.
     """
 
     __slots__ = (
         "_count",
         "_largest",
+        "_log_slo",
         "arriving",
         "kind",
         "late",
+        "lone",
         "mean",
         "open",
         "priority",
@@ -59,7 +70,8 @@ class Lanes:
     )
 
     def __init__(self, key: LanesKey, rates: Rates, tau_ns: float) -> None:
-        self.priority, self.kind, _ = key
+        self.priority, self.kind, company = key
+        self.lone = company[1] == LONE
         self.timely = Line()
         self.late = Line()
         self.open = Line()
@@ -67,7 +79,7 @@ class Lanes:
         self.slo_ns = 0
         self.arriving = Decayed(tau_ns)
         self.timely_use = Decayed(tau_ns)
-        self.mean = self.square = 0.0
+        self.mean = self.square = self._log_slo = 0.0
         self._count = 0
         self._largest: list[tuple[int, int, int, Part]] = []  # heap of timely ones; may hold some that are gone
 
@@ -78,10 +90,13 @@ class Lanes:
     def items(self) -> int:
         return self.timely.items + self.late.items + self.open.items
 
-    def arrived(self, now_ns: int, items: int) -> None:
-        """Learns the sizes of queries, and how many come."""
+    def arrived(self, now_ns: int, items: int, slo_ns: int) -> None:
+        """Learns the sizes of queries, how soon they are due, and how many come."""
         self._count += 1
         weight = 1 / min(self._count, SIZES_KEPT)
+        if slo_ns != self.slo_ns:
+            self._log_slo += weight * (math.log(slo_ns) - self._log_slo)
+            self.slo_ns = slo_ns if self._count == 1 else round(math.exp(self._log_slo))
         self.mean += weight * (items - self.mean)
         self.square += weight * (items * items - self.square)
         self.arriving.add(now_ns, items)
@@ -137,8 +152,11 @@ class Lanes:
 def take_efficient(line: Line, index: int, most: int, table: BatchTable) -> list[Part]:
     """Of at most `most` items from the `index`-th part on those that make the most items per time of one batch.
 
-    The batch ends with a whole query where that costs next to nothing; else its last query is cut.
+    The batch ends with a whole query where that costs next to nothing; else its last query is cut. What runs by itself
+    does so.
     """
+    if line.entries[index][3].company[1]:
+        return line.take(0, index)
     batch = table.best[most]
     wanted = WHOLE_SHARE * table.best_per_ns[batch]
     whole = total = 0

@@ -277,7 +277,7 @@ def never_expire(core: SchedulerCore, now_ns: int) -> None:
     ],
 )
 def test_the_property_notices_a_broken_core(method: str, mutation: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = "marginal"  # it cuts queries
+    policy = "pool"
     monkeypatch.setattr(SchedulerCore, method, mutation)
     quick = settings(
         max_examples=300, deadline=None, database=None, phases=[Phase.generate], report_multiple_bugs=False
