@@ -24,8 +24,9 @@ Rules:
 7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, by the
    weights of the models that have work.
 8. The late lane takes no more than it can serve within the bound, by what timely work, and late work that had to go
-   first, have left of the slices lately. What finds it full is refused, and so is a strict query that would be late.
-   What was accepted is never refused, and a strict query never late for the sake of others.
+   first, have left of the slices lately. What finds it full is refused, and so is a strict query that would be late,
+   by rule 1 or by a forecast in which the slice that is free first goes on with what is due first. What was accepted
+   is never refused, and a strict query never put back for the sake of others.
 
 docs/scheduling.md has a picture, the figures, and what was tried and dropped.
 """
@@ -108,6 +109,8 @@ class OnePool:
             return self._make_late(now_ns, lanes, part, bound_ns, late_ns)
         if self._fits(now_ns, lanes, due_ns):
             return 0
+        if bound_ns == 0 and not rates.forecast(now_ns, lanes.timely.entries):
+            return self._make_late(now_ns, lanes, part, bound_ns, int(lanes.timely.items / rates.pool_per_ns) + 1)
         room = rates.theta(lanes.mean, lanes.square) * rates.items_until(now_ns, due_ns)
         while lanes.timely.items > room:
             excess_ns = int((lanes.timely.items - room) / rates.pool_per_ns) + 1

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import bisect
+import heapq
 import math
+from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
+from scheduler.batching import Entry
 from scheduler.domain import BatchTable, Kind, Part, Pool, Worker
 
 # The queue never holds less or more than these shares of what the pool can do until a query is due.
@@ -79,6 +83,36 @@ class Rates:
             if left_ns > 0:
                 items += fits[worker.id].items_per_ns * left_ns
         return items
+
+    def forecast(self, now_ns: int, entries: Sequence[Entry]) -> bool:
+        """Whether all of these, in order of due time, end in time if the slice that is free first goes on with them."""
+        free = [(max(worker.free_at_ns, now_ns), index) for index, worker in enumerate(self.workers)]
+        heapq.heapify(free)
+        index, started = 0, 0  # the first part that is not done, and its items that are
+        while index < len(entries):
+            if not free:
+                return False
+            start_ns, number = heapq.heappop(free)
+            fit = self._fits[self.workers[number].id]
+            table = fit.table
+            left_ns = (entries[index][0] - start_ns) / table.guard
+            if left_ns < table.ns[1]:
+                continue  # nor can it end what is due later before that, in this order
+            most = min(table.largest_within(left_ns), fit.cap)
+            waiting = -started
+            for entry in islice(entries, index, index + most):
+                waiting += entry[3].items
+                if waiting >= most:
+                    break
+            batch = room = table.best[min(most, waiting)]
+            while room:
+                taken = min(entries[index][3].items - started, room)
+                room -= taken
+                started += taken
+                if started == entries[index][3].items:
+                    index, started = index + 1, 0
+            heapq.heappush(free, (start_ns + table.ns[batch], number))
+        return True
 
     def theta(self, mean: float, square: float) -> float:
         """How much of that may be promised to waiting queries, by the means of their items and of those squared.
