@@ -156,8 +156,8 @@ def _make_digits(folder: Path) -> str:
         raise RuntimeError(f"the digits model got only {right:.1%} of the held-out digits right, expected 97 %")
     _export(model, torch.zeros(2, 1, 8, 8), folder)
     (folder / "serving.yaml").write_text(
-        "# Clients may send a PNG or JPEG, as the BYTES input `image`, instead of the tensor `x`.\n"
-        "preprocess:\n  input: image\n  output: x\n  image: {mode: L, size: [8, 8]}\n"
+        "# Clients may send a picture, as the BYTES input `image`, instead of the tensor `x`.\n"
+        "preprocess:\n  input: image\n  output: x\n  image: {mode: L, size: [8, 8], interpolation: area}\n"
     )
     three = next(index for index in range(len(test_y)) if test_y[index] == predicted[index] == 3)
     picture_of(test_x[three]).save(folder / "three.png")

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from preprocess.cpu import BadInputError
+from preprocess.errors import BadInputError
 from preprocess.pipeline import PipelineFile
 from preprocess.pool import PoolFullError, PreprocessPool
 from scheduler.arena import Arena, ArenaFullError
@@ -133,7 +133,8 @@ class InferenceService:
             raise invalid(f"input {tensor.name} has datatype {tensor.datatype}, expected BYTES")
         if tensor.shape[1:] not in ((), (1,)):
             raise invalid(f"input {tensor.name} has shape {list(tensor.shape)}, expected [batch] or [batch, 1]")
-        made = Tensor(pipeline.output, "FP32", (math.prod(tensor.shape), *pipeline.image.shape), [])
+        steps = pipeline.image
+        made = Tensor(pipeline.output, steps.dtype, (math.prod(tensor.shape), *steps.shape), [])
         checked = codec.check_inputs(model.signature, [made])
         elements = codec.byte_elements(tensor)
         nbytes = model.layout.slot(checked.items, checked.dims).nbytes
@@ -164,7 +165,7 @@ class InferenceService:
         if not self._driver.withdraw(pending):
             return
         if isinstance(error, BadInputError):
-            on_outcome(invalid(f"{error}; expected a PNG or JPEG image"))
+            on_outcome(invalid(str(error)))
         else:
             log.error("preprocessing failed", model=pending.request.model, exc_info=error)
             on_outcome(internal())
