@@ -32,8 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from preprocess.images import write_image
-from preprocess.pipeline import ImageSteps, PipelineFile
+from preprocess.pipeline import PipelineFile
 from preprocess.pool import PreprocessPool
+from preprocess.steps import ImageSteps
 from preprocess.work import CPU
 
 RESULTS = Path(__file__).parent / "results" / "preprocess.md"

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from preprocess import framing
 from preprocess.errors import BadInputError
-from preprocess.pipeline import ImageSteps
+from preprocess.steps import ImageSteps
 
 # Of a resized picture, before the crop: one that is very long and thin would otherwise be made huge.
 MAX_RESIZED_PIXELS = 20_000_000

@@ -8,7 +8,7 @@ from preprocess import gate
 from preprocess.decoders import Decoder, Picture
 from preprocess.errors import BadInputError
 from preprocess.image import transform
-from preprocess.pipeline import ImageSteps
+from preprocess.steps import ImageSteps
 
 # A JPEG that is decoded at a fraction of its size stays so many times larger than what it is resized to.
 DCT_HEADROOM = 2

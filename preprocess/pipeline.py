@@ -1,4 +1,4 @@
-"""Declared preprocessing, checked against the model's input. Pure.
+"""Declared preprocessing, checked against the model's inputs. Pure.
 
 In serving.yaml:
 
@@ -11,153 +11,105 @@ In serving.yaml:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from itertools import pairwise
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from preprocess import framing
-from preprocess.gate import MAX_PIXELS
+from preprocess.errors import BadInputError
+from preprocess.steps import AudioSteps, ImageSteps
 
-# What a preset sets; whatever is written beside it wins. imagenet-eval: how torchvision evaluates its classifiers.
-IMAGE_PRESETS: dict[str, dict[str, Any]] = {
-    "imagenet-eval": {
-        "mode": "RGB",
-        "resize": 256,
-        "crop": 224,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-    }
-}
-# Of a side of the picture that a model takes.
-MAX_SIDE = 8192
+Inputs = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> datatype, dims of an item
 
 
 class PipelineError(ValueError):
     """A pipeline that does not fit the model. The message says what was expected."""
 
 
-class ImageSteps(BaseModel):
-    """Decode, convert to `mode`, turn by EXIF if `exif`, resize, crop in the middle, divide, normalise.
-
-    `resize`: the short side in pixels, the other in proportion; or else `size`: height and width, whatever the
-    proportions. `interpolation`: bilinear or bicubic, antialiased; area: each pixel the mean of what it covers. `crop`:
-    height and width, or one number for both. Levels 0 to 255 become (level / divide_by - mean) / std, or stay as they
-    are if `dtype` is UINT8. `dct_scaling`: decode large JPEGs at a fraction of their size, not below twice what is
-    resized to: quicker, and off by up to 12 levels.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    preset: Literal["imagenet-eval"] | None = None
-    mode: Literal["L", "RGB"] = "RGB"
-    exif: bool = False
-    resize: int | None = Field(None, ge=1, le=MAX_SIDE)
-    size: tuple[int, int] | None = None
-    interpolation: Literal["bilinear", "bicubic", "area"] = "bilinear"
-    crop: int | tuple[int, int] | None = None
-    divide_by: float = Field(255.0, gt=0)
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    dtype: Literal["FP32", "FP16", "UINT8"] = "FP32"
-    layout: Literal["CHW", "HWC"] = "CHW"
-    max_pixels: int = Field(MAX_PIXELS, ge=1)
-    dct_scaling: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_preset(cls, given: Any) -> Any:
-        preset = IMAGE_PRESETS.get(str(given.get("preset"))) if isinstance(given, dict) else None
-        if preset is None:
-            return given
-        drop = {"resize"} if given.get("size") is not None else set()
-        return {name: value for name, value in preset.items() if name not in drop} | given
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> ImageSteps:
-        if (self.size is None) == (self.resize is None):
-            raise ValueError("give either resize, of the short side, or size: [height, width]")
-        sides = (*(self.size or ()), *(_both(self.crop) or ()))
-        if any(not 1 <= side <= MAX_SIDE for side in sides):
-            raise ValueError(f"sizes are 1 to {MAX_SIDE} pixels")
-        if self.resize is not None and self.crop is None:
-            raise ValueError("resize leaves pictures of different widths; give a crop as well, or size instead")
-        height, width = self.size or (self.resize, self.resize)
-        rows, columns = self.frame
-        if rows > (height or 0) or columns > (width or 0):
-            raise ValueError(f"crop {rows} x {columns} is larger than what is resized to, {height} x {width}")
-        self._check_levels()
-        return self
-
-    def _check_levels(self) -> None:
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("mean and std belong together")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and len(values) != self.channels:
-                raise ValueError(f"{name} has {len(values)} values, mode {self.mode} takes {self.channels}")
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError("std must be above 0")
-        if self.dtype == "UINT8" and (self.mean is not None or "divide_by" in self.model_fields_set):
-            raise ValueError("UINT8 is for levels as they are, without divide_by, mean and std")
-
-    @property
-    def channels(self) -> int:
-        return 1 if self.mode == "L" else 3
-
-    @property
-    def frame(self) -> tuple[int, int]:
-        """Height and width of what is left after the crop."""
-        return _both(self.crop) or self.size or (0, 0)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of one item."""
-        return (self.channels, *self.frame) if self.layout == "CHW" else (*self.frame, self.channels)
-
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height that a picture is resized to, before the crop."""
-        if self.resize is not None:
-            return framing.resized(width, height, self.resize)
-        rows, columns = self.size or self.frame
-        return columns, rows
-
-
-def _both(side: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    return (side, side) if isinstance(side, int) else side
-
-
 class PipelineFile(BaseModel):
-    """The `preprocess` section of serving.yaml."""
+    """The `preprocess` section of serving.yaml.
+
+    `length`: the model's INT64 input that is told how much of each item is no padding. `buckets`: lengths, ascending,
+    of the axis that varies; each request is filled up with zeros to the next one, so that more of them share a batch.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     input: str
     output: str
-    image: ImageSteps
+    length: str | None = None
+    buckets: tuple[int, ...] = ()
+    image: ImageSteps | None = None
+    audio: AudioSteps | None = None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> PipelineFile:
+        if (self.image is None) == (self.audio is None):
+            raise ValueError("give one of image and audio")
+        if self.image is not None and (self.length or self.buckets):
+            raise ValueError("length and buckets are for what varies in length, which pictures do not")
+        if self.buckets and (self.buckets[0] < 1 or any(low >= high for low, high in pairwise(self.buckets))):
+            raise ValueError("buckets must be lengths in ascending order")
+        return self
+
+    @property
+    def steps(self) -> ImageSteps | AudioSteps:
+        steps = self.image or self.audio
+        assert steps is not None
+        return steps
+
+    @property
+    def makes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The model's inputs that it fills: name -> datatype, dims of an item, -1 where they vary."""
+        made: dict[str, tuple[str, tuple[int, ...]]] = {self.output: (self.steps.dtype, self.steps.shape)}
+        if self.length is not None:
+            made[self.length] = ("INT64", ())
+        return made
+
+    @property
+    def varies(self) -> bool:
+        return -1 in self.steps.shape
+
+    def bucket(self, length: int) -> int:
+        """The length that an item of `length` is filled up to. Raises BadInputError if it is longer than any."""
+        if not self.buckets:
+            return length
+        for bucket in self.buckets:
+            if length <= bucket:
+                return bucket
+        raise BadInputError(f"a length of {length}; at most {self.buckets[-1]} is taken")
 
 
-def checked(pipeline: PipelineFile, inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Does the pipeline make what the model takes? `inputs`: name -> (datatype, dims of an item).
-
-    Raises PipelineError.
-    """
-    if set(inputs) != {pipeline.output}:
+def checked(pipeline: PipelineFile, inputs: Inputs) -> None:
+    """Does the pipeline make what the model takes? Raises PipelineError."""
+    made = pipeline.makes
+    if pipeline.input in inputs:
+        raise PipelineError(f"preprocess.input must have another name than the model's own input {pipeline.input!r}")
+    if set(inputs) != set(made):
         raise PipelineError(
-            f"preprocess.output is {pipeline.output!r}, but the model's inputs are {', '.join(inputs)}; "
-            f"a pipeline feeds a model of one input"
+            f"preprocess.output is {' and '.join(map(repr, made))}, but the model's inputs are {', '.join(inputs)}; "
+            f"a pipeline feeds all of a model's inputs"
         )
-    if pipeline.input == pipeline.output:
-        raise PipelineError(f"preprocess.input must have another name than the model's own input {pipeline.output!r}")
-    datatype, dims = inputs[pipeline.output]
-    steps = pipeline.image
-    made = steps.shape
-    if (
-        datatype != steps.dtype
-        or len(dims) != 3
-        or any(dim not in (-1, size) for dim, size in zip(dims, made, strict=True))
-    ):
-        swapped = len(dims) == 3 and dims[-1] == steps.channels and steps.layout == "CHW"
-        hint = "; did you mean layout: HWC?" if swapped and dims[0] != steps.channels else ""
-        raise PipelineError(
-            f"preprocess.image makes {steps.dtype} {list(made)}, "
-            f"input {pipeline.output} is {datatype} {list(dims)}{hint}"
-        )
+    for name, (datatype, dims) in made.items():
+        _check_input(pipeline, name, datatype, dims, inputs[name])
+
+
+def _check_input(
+    pipeline: PipelineFile, name: str, datatype: str, dims: tuple[int, ...], taken: tuple[str, tuple[int, ...]]
+) -> None:
+    if name == pipeline.length and taken == ("INT64", (1,)):
+        return
+    fits = len(dims) == len(taken[1]) and all(takes in (-1, size) for size, takes in zip(dims, taken[1], strict=True))
+    if datatype == taken[0] and fits:
+        return
+    kind = "image" if pipeline.image is not None else "audio"
+    raise PipelineError(
+        f"preprocess.{kind} makes {datatype} {list(dims)}, "
+        f"input {name} is {taken[0]} {list(taken[1])}{_hint(pipeline, taken[1])}"
+    )
+
+
+def _hint(pipeline: PipelineFile, taken: tuple[int, ...]) -> str:
+    image = pipeline.image
+    if image is None or image.layout != "CHW" or len(taken) != 3:
+        return ""
+    return "; did you mean layout: HWC?" if taken[2] == image.channels != taken[0] else ""

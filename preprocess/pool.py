@@ -6,15 +6,22 @@ The elements of one request are shared out over the threads that are free. Threa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from preprocess.errors import BadInputError
 from preprocess.pipeline import PipelineError, PipelineFile
 
+if TYPE_CHECKING:  # it takes torch with it
+    from preprocess.clips import Clip
+    from preprocess.work import Places
+
 # Jobs that may wait, a thread. More would only wait longer than any client does.
 QUEUE_PER_THREAD = 64
+
+Result = TypeVar("Result")
 
 
 class PoolFullError(RuntimeError):
@@ -25,12 +32,16 @@ class StoppedError(RuntimeError):
     """A job was stopped before its end."""
 
 
-class Job:
-    """One request's preprocessing. When `future` has a result no thread writes to its target any more."""
+class Job(Generic[Result]):
+    """One request's preprocessing: a result for each element.
+
+    When `future` is done no thread writes to the job's places any more. It raises BadInputError, naming the element, or
+    StoppedError.
+    """
 
     __slots__ = ("future", "stopped")
 
-    future: asyncio.Future[None]
+    future: asyncio.Future[list[Result]]
 
     def __init__(self) -> None:
         self.stopped = False
@@ -47,7 +58,7 @@ class PreprocessPool:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
         self._threads = threads
         self._limit = threads * (1 + QUEUE_PER_THREAD)
-        self._jobs: set[Job] = set()
+        self._jobs: set[Job[None] | Job[Clip]] = set()
 
     async def prepare(self, pipeline: PipelineFile) -> None:
         """Imports what the pipeline needs, before its first request. Raises PipelineError if that is not installed."""
@@ -58,21 +69,43 @@ class PreprocessPool:
                 f"preprocess needs a package that is not there: {error}; pip install 'migserve[torch]'"
             ) from error
 
-    def submit(self, pipeline: PipelineFile, elements: Sequence[bytes], target: memoryview) -> Job:
-        """Decodes the elements, one item each, into `target`, which is contiguous.
+    def write(self, pipeline: PipelineFile, elements: Sequence[bytes], places: Places) -> Job[None]:
+        """For what does not vary in length: the elements, one item each, into `places`.
 
-        `target` must stay valid until the job's future is done. That raises BadInputError, naming the element, or
-        StoppedError. Raises PoolFullError at once when too many wait.
+        These must stay valid until the job is done. Raises PoolFullError at once when too many wait.
         """
-        if len(self._jobs) >= self._limit:
+        from preprocess.work import write_item
+
+        def work(index: int) -> None:
+            write_item(pipeline, elements[index], index, len(elements), places)
+
+        return self._begin(pipeline, len(elements), work)
+
+    def read(self, pipeline: PipelineFile, elements: Sequence[bytes]) -> Job[Clip]:
+        """For what varies in length: the elements in memory of their own. Raises PoolFullError."""
+        from preprocess.work import read_item
+
+        return self._begin(pipeline, len(elements), lambda index: read_item(pipeline, elements[index]))
+
+    def place(self, pipeline: PipelineFile, clips: Sequence[Clip], frames: int, places: Places) -> Job[None]:
+        """What `read` gave into `places`, each filled up to `frames`. Never refused: its request was taken on."""
+        from preprocess.work import write_clips
+
+        return self._begin(pipeline, 1, lambda _: write_clips(pipeline, clips, frames, places), refuse=False)
+
+    def _begin(
+        self, pipeline: PipelineFile, elements: int, work: Callable[[int], Result], *, refuse: bool = True
+    ) -> Job[Result]:
+        if refuse and len(self._jobs) >= self._limit:
             raise PoolFullError(f"{len(self._jobs)} requests wait for preprocessing")
-        job = Job()
+        job: Job[Result] = Job()
         loop = asyncio.get_running_loop()
-        work = partial(_write_all, job, iter(range(len(elements))), pipeline, elements, target)
-        workers = min(self._threads, len(elements))
-        parts = [loop.run_in_executor(self._executor, work) for _ in range(workers)]
-        job.future = parts[0] if workers == 1 else _all_of(job, parts, loop)
-        self._jobs.add(job)
+        results: dict[int, Result] = {}
+        part = partial(_work_off, job, pipeline.input, iter(range(elements)), results, work)
+        parts = [loop.run_in_executor(self._executor, part) for _ in range(min(self._threads, elements))]
+        job.future = loop.create_future()
+        _when_all_are_done(parts, partial(_conclude, job, results))
+        self._jobs.add(job)  # type: ignore[arg-type]  # whichever it is
         job.future.add_done_callback(lambda done: self._jobs.discard(job))
         return job
 
@@ -88,42 +121,45 @@ def _import_work() -> None:
     import preprocess.work  # noqa: F401
 
 
-def _write_all(
-    job: Job, indexes: Iterator[int], pipeline: PipelineFile, elements: Sequence[bytes], target: memoryview
+def _work_off(
+    job: Job[Result], name: str, indexes: Iterator[int], results: dict[int, Result], work: Callable[[int], Result]
 ) -> None:
     """Takes elements until there are none; several threads may share `indexes`, whose `next` is one step."""
-    from preprocess.work import write_item
-
     for index in indexes:
         if job.stopped:
             raise StoppedError("nobody waits for it any more")
         try:
-            write_item(pipeline, elements[index], index, len(elements), target)
+            results[index] = work(index)
         except BadInputError as error:
             job.stop()
-            raise BadInputError(f"input {pipeline.input}, element {index}: {error}") from None
+            raise BadInputError(f"input {name}, element {index}: {error}") from None
         except BaseException:
             job.stop()
             raise
 
 
-def _all_of(job: Job, parts: list[asyncio.Future[None]], loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
-    """Done once every part is: with the error that stopped the others, if there is one."""
-    whole: asyncio.Future[None] = loop.create_future()
+def _when_all_are_done(
+    parts: list[asyncio.Future[None]], conclude: Callable[[list[asyncio.Future[None]]], None]
+) -> None:
     left = len(parts)
 
     def ended(part: asyncio.Future[None]) -> None:
         nonlocal left
         left -= 1
-        if left or whole.done():
-            return
-        errors = [error for each in parts if not each.cancelled() and (error := each.exception())]
-        told = [error for error in errors if not isinstance(error, StoppedError)] or errors
-        if told:
-            whole.set_exception(told[0])
-        else:
-            whole.set_result(None)
+        if not left:
+            conclude(parts)
 
     for part in parts:
         part.add_done_callback(ended)
-    return whole
+
+
+def _conclude(job: Job[Result], results: dict[int, Result], parts: list[asyncio.Future[None]]) -> None:
+    """With the error that stopped the others, if there is one."""
+    errors = [error for part in parts if not part.cancelled() and (error := part.exception())]
+    if job.future.done():
+        return  # the pool is closed
+    told = [error for error in errors if not isinstance(error, StoppedError)] or errors
+    if told:
+        job.future.set_exception(told[0])
+    else:
+        job.future.set_result([results[index] for index in sorted(results)])

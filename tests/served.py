@@ -9,8 +9,9 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from preprocess.pipeline import ImageSteps, PipelineFile
+from preprocess.pipeline import PipelineFile
 from preprocess.pool import PreprocessPool
+from preprocess.steps import ImageSteps
 from scheduler.channel import ModelSource
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from server.errors import Fault, ServeError

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from preprocess.images import write_image
-from preprocess.pipeline import ImageSteps
+from preprocess.steps import ImageSteps
 from preprocess.work import CPU
 
 NOISE = np.random.default_rng(0)

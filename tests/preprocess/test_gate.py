@@ -12,7 +12,7 @@ from PIL import Image
 
 from preprocess import gate
 from preprocess.errors import BadInputError
-from preprocess.pipeline import ImageSteps
+from preprocess.steps import ImageSteps
 from tests.preprocess.pictures import (
     encoded,
     hostile,
@@ -43,7 +43,7 @@ def test_what_is_no_picture_is_refused_with_the_reason(name: str) -> None:
 _COSTS = """
 import pickle, sys, time
 from preprocess.errors import BadInputError
-from preprocess.pipeline import ImageSteps
+from preprocess.steps import ImageSteps
 from tests.preprocess.pictures import encoded, noise, prepared
 
 def peak_kib():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from preprocess.image import resize
-from preprocess.pipeline import ImageSteps
+from preprocess.steps import ImageSteps
 from server.demo import picture_of
 from tests.preprocess.pictures import encoded, levels, noise, photographs, prepared
 

@@ -20,7 +20,7 @@ def test_a_pipeline_that_fits() -> None:
     ("inputs", "message"),
     [
         ({"y": ("FP32", (1, 8, 8))}, "preprocess.output is 'x', but the model's inputs are y"),
-        ({"x": ("FP32", (1, 8, 8)), "y": ("FP32", ())}, "feeds a model of one input"),
+        ({"x": ("FP32", (1, 8, 8)), "y": ("FP32", ())}, "feeds all of a model"),
         ({"x": ("FP32", (3, 8, 8))}, r"makes FP32 \[1, 8, 8\], input x is FP32 \[3, 8, 8\]"),
         ({"x": ("UINT8", (1, 8, 8))}, "input x is UINT8"),
         ({"x": ("FP32", (8, 8))}, "input x is FP32"),
