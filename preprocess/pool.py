@@ -1,16 +1,20 @@
 """Preprocessing off the event loop: a pool of threads, a bounded queue before it, a job a request.
 
 The elements of one request are shared out over the threads that are free. Threads suffice: decoders release the GIL.
+What each took is measured, and from that is told in advance how long another one will take.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from preprocess import glance
+from preprocess.cost import CostModel, Effort
 from preprocess.errors import BadInputError
 from preprocess.pipeline import PipelineError, PipelineFile
 
@@ -20,6 +24,9 @@ if TYPE_CHECKING:  # it takes torch with it
 
 # Jobs that may wait, a thread. More would only wait longer than any client does.
 QUEUE_PER_THREAD = 64
+
+# Pipelines and formats of which costs are known at once.
+MAX_COSTS = 256
 
 Result = TypeVar("Result")
 
@@ -39,12 +46,15 @@ class Job(Generic[Result]):
     StoppedError.
     """
 
-    __slots__ = ("future", "stopped")
+    __slots__ = ("estimate_ns", "future", "results", "stopped", "took_ns")
 
     future: asyncio.Future[list[Result]]
 
-    def __init__(self) -> None:
+    def __init__(self, estimate_ns: int) -> None:
+        self.estimate_ns = estimate_ns  # of all its elements, on one thread
         self.stopped = False
+        self.results: dict[int, Result] = {}
+        self.took_ns: dict[int, int] = {}  # by element
 
     def stop(self) -> None:
         """Nobody waits for it any more: no further element is begun."""
@@ -58,7 +68,9 @@ class PreprocessPool:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
         self._threads = threads
         self._limit = threads * (1 + QUEUE_PER_THREAD)
-        self._jobs: set[Job[None] | Job[Clip]] = set()
+        self._jobs: set[Job[Any]] = set()
+        self._queued_ns = 0  # estimate of what is not done yet
+        self._costs: dict[tuple[PipelineFile, str], CostModel] = {}
 
     async def prepare(self, pipeline: PipelineFile) -> None:
         """Imports what the pipeline needs, before its first request. Raises PipelineError if that is not installed."""
@@ -68,6 +80,16 @@ class PreprocessPool:
             raise PipelineError(
                 f"preprocess needs a package that is not there: {error}; pip install 'migserve[torch]'"
             ) from error
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that are not done."""
+        return len(self._jobs)
+
+    def estimate_ns(self, pipeline: PipelineFile, elements: Sequence[bytes]) -> int:
+        """How long until a request that is submitted now would be done: what waits before it, and itself."""
+        own_ns = sum(self._cost(pipeline, effort).estimate_ns(effort) for effort in _efforts(pipeline, elements))
+        return self._queued_ns // self._threads + own_ns // min(self._threads, len(elements))
 
     def write(self, pipeline: PipelineFile, elements: Sequence[bytes], places: Places) -> Job[None]:
         """For what does not vary in length: the elements, one item each, into `places`.
@@ -79,35 +101,57 @@ class PreprocessPool:
         def work(index: int) -> None:
             write_item(pipeline, elements[index], index, len(elements), places)
 
-        return self._begin(pipeline, len(elements), work)
+        return self._begin_all(pipeline, elements, work)
 
     def read(self, pipeline: PipelineFile, elements: Sequence[bytes]) -> Job[Clip]:
         """For what varies in length: the elements in memory of their own. Raises PoolFullError."""
         from preprocess.work import read_item
 
-        return self._begin(pipeline, len(elements), lambda index: read_item(pipeline, elements[index]))
+        return self._begin_all(pipeline, elements, lambda index: read_item(pipeline, elements[index]))
 
     def place(self, pipeline: PipelineFile, clips: Sequence[Clip], frames: int, places: Places) -> Job[None]:
         """What `read` gave into `places`, each filled up to `frames`. Never refused: its request was taken on."""
         from preprocess.work import write_clips
 
-        return self._begin(pipeline, 1, lambda _: write_clips(pipeline, clips, frames, places), refuse=False)
+        return self._begin(pipeline, Job(0), 1, lambda _: write_clips(pipeline, clips, frames, places))
+
+    def _begin_all(
+        self, pipeline: PipelineFile, elements: Sequence[bytes], work: Callable[[int], Result]
+    ) -> Job[Result]:
+        if len(self._jobs) >= self._limit:
+            raise PoolFullError(f"{len(self._jobs)} requests wait for preprocessing")
+        efforts = _efforts(pipeline, elements)
+        costs = [self._cost(pipeline, effort) for effort in efforts]
+        job: Job[Result] = Job(sum(cost.estimate_ns(effort) for cost, effort in zip(costs, efforts, strict=True)))
+        self._begin(pipeline, job, len(elements), work)
+        job.future.add_done_callback(partial(_learn, job, costs, efforts))
+        return job
 
     def _begin(
-        self, pipeline: PipelineFile, elements: int, work: Callable[[int], Result], *, refuse: bool = True
+        self, pipeline: PipelineFile, job: Job[Result], elements: int, work: Callable[[int], Result]
     ) -> Job[Result]:
-        if refuse and len(self._jobs) >= self._limit:
-            raise PoolFullError(f"{len(self._jobs)} requests wait for preprocessing")
-        job: Job[Result] = Job()
         loop = asyncio.get_running_loop()
-        results: dict[int, Result] = {}
-        part = partial(_work_off, job, pipeline.input, iter(range(elements)), results, work)
+        part = partial(_work_off, job, pipeline.input, iter(range(elements)), work)
         parts = [loop.run_in_executor(self._executor, part) for _ in range(min(self._threads, elements))]
         job.future = loop.create_future()
-        _when_all_are_done(parts, partial(_conclude, job, results))
-        self._jobs.add(job)  # type: ignore[arg-type]  # whichever it is
-        job.future.add_done_callback(lambda done: self._jobs.discard(job))
+        _when_all_are_done(parts, partial(_conclude, job))
+        self._jobs.add(job)
+        self._queued_ns += job.estimate_ns
+        job.future.add_done_callback(partial(self._done, job))
         return job
+
+    def _done(self, job: Job[Result], future: asyncio.Future[list[Result]]) -> None:
+        self._jobs.discard(job)
+        self._queued_ns -= job.estimate_ns
+
+    def _cost(self, pipeline: PipelineFile, effort: Effort) -> CostModel:
+        key = pipeline, effort.format
+        cost = self._costs.get(key)
+        if cost is None:
+            if len(self._costs) >= MAX_COSTS:
+                self._costs.clear()  # models come and go
+            cost = self._costs[key] = CostModel()
+        return cost
 
     def close(self) -> None:
         """Ends all jobs and waits for none: their futures are cancelled, though a thread may be at its last element."""
@@ -121,21 +165,33 @@ def _import_work() -> None:
     import preprocess.work  # noqa: F401
 
 
-def _work_off(
-    job: Job[Result], name: str, indexes: Iterator[int], results: dict[int, Result], work: Callable[[int], Result]
-) -> None:
+def _efforts(pipeline: PipelineFile, elements: Sequence[bytes]) -> list[Effort]:
+    look = glance.picture if pipeline.image is not None else glance.clip
+    return [look(data) for data in elements]
+
+
+def _learn(job: Job[Result], costs: list[CostModel], efforts: list[Effort], future: asyncio.Future[object]) -> None:
+    """Of elements that came to their end: what is refused early would teach that the rest is cheap."""
+    for index in job.results:
+        costs[index].learn(efforts[index], job.took_ns[index])
+
+
+def _work_off(job: Job[Result], name: str, indexes: Iterator[int], work: Callable[[int], Result]) -> None:
     """Takes elements until there are none; several threads may share `indexes`, whose `next` is one step."""
     for index in indexes:
         if job.stopped:
             raise StoppedError("nobody waits for it any more")
+        begin_ns = time.perf_counter_ns()
         try:
-            results[index] = work(index)
+            result = work(index)
         except BadInputError as error:
             job.stop()
             raise BadInputError(f"input {name}, element {index}: {error}") from None
         except BaseException:
             job.stop()
             raise
+        job.took_ns[index] = time.perf_counter_ns() - begin_ns
+        job.results[index] = result
 
 
 def _when_all_are_done(
@@ -153,7 +209,7 @@ def _when_all_are_done(
         part.add_done_callback(ended)
 
 
-def _conclude(job: Job[Result], results: dict[int, Result], parts: list[asyncio.Future[None]]) -> None:
+def _conclude(job: Job[Result], parts: list[asyncio.Future[None]]) -> None:
     """With the error that stopped the others, if there is one."""
     errors = [error for part in parts if not part.cancelled() and (error := part.exception())]
     if job.future.done():
@@ -162,4 +218,4 @@ def _conclude(job: Job[Result], results: dict[int, Result], parts: list[asyncio.
     if told:
         job.future.set_exception(told[0])
     else:
-        job.future.set_result([results[index] for index in sorted(results)])
+        job.future.set_result([job.results[index] for index in sorted(job.results)])

@@ -14,11 +14,13 @@ from preprocess.errors import BadInputError
 from preprocess.pipeline import PipelineFile
 from preprocess.pool import Job, PoolFullError, PreprocessPool
 from scheduler.arena import Arena, ArenaFullError
-from scheduler.driver import Driver, Pending
+from scheduler.driver import Driver, Pending, now_ns
+from scheduler.messages import Reason
 from server import codec
 from server.codec import Checked, Tensor
-from server.errors import Fault, ServeError, internal, invalid
+from server.errors import Fault, ServeError, from_refusal, internal, invalid
 from server.repository import Model
+from server.terms import Terms
 
 if TYPE_CHECKING:
     from preprocess.clips import Clip
@@ -55,6 +57,7 @@ class Preparer:
         model: Model,
         pipeline: PipelineFile,
         tensor: Tensor,
+        terms: Terms,
         accept: Callable[[Checked], Pending],
         on_error: OnError,
     ) -> Callable[[], None]:
@@ -65,10 +68,8 @@ class Preparer:
         """
         _check_shape(tensor)
         preparation = _Preparation(*self._shared, model, pipeline, math.prod(tensor.shape), on_error)
-        if pipeline.varies:
-            preparation.begin_reading(tensor, accept)
-        else:
-            preparation.begin_writing(tensor, accept)
+        begin = preparation.begin_reading if pipeline.varies else preparation.begin_writing
+        begin(tensor, terms, accept)
         return preparation.cancel
 
 
@@ -103,10 +104,10 @@ class _Preparation:
         self._job.stop()
         self._driver.cancel(self._pending)
 
-    def begin_writing(self, tensor: Tensor, accept: Callable[[Checked], Pending]) -> None:
+    def begin_writing(self, tensor: Tensor, terms: Terms, accept: Callable[[Checked], Pending]) -> None:
         """Into the slot. Raises ServeError."""
         checked = self._checked(None)
-        elements = codec.byte_elements(tensor)
+        elements = self._elements(tensor, terms)
         places = self._take_slot(checked)
         try:
             self._job = self._pool.write(self._pipeline, elements, places)
@@ -116,15 +117,26 @@ class _Preparation:
         self._pending = accept(checked)
         self._job.future.add_done_callback(self._written)
 
-    def begin_reading(self, tensor: Tensor, accept: Callable[[Checked], Pending]) -> None:
+    def begin_reading(self, tensor: Tensor, terms: Terms, accept: Callable[[Checked], Pending]) -> None:
         """Into memory of its own. Raises ServeError."""
         checked = self._checked(1)  # any length: how many items it has is what is looked at
+        elements = self._elements(tensor, terms)
         try:
-            self._job = self._pool.read(self._pipeline, codec.byte_elements(tensor))
+            self._job = self._pool.read(self._pipeline, elements)
         except PoolFullError as error:
             raise _pool_full(error) from None
         self._pending = accept(checked)
         self._job.future.add_done_callback(self._read)
+
+    def _elements(self, tensor: Tensor, terms: Terms) -> list[bytes]:
+        """Raises ServeError; also where their preprocessing alone would take longer than the request may."""
+        elements = codec.byte_elements(tensor)
+        if terms.due_ns is not None:
+            late_ns = now_ns() + self._pool.estimate_ns(self._pipeline, elements) - terms.due_ns
+            if late_ns > 0:
+                unreachable, name = Reason.SLO_UNREACHABLE, self._model.name
+                raise from_refusal(unreachable, late_ns / 1e9, "", name, terms.limit, terms.limit_ms)
+        return elements
 
     def _read(self, job: asyncio.Future[list[Clip]]) -> None:
         if job.cancelled() or self._pending.ended:

@@ -56,7 +56,7 @@ class InferenceService:
             tensors, encoded = _split(tensors, pipeline.input)
             if not tensors and encoded is not None:
                 accept = partial(self._accept, model, terms, on_outcome)
-                return self._preparer.begin(model, pipeline, encoded, accept, on_outcome)
+                return self._preparer.begin(model, pipeline, encoded, terms, accept, on_outcome)
         checked, offset = self._place(model, tensors)
         pending = self._accept(model, terms, on_outcome, checked)
         self._driver.start(pending, offset)

@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2
 
 from preprocess.pipeline import PipelineFile
 from preprocess.pool import PreprocessPool
-from preprocess.steps import ImageSteps
+from preprocess.steps import AudioSteps, ImageSteps
 from scheduler.channel import ModelSource
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from server.errors import Fault, ServeError
@@ -43,6 +43,17 @@ def make_model(*, pictures: bool = False, output: str = "FP32") -> Model:
     )
 
 
+def make_sound_model(**more: Any) -> Model:
+    """Takes log-mel features of any length, and how long each is."""
+    pipeline = PipelineFile(input="sound", output="x", length="frames", audio=AudioSteps(preset="nemo-80"), **more)
+    inputs = (TensorSpec("frames", "INT64", ()), TensorSpec("x", "FP32", (80, -1)))
+    model = make_model()
+    model.serving = ServingFile(preprocess=pipeline)
+    model.signature = Signature(inputs, model.signature.outputs, 8)
+    model.layout = InputLayout(model.signature)
+    return model
+
+
 class OneModel:
     """A repository of one model."""
 
@@ -61,10 +72,10 @@ class OneModel:
 class Served(Stage):
     """A stage with all that stands before the driver."""
 
-    def __init__(self, model: Model, arena_bytes: int = 1 << 16) -> None:
+    def __init__(self, model: Model, arena_bytes: int = 1 << 16, threads: int = 1) -> None:
         super().__init__(arena_bytes)
         self.model = model
-        self.pool = PreprocessPool(1)
+        self.pool = PreprocessPool(threads)
         self.service = InferenceService(self.driver, self.arena, self.pool)
         repository: Any = OneModel(model)
         no_app: Any = None
