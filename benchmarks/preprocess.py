@@ -115,11 +115,11 @@ def for_a_while(work: Callable[[], object]) -> int:
     return images
 
 
-def through_pool(data: bytes, threads: int) -> int:
+def through_pool(data: bytes, threads: int, isolated: bool = False) -> int:
     """Requests of one picture each through the pool of the daemon, some always waiting."""
 
     async def run() -> int:
-        pool = PreprocessPool(threads)
+        pool = PreprocessPool(threads, isolated=isolated)
         end = time.perf_counter() + WINDOW_S
         done = 0
 
@@ -127,7 +127,7 @@ def through_pool(data: bytes, threads: int) -> int:
             nonlocal done
             target = memoryview(bytearray(4 * STEPS.shape[0] * STEPS.shape[1] * STEPS.shape[2]))
             while time.perf_counter() < end:
-                await pool.submit(PIPELINE, [data], target).future
+                await pool.write(PIPELINE, [data], {"x": target}).future
                 done += 1
 
         await asyncio.gather(*(client() for _ in range(3 * threads)))

@@ -66,15 +66,14 @@ def normalise(image: torch.Tensor, steps: ImageSteps, target: torch.Tensor) -> N
     """[channels, height, width] of levels into `target`: in torchvision's order of operations, so to its very bits."""
     if steps.layout == "HWC":
         target = target.permute(2, 0, 1)
-    if steps.dtype != "FP32":
-        if steps.dtype == "UINT8":
-            target.copy_(image)
-        else:
-            exact = torch.empty(image.shape, device=image.device)
-            _scale(image, steps, exact)
-            target.copy_(exact)
-        return
-    _scale(image, steps, target)
+    if steps.dtype == "UINT8":
+        target.copy_(image)
+    elif steps.dtype == "FP32" and image.device == target.device:
+        _scale(image, steps, target)
+    else:
+        exact = torch.empty(image.shape, device=image.device)
+        _scale(image, steps, exact)
+        target.copy_(exact)
 
 
 def _scale(image: torch.Tensor, steps: ImageSteps, target: torch.Tensor) -> None:

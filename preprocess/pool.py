@@ -7,6 +7,8 @@ What each took is measured, and from that is told in advance how long another on
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,8 @@ from preprocess.pipeline import PipelineError, PipelineFile
 
 if TYPE_CHECKING:  # it takes torch with it
     from preprocess.clips import Clip
-    from preprocess.work import Places
+    from preprocess.isolated import Isolated
+    from preprocess.work import Local, Places
 
 # Jobs that may wait, a thread. More would only wait longer than any client does.
 QUEUE_PER_THREAD = 64
@@ -62,24 +65,45 @@ class Job(Generic[Result]):
 
 
 class PreprocessPool:
-    """`threads`: cores that preprocessing may use."""
+    """`threads`: cores that preprocessing may use, by default all. `decoder`: of pictures, see cards.py. `isolated`: each
+    thread has a process that does its work, so that what a native decoder dies of costs no more than that.
+    """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int | None, decoder: str = "cpu", *, isolated: bool = False) -> None:
+        threads = threads or os.cpu_count() or 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
         self._threads = threads
+        self._decoder = decoder
+        self._isolated = isolated
+        self._runner: Local | Isolated | None = None
+        self._starting = threading.Lock()
         self._limit = threads * (1 + QUEUE_PER_THREAD)
         self._jobs: set[Job[Any]] = set()
         self._queued_ns = 0  # estimate of what is not done yet
         self._costs: dict[tuple[PipelineFile, str], CostModel] = {}
 
     async def prepare(self, pipeline: PipelineFile) -> None:
-        """Imports what the pipeline needs, before its first request. Raises PipelineError if that is not installed."""
+        """Gets ready what pipelines need, before the first request. Raises PipelineError if that cannot be had."""
         try:
-            await asyncio.get_running_loop().run_in_executor(self._executor, _import_work)
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._ready)
         except ImportError as error:
             raise PipelineError(
                 f"preprocess needs a package that is not there: {error}; pip install 'migserve[torch]'"
             ) from error
+
+    def _ready(self) -> Local | Isolated:
+        """In a thread: torch takes a second to import, a process as long to start."""
+        with self._starting:
+            if self._runner is None:
+                if self._isolated:
+                    from preprocess.isolated import Isolated
+
+                    self._runner = Isolated(self._threads, self._decoder)
+                else:
+                    from preprocess.work import Local
+
+                    self._runner = Local(self._decoder)
+            return self._runner
 
     @property
     def waiting(self) -> int:
@@ -96,24 +120,29 @@ class PreprocessPool:
 
         These must stay valid until the job is done. Raises PoolFullError at once when too many wait.
         """
-        from preprocess.work import write_item
 
         def work(index: int) -> None:
-            write_item(pipeline, elements[index], index, len(elements), places)
+            self._ready().write_item(pipeline, elements[index], index, len(elements), places)
 
         return self._begin_all(pipeline, elements, work)
 
     def read(self, pipeline: PipelineFile, elements: Sequence[bytes]) -> Job[Clip]:
         """For what varies in length: the elements in memory of their own. Raises PoolFullError."""
-        from preprocess.work import read_item
 
-        return self._begin_all(pipeline, elements, lambda index: read_item(pipeline, elements[index]))
+        def work(index: int) -> Clip:
+            return self._ready().read_item(pipeline, elements[index])
+
+        return self._begin_all(pipeline, elements, work)
 
     def place(self, pipeline: PipelineFile, clips: Sequence[Clip], frames: int, places: Places) -> Job[None]:
         """What `read` gave into `places`, each filled up to `frames`. Never refused: its request was taken on."""
-        from preprocess.work import write_clips
 
-        return self._begin(pipeline, Job(0), 1, lambda _: write_clips(pipeline, clips, frames, places))
+        def work(_: int) -> None:
+            from preprocess.work import write_clips
+
+            write_clips(pipeline, clips, frames, places)
+
+        return self._begin(pipeline, Job(0), 1, work)
 
     def _begin_all(
         self, pipeline: PipelineFile, elements: Sequence[bytes], work: Callable[[int], Result]
@@ -159,10 +188,8 @@ class PreprocessPool:
             job.stop()
             job.future.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _import_work() -> None:
-    import preprocess.work  # noqa: F401
+        if self._runner is not None:
+            self._runner.close()
 
 
 def _efforts(pipeline: PipelineFile, elements: Sequence[bytes]) -> list[Effort]:

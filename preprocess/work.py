@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from preprocess.cards import open_decoder
 from preprocess.clips import Clip, read_clip
 from preprocess.decoders import CpuDecoder, Decoder
 from preprocess.images import write_image
@@ -24,11 +25,30 @@ NUMPY: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "UINT8": np.uin
 Places = Mapping[str, memoryview]
 
 
+class Local:
+    """Elements done by the thread that asks for it."""
+
+    def __init__(self, decoder: str) -> None:
+        """Raises PipelineError where the decoder cannot be had."""
+        self._decoder = open_decoder(decoder)
+
+    def write_item(self, pipeline: PipelineFile, data: bytes, index: int, items: int, places: Places) -> None:
+        """One element into its place among `items`; for what does not vary in length. Raises BadInputError."""
+        write_item(pipeline, data, index, items, places, self._decoder)
+
+    def read_item(self, pipeline: PipelineFile, data: bytes) -> Clip:
+        """One element of what varies in length. Raises BadInputError."""
+        return read_item(pipeline, data)
+
+    def close(self) -> None:
+        """Nothing is left."""
+
+
 def write_item(
     pipeline: PipelineFile, data: bytes, index: int, items: int, places: Places, decoder: Decoder = CPU
 ) -> None:
-    """One element into its place among `items`; for what does not vary in length. Raises BadInputError."""
-    whole = _array(places[pipeline.output], pipeline.steps.dtype, (items, *pipeline.steps.shape))
+    """As `Local.write_item`, with this decoder."""
+    whole = array(places[pipeline.output], pipeline.steps.dtype, (items, *pipeline.steps.shape))
     if pipeline.image is not None:
         write_image(data, pipeline.image, decoder, torch.from_numpy(whole[index]))
     else:
@@ -36,7 +56,7 @@ def write_item(
 
 
 def read_item(pipeline: PipelineFile, data: bytes) -> Clip:
-    """One element of what varies in length. Raises BadInputError."""
+    """As `Local.read_item`."""
     assert pipeline.audio is not None
     clip = read_clip(data, pipeline.audio)
     pipeline.bucket(clip.length)
@@ -46,7 +66,7 @@ def read_item(pipeline: PipelineFile, data: bytes) -> Clip:
 def write_clips(pipeline: PipelineFile, clips: Sequence[Clip], frames: int, places: Places) -> None:
     """Clips of up to `frames`, each filled up with zeros behind its end."""
     shape = (len(clips), *(frames if dim == -1 else dim for dim in pipeline.steps.shape))
-    whole = _array(places[pipeline.output], pipeline.steps.dtype, shape)
+    whole = array(places[pipeline.output], pipeline.steps.dtype, shape)
     for index, clip in enumerate(clips):
         _write_clip(pipeline, clip, index, whole, places)
 
@@ -56,8 +76,9 @@ def _write_clip(pipeline: PipelineFile, clip: Clip, index: int, whole: np.ndarra
     whole[index, ..., :frames] = clip.features
     whole[index, ..., frames:] = 0
     if pipeline.length is not None:
-        _array(places[pipeline.length], "INT64", (len(whole),))[index] = clip.length
+        array(places[pipeline.length], "INT64", (len(whole),))[index] = clip.length
 
 
-def _array(place: memoryview, datatype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def array(place: memoryview, datatype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """The memory, or the beginning of it, as a tensor."""
     return np.frombuffer(place, NUMPY[datatype], math.prod(shape)).reshape(shape)

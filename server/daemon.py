@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
-import os
 import signal
 import socket
 import sys
@@ -105,7 +104,9 @@ class Daemon:
                 raise StartError(f"--journal {settings.journal} cannot be written: {error.strerror}") from error
         core = SchedulerCore(settings.max_queue_size, POLICIES[settings.policy])
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
-        self._pool = PreprocessPool(settings.preprocess_threads or os.cpu_count() or 1)
+        self._pool = PreprocessPool(
+            settings.preprocess_threads, settings.preprocess_decoder, isolated=settings.preprocess_isolated
+        )
         self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size, self._pool)
         self._state_dir = settings.state_dir.expanduser()
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
