@@ -65,8 +65,8 @@ class Job(Generic[Result]):
 
 
 class PreprocessPool:
-    """`threads`: cores that preprocessing may use, by default all. `decoder`: of pictures, see cards.py. `isolated`: each
-    thread has a process that does its work, so that what a native decoder dies of costs no more than that.
+    """`threads`: cores that preprocessing may use, by default all. `decoder`: of pictures, see cards.py. `isolated`:
+    each thread has a process that does its work, so that what a native decoder dies of costs no more than that.
     """
 
     def __init__(self, threads: int | None, decoder: str = "cpu", *, isolated: bool = False) -> None:
