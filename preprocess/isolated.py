@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import structlog
 
-from preprocess.clips import Clip
 from preprocess.errors import BadInputError
+from preprocess.items import Item
 from preprocess.pipeline import PipelineError, PipelineFile
 from preprocess.work import Local, Places, array
 
@@ -153,10 +153,10 @@ class Isolated:
 
         self._run(pipeline, data, taken)
 
-    def read_item(self, pipeline: PipelineFile, data: bytes) -> Clip:
-        clips: list[Clip] = []
-        self._run(pipeline, data, lambda item, length: clips.append(Clip(item.copy(), length)))
-        return clips[0]
+    def read_item(self, pipeline: PipelineFile, data: bytes) -> Item:
+        items: list[Item] = []
+        self._run(pipeline, data, lambda values, length: items.append(Item(values.copy(), length)))
+        return items[0]
 
     def _run(self, pipeline: PipelineFile, data: bytes, take: Any) -> None:
         if len(data) > ELEMENT_BYTES:
@@ -221,10 +221,10 @@ def main(connection_fd: int, memory_fd: int, decoder: str) -> None:
 def _element(local: Local, pipeline: PipelineFile, data: bytes, result: memoryview) -> Any:
     """What is wrong with it, or "", shape, and length; its values are in `result`."""
     try:
-        if pipeline.audio is not None:
-            clip = local.read_item(pipeline, data)
-            array(result, pipeline.steps.dtype, clip.features.shape)[:] = clip.features
-            return "", clip.features.shape, clip.length
+        if pipeline.image is None:
+            item = local.read_item(pipeline, data)
+            array(result, pipeline.steps.dtype, item.values.shape)[:] = item.values
+            return "", item.values.shape, item.length
         local.write_item(pipeline, data, 0, 1, {pipeline.output: result})
         return "", pipeline.steps.shape, 0
     except BadInputError as error:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from preprocess.errors import BadInputError
-from preprocess.steps import AudioSteps, ImageSteps
+from preprocess.steps import AudioSteps, ImageSteps, TextSteps
 
 Inputs = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> datatype, dims of an item
 
@@ -28,7 +28,8 @@ class PipelineError(ValueError):
 class PipelineFile(BaseModel):
     """The `preprocess` section of serving.yaml.
 
-    `length`: the model's INT64 input that is told how much of each item is no padding. `buckets`: lengths, ascending,
+    `length`: the model's INT64 input that is told how much of each item is no padding. `mask`: that which has a 1 for
+    each token and a 0 for padding. `buckets`: lengths, ascending,
     of the axis that varies; each request is filled up with zeros to the next one, so that more of them share a batch.
     """
 
@@ -37,23 +38,29 @@ class PipelineFile(BaseModel):
     input: str
     output: str
     length: str | None = None
+    mask: str | None = None
     buckets: tuple[int, ...] = ()
     image: ImageSteps | None = None
     audio: AudioSteps | None = None
+    text: TextSteps | None = None
 
     @model_validator(mode="after")
     def _makes_sense(self) -> PipelineFile:
-        if (self.image is None) == (self.audio is None):
-            raise ValueError("give one of image and audio")
+        if sum(steps is not None for steps in (self.image, self.audio, self.text)) != 1:
+            raise ValueError("give one of image, audio and text")
         if self.image is not None and (self.length or self.buckets):
             raise ValueError("length and buckets are for what varies in length, which pictures do not")
+        if self.text is None and self.mask:
+            raise ValueError("mask is for text; sound has length")
+        if self.buckets and not self.varies:
+            raise ValueError("buckets are for clips of different lengths, and seconds makes them all of one")
         if self.buckets and (self.buckets[0] < 1 or any(low >= high for low, high in pairwise(self.buckets))):
             raise ValueError("buckets must be lengths in ascending order")
         return self
 
     @property
-    def steps(self) -> ImageSteps | AudioSteps:
-        steps = self.image or self.audio
+    def steps(self) -> ImageSteps | AudioSteps | TextSteps:
+        steps = self.image or self.audio or self.text
         assert steps is not None
         return steps
 
@@ -63,11 +70,20 @@ class PipelineFile(BaseModel):
         made: dict[str, tuple[str, tuple[int, ...]]] = {self.output: (self.steps.dtype, self.steps.shape)}
         if self.length is not None:
             made[self.length] = ("INT64", ())
+        if self.mask is not None:
+            made[self.mask] = ("INT64", (-1,))
         return made
 
     @property
     def varies(self) -> bool:
         return -1 in self.steps.shape
+
+    def beside(self, folder: str) -> PipelineFile:
+        """The same, with files that are named by where they are in the model's folder."""
+        if self.text is None:
+            return self
+        text = self.text.model_copy(update={"tokenizer": f"{folder}/{self.text.tokenizer}"})
+        return self.model_copy(update={"text": text})
 
     def bucket(self, length: int) -> int:
         """The length that an item of `length` is filled up to. Raises BadInputError if it is longer than any."""
@@ -101,7 +117,7 @@ def _check_input(
     fits = len(dims) == len(taken[1]) and all(takes in (-1, size) for size, takes in zip(dims, taken[1], strict=True))
     if datatype == taken[0] and fits:
         return
-    kind = "image" if pipeline.image is not None else "audio"
+    kind = next(kind for kind in ("image", "audio", "text") if getattr(pipeline, kind) is not None)
     raise PipelineError(
         f"preprocess.{kind} makes {datatype} {list(dims)}, "
         f"input {name} is {taken[0]} {list(taken[1])}{_hint(pipeline, taken[1])}"

@@ -21,8 +21,8 @@ from preprocess.errors import BadInputError
 from preprocess.pipeline import PipelineError, PipelineFile
 
 if TYPE_CHECKING:  # it takes torch with it
-    from preprocess.clips import Clip
     from preprocess.isolated import Isolated
+    from preprocess.items import Item
     from preprocess.work import Local, Places
 
 # Jobs that may wait, a thread. More would only wait longer than any client does.
@@ -85,11 +85,18 @@ class PreprocessPool:
     async def prepare(self, pipeline: PipelineFile) -> None:
         """Gets ready what pipelines need, before the first request. Raises PipelineError if that cannot be had."""
         try:
-            await asyncio.get_running_loop().run_in_executor(self._executor, self._ready)
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._prepare, pipeline)
         except ImportError as error:
             raise PipelineError(
-                f"preprocess needs a package that is not there: {error}; pip install 'migserve[torch]'"
+                f"preprocess needs a package that is not there: {error}; pip install 'migserve[torch,text]'"
             ) from error
+
+    def _prepare(self, pipeline: PipelineFile) -> None:
+        self._ready()
+        if pipeline.text is not None:
+            from preprocess import text
+
+            text.load(pipeline.text)
 
     def _ready(self) -> Local | Isolated:
         """In a thread: torch takes a second to import, a process as long to start."""
@@ -126,21 +133,21 @@ class PreprocessPool:
 
         return self._begin_all(pipeline, elements, work)
 
-    def read(self, pipeline: PipelineFile, elements: Sequence[bytes]) -> Job[Clip]:
+    def read(self, pipeline: PipelineFile, elements: Sequence[bytes]) -> Job[Item]:
         """For what varies in length: the elements in memory of their own. Raises PoolFullError."""
 
-        def work(index: int) -> Clip:
+        def work(index: int) -> Item:
             return self._ready().read_item(pipeline, elements[index])
 
         return self._begin_all(pipeline, elements, work)
 
-    def place(self, pipeline: PipelineFile, clips: Sequence[Clip], frames: int, places: Places) -> Job[None]:
-        """What `read` gave into `places`, each filled up to `frames`. Never refused: its request was taken on."""
+    def place(self, pipeline: PipelineFile, items: Sequence[Item], length: int, places: Places) -> Job[None]:
+        """What `read` gave into `places`, each filled up to `length`. Never refused: its request was taken on."""
 
         def work(_: int) -> None:
-            from preprocess.work import write_clips
+            from preprocess.work import write_items
 
-            write_clips(pipeline, clips, frames, places)
+            write_items(pipeline, items, length, places)
 
         return self._begin(pipeline, Job(0), 1, work)
 
@@ -193,6 +200,8 @@ class PreprocessPool:
 
 
 def _efforts(pipeline: PipelineFile, elements: Sequence[bytes]) -> list[Effort]:
+    if pipeline.text is not None:
+        return [Effort("text", len(data), 0) for data in elements]
     look = glance.picture if pipeline.image is not None else glance.clip
     return [look(data) for data in elements]
 

@@ -1,4 +1,4 @@
-"""The steps that a pipeline may declare for pictures and for sound, and what they make. Pure."""
+"""The steps that a pipeline may declare for pictures, sound and text, and what they make. Pure."""
 
 from __future__ import annotations
 
@@ -209,3 +209,24 @@ class AudioSteps(BaseModel):
     def shape(self) -> tuple[int, int]:
         """Of one item: mels, frames; -1 where clips differ."""
         return self.mels, -1 if self.seconds is None else self.frames_of(0)
+
+
+class TextSteps(BaseModel):
+    """UTF-8 into token ids. `tokenizer`: a tokenizer.json of Hugging Face's, beside serving.yaml.
+
+    Texts of more than `max_tokens`, special ones included, are refused, or, with `truncate`, cut.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokenizer: str
+    max_tokens: int = Field(512, ge=1, le=1 << 20)
+    truncate: bool = False
+
+    @property
+    def dtype(self) -> Literal["INT64"]:
+        return "INT64"
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (-1,)

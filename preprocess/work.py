@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from preprocess.cards import open_decoder
-from preprocess.clips import Clip, read_clip
+from preprocess.clips import read_clip
 from preprocess.decoders import CpuDecoder, Decoder
 from preprocess.images import write_image
+from preprocess.items import Item
 from preprocess.pipeline import PipelineFile
 
 # One picture has one thread: there are others to decode, and waking a team for a millisecond's work costs as much.
@@ -36,7 +37,7 @@ class Local:
         """One element into its place among `items`; for what does not vary in length. Raises BadInputError."""
         write_item(pipeline, data, index, items, places, self._decoder)
 
-    def read_item(self, pipeline: PipelineFile, data: bytes) -> Clip:
+    def read_item(self, pipeline: PipelineFile, data: bytes) -> Item:
         """One element of what varies in length. Raises BadInputError."""
         return read_item(pipeline, data)
 
@@ -52,31 +53,40 @@ def write_item(
     if pipeline.image is not None:
         write_image(data, pipeline.image, decoder, torch.from_numpy(whole[index]))
     else:
-        _write_clip(pipeline, read_item(pipeline, data), index, whole, places)
+        _write_values(pipeline, read_item(pipeline, data), index, whole, places)
 
 
-def read_item(pipeline: PipelineFile, data: bytes) -> Clip:
+def read_item(pipeline: PipelineFile, data: bytes) -> Item:
     """As `Local.read_item`."""
-    assert pipeline.audio is not None
-    clip = read_clip(data, pipeline.audio)
-    pipeline.bucket(clip.length)
-    return clip
+    if pipeline.text is not None:
+        from preprocess.text import read_text  # a package that only these need
+
+        item = read_text(data, pipeline.text)
+    else:
+        assert pipeline.audio is not None
+        item = read_clip(data, pipeline.audio)
+    pipeline.bucket(item.length)
+    return item
 
 
-def write_clips(pipeline: PipelineFile, clips: Sequence[Clip], frames: int, places: Places) -> None:
-    """Clips of up to `frames`, each filled up with zeros behind its end."""
-    shape = (len(clips), *(frames if dim == -1 else dim for dim in pipeline.steps.shape))
+def write_items(pipeline: PipelineFile, items: Sequence[Item], length: int, places: Places) -> None:
+    """Items of up to `length`, each filled up with zeros behind its end."""
+    shape = (len(items), *(length if dim == -1 else dim for dim in pipeline.steps.shape))
     whole = array(places[pipeline.output], pipeline.steps.dtype, shape)
-    for index, clip in enumerate(clips):
-        _write_clip(pipeline, clip, index, whole, places)
+    for index, item in enumerate(items):
+        _write_values(pipeline, item, index, whole, places)
 
 
-def _write_clip(pipeline: PipelineFile, clip: Clip, index: int, whole: np.ndarray[Any, Any], places: Places) -> None:
-    frames = clip.features.shape[-1]
-    whole[index, ..., :frames] = clip.features
-    whole[index, ..., frames:] = 0
+def _write_values(pipeline: PipelineFile, item: Item, index: int, whole: np.ndarray[Any, Any], places: Places) -> None:
+    size = item.values.shape[-1]
+    whole[index, ..., :size] = item.values
+    whole[index, ..., size:] = 0
     if pipeline.length is not None:
-        array(places[pipeline.length], "INT64", (len(whole),))[index] = clip.length
+        array(places[pipeline.length], "INT64", (len(whole),))[index] = item.length
+    if pipeline.mask is not None:
+        mask = array(places[pipeline.mask], "INT64", (len(whole), whole.shape[-1]))[index]
+        mask[: item.length] = 1
+        mask[item.length :] = 0
 
 
 def array(place: memoryview, datatype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

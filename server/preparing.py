@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import structlog
 
 from preprocess.errors import BadInputError
+from preprocess.items import Item
 from preprocess.pipeline import PipelineFile
 from preprocess.pool import Job, PoolFullError, PreprocessPool
 from scheduler.arena import Arena, ArenaFullError
@@ -21,9 +22,6 @@ from server.codec import Checked, Tensor
 from server.errors import Fault, ServeError, from_refusal, internal, invalid
 from server.repository import Model
 from server.terms import Terms
-
-if TYPE_CHECKING:
-    from preprocess.clips import Clip
 
 log = structlog.get_logger(__name__)
 
@@ -130,7 +128,7 @@ class _Preparation:
 
     def _elements(self, tensor: Tensor, terms: Terms) -> list[bytes]:
         """Raises ServeError; also where their preprocessing alone would take longer than the request may."""
-        elements = codec.byte_elements(tensor)
+        elements = codec.byte_elements(tensor, text=self._pipeline.text is not None)
         if terms.due_ns is not None:
             late_ns = now_ns() + self._pool.estimate_ns(self._pipeline, elements) - terms.due_ns
             if late_ns > 0:
@@ -138,19 +136,19 @@ class _Preparation:
                 raise from_refusal(unreachable, late_ns / 1e9, "", name, terms.limit, terms.limit_ms)
         return elements
 
-    def _read(self, job: asyncio.Future[list[Clip]]) -> None:
+    def _read(self, job: asyncio.Future[list[Item]]) -> None:
         if job.cancelled() or self._pending.ended:
             return
         try:
-            clips = job.result()
-            frames = self._pipeline.bucket(max(clip.length for clip in clips))
-            checked = self._checked(frames)
+            items = job.result()
+            length = self._pipeline.bucket(max(item.length for item in items))
+            checked = self._checked(length)
             places = self._take_slot(checked)
         except Exception as error:
             self._fail(error)
             return
         self._pending.request = msgspec.structs.replace(self._pending.request, dims=checked.dims)
-        self._job = self._pool.place(self._pipeline, clips, frames, places)
+        self._job = self._pool.place(self._pipeline, items, length, places)
         self._job.future.add_done_callback(self._written)
 
     def _written(self, job: asyncio.Future[list[None]]) -> None:

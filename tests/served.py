@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2
 
 from preprocess.pipeline import PipelineFile
 from preprocess.pool import PreprocessPool
-from preprocess.steps import AudioSteps, ImageSteps
+from preprocess.steps import AudioSteps, ImageSteps, TextSteps
 from scheduler.channel import ModelSource
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from server.errors import Fault, ServeError
@@ -49,6 +49,18 @@ def make_sound_model(**more: Any) -> Model:
     inputs = (TensorSpec("frames", "INT64", ()), TensorSpec("x", "FP32", (80, -1)))
     model = make_model()
     model.serving = ServingFile(preprocess=pipeline)
+    model.signature = Signature(inputs, model.signature.outputs, 8)
+    model.layout = InputLayout(model.signature)
+    return model
+
+
+def make_text_model(tokenizer: str, **more: Any) -> Model:
+    """Takes ids of any length, and their mask."""
+    steps = TextSteps(tokenizer=tokenizer, max_tokens=6)
+    pipeline = PipelineFile(input="text", output="ids", mask="mask", text=steps, **more)
+    model = make_model()
+    model.serving = ServingFile(preprocess=pipeline)
+    inputs = (TensorSpec("ids", "INT64", (-1,)), TensorSpec("mask", "INT64", (-1,)))
     model.signature = Signature(inputs, model.signature.outputs, 8)
     model.layout = InputLayout(model.signature)
     return model

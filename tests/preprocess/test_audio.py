@@ -18,7 +18,7 @@ from preprocess.clips import read_clip
 from preprocess.errors import BadInputError
 from preprocess.pipeline import PipelineError, PipelineFile, checked
 from preprocess.steps import AudioSteps
-from preprocess.work import read_item, write_clips, write_item
+from preprocess.work import read_item, write_item, write_items
 from tests.preprocess.sounds import RATE, float_wav, nemo, sound_file, speech_like, wav, whisper
 
 NEMO = AudioSteps(preset="nemo-80")
@@ -52,20 +52,20 @@ def test_features_are_whispers(seconds: float, mels: int) -> None:
 def test_a_loud_tone_beside_almost_nothing_is_as_exact() -> None:
     """Where float32 transforms are off by 1e-3."""
     tone = 0.9 * np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE)[:, None]
-    assert np.abs(read_clip(wav(tone), NEMO).features - nemo(of_pcm16(tone))).max() < 1e-5
+    assert np.abs(read_clip(wav(tone), NEMO).values - nemo(of_pcm16(tone))).max() < 1e-5
 
 
 def test_silence_is_no_reason_to_divide_by_nothing() -> None:
     silence = np.zeros((RATE, 1))
-    assert np.abs(read_clip(wav(silence), NEMO).features).max() < 1e-5
-    np.testing.assert_allclose(read_clip(wav(silence), WHISPER).features, -1.5)
+    assert np.abs(read_clip(wav(silence), NEMO).values).max() < 1e-5
+    np.testing.assert_allclose(read_clip(wav(silence), WHISPER).values, -1.5)
 
 
 def test_half_precision_is_the_same_rounded() -> None:
     data = wav(speech_like(3.3))
-    half = read_clip(data, NEMO.model_copy(update={"dtype": "FP16"})).features
+    half = read_clip(data, NEMO.model_copy(update={"dtype": "FP16"})).values
     assert half.dtype == np.float16
-    np.testing.assert_allclose(half, read_clip(data, NEMO).features, rtol=2**-11, atol=2**-25)
+    np.testing.assert_allclose(half, read_clip(data, NEMO).values, rtol=2**-11, atol=2**-25)
 
 
 @pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 48_000])
@@ -152,7 +152,7 @@ def test_what_is_no_sound_is_refused_with_the_reason(name: str) -> None:
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFFFFF])
 def test_a_length_that_was_not_known_when_it_was_written_is_the_rest_of_the_file(size: int) -> None:
     """As programs that write to a pipe leave it."""
-    np.testing.assert_array_equal(read_clip(wav(SHORT, data_size=size), NEMO).features, read_clip(GOOD, NEMO).features)
+    np.testing.assert_array_equal(read_clip(wav(SHORT, data_size=size), NEMO).values, read_clip(GOOD, NEMO).values)
 
 
 def test_clips_longer_than_the_model_takes_are_refused_not_cut() -> None:
@@ -170,10 +170,10 @@ def test_clips_of_different_lengths_together_are_each_alone() -> None:
     clips = [read_item(PIPELINE, data) for data in files]
     frames = max(clip.length for clip in clips)
     x, lengths = np.full((3, 80, frames), np.nan, np.float32), np.full(3, -1, np.int64)
-    write_clips(PIPELINE, clips, frames, {"x": memoryview(x).cast("B"), "frames": memoryview(lengths).cast("B")})
+    write_items(PIPELINE, clips, frames, {"x": memoryview(x).cast("B"), "frames": memoryview(lengths).cast("B")})
     assert lengths.tolist() == [50, 330, 170]
     for row, data, length in zip(x, files, lengths, strict=True):
-        assert np.abs(row[:, :length] - read_clip(data, NEMO).features).max() < 1e-5
+        assert np.abs(row[:, :length] - read_clip(data, NEMO).values).max() < 1e-5
         assert not row[:, length:].any()
 
 
@@ -184,7 +184,7 @@ def test_what_has_one_length_is_written_in_place_with_the_clips_own_length() -> 
     for index, seconds in enumerate((3.3, 0.5)):
         write_item(pipeline, wav(speech_like(seconds)), index, 2, places)
     assert lengths.tolist() == [330, 50]
-    np.testing.assert_array_equal(x[0], read_clip(wav(speech_like(3.3)), WHISPER).features)
+    np.testing.assert_array_equal(x[0], read_clip(wav(speech_like(3.3)), WHISPER).values)
 
 
 def test_buckets_fill_up_and_refuse_what_is_longer() -> None:
@@ -232,4 +232,4 @@ def test_an_extensible_header_says_what_its_samples_are_later() -> None:
     body = GOOD[44:]
     data = b"RIFF" + bytes(4) + b"WAVEfmt " + struct.pack("<I", 40) + described
     data += b"data" + struct.pack("<I", len(body)) + body
-    np.testing.assert_array_equal(read_clip(data, NEMO).features, read_clip(GOOD, NEMO).features)
+    np.testing.assert_array_equal(read_clip(data, NEMO).values, read_clip(GOOD, NEMO).values)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from scheduler.driver import Answered
 from server.codec import Tensor
 from server.service import Outcome
 from tests.preprocess.sounds import speech_like, wav
-from tests.served import Served, make_model, make_sound_model, on, pictures, until
+from tests.preprocess.test_text import make_tokenizer
+from tests.served import Served, make_model, make_sound_model, make_text_model, on, pictures, until
 
 NEMO = AudioSteps(preset="nemo-80")
 
@@ -171,7 +173,7 @@ def test_clips_are_placed_with_their_lengths_and_filled_up(buckets: tuple[int, .
         lengths, features = slot(stage, 2, frames)
         assert lengths == [120, 40]
         for row, data, length in zip(features, files, lengths, strict=True):
-            np.testing.assert_array_equal(row[:, :length], read_clip(data, NEMO).features)
+            np.testing.assert_array_equal(row[:, :length], read_clip(data, NEMO).values)
             assert not row[:, length:].any()
         stage.finish(0)
         assert [type(outcome) for outcome in outcomes] == [Answered]
@@ -210,3 +212,45 @@ def test_a_client_that_leaves_while_its_clip_is_read_leaves_nothing() -> None:
         assert (stage.arena.used, stage.sent) == (0, [])
 
     on(sounds, story)
+
+
+# ---- text ----
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_texts_come_as_ids_with_their_mask(binary: bool, tmp_path: Path) -> None:
+    """In JSON a text is a string as it stands: base64 is for what is no text."""
+    make_tokenizer(tmp_path / "tokenizer.json")
+    texts = ["the cat sat", "cat"]
+
+    async def story(stage: Served) -> None:
+        data = [text.encode() for text in texts]
+        tensor = {"name": "text", "datatype": "BYTES", "shape": [2], "data": texts}
+        if binary:
+            encoded = Tensor("text", "BYTES", (2,), data)
+            stage.service.submit(stage.model, [encoded], None, time.monotonic_ns(), print)
+        else:
+            assert stage.post({"inputs": [tensor]}) == []
+        await until(lambda: bool(stage.sent))
+        assert stage.sent[0].dims == (4, 4)
+        layout = stage.model.layout.slot(2, (4, 4))
+        ids, mask = (
+            np.frombuffer(stage.arena.memory[place.offset : place.offset + place.nbytes], np.int64).reshape(2, 4)
+            for place in layout.places
+        )
+        assert (ids.tolist(), mask.tolist()) == ([[1, 2, 3, 0], [2, 0, 0, 0]], [[1, 1, 1, 0], [1, 0, 0, 0]])
+        del ids, mask
+
+    on(lambda: Served(make_text_model(str(tmp_path / "tokenizer.json"), buckets=(4, 6))), story)
+
+
+def test_a_text_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "tokenizer.json")
+
+    async def story(stage: Served) -> None:
+        tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["cat " * 7]}
+        replies = stage.post({"inputs": [tensor]})
+        await until(lambda: bool(replies))
+        assert (replies[0].status, b"a text of 7 tokens; at most 6 are taken" in replies[0].body) == (400, True)
+
+    on(lambda: Served(make_text_model(str(tmp_path / "tokenizer.json"))), story)
