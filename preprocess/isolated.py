@@ -10,11 +10,12 @@ import mmap
 import os
 import pickle
 import queue
-import socket
-import subprocess
-import sys
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Mapping
+from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import structlog
 from preprocess.errors import BadInputError
 from preprocess.items import Item
 from preprocess.pipeline import PipelineError, PipelineFile
-from preprocess.work import Local, Places, array
+from preprocess.places import Places, array
 
 log = structlog.get_logger(__name__)
 
@@ -39,31 +40,48 @@ class DiedError(RuntimeError):
     """The process is no more."""
 
 
+Start = Callable[..., BaseProcess]
+
+
+def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A new process, from a fork server; the daemon has a way of its own, whose server has torch imported."""
+    process = get_context("forkserver").Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+class _Shared:
+    """A file descriptor, as an argument of a process that is being started."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
+        return _received, (DupFd(self._file),)
+
+
+def _received(duplicate: Any) -> int:
+    file: int = duplicate.detach()
+    return file
+
+
 class Worker:
     """One of the processes."""
 
-    def __init__(self, decoder: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, decoder: str, environment: Mapping[str, str], start: Start = start) -> None:
         file = os.memfd_create("preprocess", os.MFD_CLOEXEC)
         os.truncate(file, ELEMENT_BYTES + RESULT_BYTES)
         self._memory = memoryview(mmap.mmap(file, ELEMENT_BYTES + RESULT_BYTES))
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "preprocess.isolated", str(theirs.fileno()), str(file), decoder]
-        self._process = subprocess.Popen(
-            command,
-            pass_fds=(theirs.fileno(), file),
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is the daemon's, which ends it
-        )
+        self._connection, theirs = Pipe()
+        self._process = start(main, theirs, _Shared(file), decoder, dict(environment))
         theirs.close()
         os.close(file)
-        self._connection: Connection[Any, Any] = Connection(ours.detach())
         self._known: dict[PipelineFile, int] = {}  # those that the process knows by number
         self._ready = False
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._process.pid or 0
 
     def wait_until_ready(self) -> None:
         """Raises PipelineError if it cannot start, DiedError if it does not."""
@@ -97,7 +115,8 @@ class Worker:
 
     def _died(self) -> DiedError:
         self.kill()
-        return DiedError(f"exit code {self._process.wait()}")
+        self.wait()
+        return DiedError(f"exit code {self._process.exitcode}")
 
     def kill(self) -> None:
         """At once; does nothing to one that is dead."""
@@ -105,7 +124,7 @@ class Worker:
 
     def wait(self) -> None:
         """For its end, once it is killed."""
-        self._process.wait()
+        self._process.join()
 
     def close(self) -> None:
         self.kill()
@@ -114,12 +133,15 @@ class Worker:
 
 
 class Isolated:
-    """As `work.Local`, in `count` processes. `environment`: theirs, beside the daemon's own."""
+    """As `work.Local`, in `count` processes. `environment`: theirs, beside the daemon's own; `start`: how they are."""
 
-    def __init__(self, count: int, decoder: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, count: int, decoder: str, environment: Mapping[str, str] | None = None, start: Start = start
+    ) -> None:
         """Raises PipelineError where the decoder cannot be had."""
         self._decoder = decoder
         self._environment = environment or {}
+        self._start = start
         self._closed = False
         self._all = [self._new() for _ in range(count)]
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
@@ -139,11 +161,12 @@ class Isolated:
         return [worker.pid for worker in self._all]
 
     def _new(self) -> Worker:
-        worker = Worker(self._decoder, self._environment)
+        worker = Worker(self._decoder, self._environment, self._start)
         log.info("preprocessing process started", pid=worker.pid)
         return worker
 
     def write_item(self, pipeline: PipelineFile, data: bytes, index: int, items: int, places: Places) -> None:
+        """As `work.Local`'s."""
         whole = array(places[pipeline.output], pipeline.steps.dtype, (items, *pipeline.steps.shape))
 
         def taken(item: np.ndarray[Any, Any], length: int) -> None:
@@ -154,6 +177,7 @@ class Isolated:
         self._run(pipeline, data, taken)
 
     def read_item(self, pipeline: PipelineFile, data: bytes) -> Item:
+        """As `work.Local`'s."""
         items: list[Item] = []
         self._run(pipeline, data, lambda values, length: items.append(Item(values.copy(), length)))
         return items[0]
@@ -196,14 +220,21 @@ class Isolated:
 # ---- in the process ----
 
 
-def main(connection_fd: int, memory_fd: int, decoder: str) -> None:
+def main(connection: Connection[Any, Any], memory_fd: int, decoder: str, environment: dict[str, str]) -> None:
     """Until the daemon is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the daemon's, which ends this
+        signal.signal(number, signal.SIG_IGN)
+    os.environ.update(environment)
     memory = memoryview(mmap.mmap(memory_fd, ELEMENT_BYTES + RESULT_BYTES))
-    connection: Connection[Any, Any] = Connection(connection_fd)
+    os.close(memory_fd)
+
     try:
+        from preprocess.work import Local  # torch, which the daemon itself does not need
+
         local = Local(decoder)
-    except PipelineError as error:
-        connection.send_bytes(pickle.dumps(str(error)))
+    except (PipelineError, ImportError) as error:
+        advice = "; pip install 'migserve[torch]'" if isinstance(error, ImportError) else ""
+        connection.send_bytes(pickle.dumps(f"{error}{advice}"))
         return
     connection.send_bytes(pickle.dumps(""))
     pipelines: dict[int, PipelineFile] = {}
@@ -218,7 +249,7 @@ def main(connection_fd: int, memory_fd: int, decoder: str) -> None:
         connection.send_bytes(pickle.dumps(answer))
 
 
-def _element(local: Local, pipeline: PipelineFile, data: bytes, result: memoryview) -> Any:
+def _element(local: Any, pipeline: PipelineFile, data: bytes, result: memoryview) -> Any:
     """What is wrong with it, or "", shape, and length; its values are in `result`."""
     try:
         if pipeline.image is None:
@@ -229,7 +260,3 @@ def _element(local: Local, pipeline: PipelineFile, data: bytes, result: memoryvi
         return "", pipeline.steps.shape, 0
     except BadInputError as error:
         return str(error), (), 0
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

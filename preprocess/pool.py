@@ -13,17 +13,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from preprocess import glance
 from preprocess.cost import CostModel, Effort
 from preprocess.errors import BadInputError
+from preprocess.items import Item
 from preprocess.pipeline import PipelineError, PipelineFile
+from preprocess.places import Places, write_items
 
 if TYPE_CHECKING:  # it takes torch with it
     from preprocess.isolated import Isolated
-    from preprocess.items import Item
-    from preprocess.work import Local, Places
+    from preprocess.work import Local
 
 # Jobs that may wait, a thread. More would only wait longer than any client does.
 QUEUE_PER_THREAD = 64
@@ -69,12 +71,20 @@ class PreprocessPool:
     each thread has a process that does its work, so that what a native decoder dies of costs no more than that.
     """
 
-    def __init__(self, threads: int | None, decoder: str = "cpu", *, isolated: bool = False) -> None:
+    def __init__(
+        self,
+        threads: int | None,
+        decoder: str = "cpu",
+        *,
+        isolated: bool = False,
+        start: Callable[..., BaseProcess] | None = None,
+    ) -> None:
         threads = threads or os.cpu_count() or 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
         self._threads = threads
         self._decoder = decoder
         self._isolated = isolated
+        self._start = start  # of processes
         self._runner: Local | Isolated | None = None
         self._starting = threading.Lock()
         self._limit = threads * (1 + QUEUE_PER_THREAD)
@@ -93,7 +103,7 @@ class PreprocessPool:
 
     def _prepare(self, pipeline: PipelineFile) -> None:
         self._ready()
-        if pipeline.text is not None:
+        if pipeline.text is not None:  # also where processes have it: its file is looked at here
             from preprocess import text
 
             text.load(pipeline.text)
@@ -103,9 +113,9 @@ class PreprocessPool:
         with self._starting:
             if self._runner is None:
                 if self._isolated:
-                    from preprocess.isolated import Isolated
+                    from preprocess import isolated
 
-                    self._runner = Isolated(self._threads, self._decoder)
+                    self._runner = isolated.Isolated(self._threads, self._decoder, start=self._start or isolated.start)
                 else:
                     from preprocess.work import Local
 
@@ -145,8 +155,6 @@ class PreprocessPool:
         """What `read` gave into `places`, each filled up to `length`. Never refused: its request was taken on."""
 
         def work(_: int) -> None:
-            from preprocess.work import write_items
-
             write_items(pipeline, items, length, places)
 
         return self._begin(pipeline, Job(0), 1, work)

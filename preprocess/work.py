@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import numpy as np
 import torch
 
 from preprocess.cards import open_decoder
@@ -15,15 +10,12 @@ from preprocess.decoders import CpuDecoder, Decoder
 from preprocess.images import write_image
 from preprocess.items import Item
 from preprocess.pipeline import PipelineFile
+from preprocess.places import Places, array, write_values
 
 # One picture has one thread: there are others to decode, and waking a team for a millisecond's work costs as much.
 torch.set_num_threads(1)
 
 CPU = CpuDecoder()
-NUMPY: dict[str, Any] = {"FP32": np.float32, "FP16": np.float16, "UINT8": np.uint8, "INT64": np.int64}
-
-# By name, the memory of each input of the model that is to be filled.
-Places = Mapping[str, memoryview]
 
 
 class Local:
@@ -53,7 +45,7 @@ def write_item(
     if pipeline.image is not None:
         write_image(data, pipeline.image, decoder, torch.from_numpy(whole[index]))
     else:
-        _write_values(pipeline, read_item(pipeline, data), index, whole, places)
+        write_values(pipeline, read_item(pipeline, data), index, whole, places)
 
 
 def read_item(pipeline: PipelineFile, data: bytes) -> Item:
@@ -67,28 +59,3 @@ def read_item(pipeline: PipelineFile, data: bytes) -> Item:
         item = read_clip(data, pipeline.audio)
     pipeline.bucket(item.length)
     return item
-
-
-def write_items(pipeline: PipelineFile, items: Sequence[Item], length: int, places: Places) -> None:
-    """Items of up to `length`, each filled up with zeros behind its end."""
-    shape = (len(items), *(length if dim == -1 else dim for dim in pipeline.steps.shape))
-    whole = array(places[pipeline.output], pipeline.steps.dtype, shape)
-    for index, item in enumerate(items):
-        _write_values(pipeline, item, index, whole, places)
-
-
-def _write_values(pipeline: PipelineFile, item: Item, index: int, whole: np.ndarray[Any, Any], places: Places) -> None:
-    size = item.values.shape[-1]
-    whole[index, ..., :size] = item.values
-    whole[index, ..., size:] = 0
-    if pipeline.length is not None:
-        array(places[pipeline.length], "INT64", (len(whole),))[index] = item.length
-    if pipeline.mask is not None:
-        mask = array(places[pipeline.mask], "INT64", (len(whole), whole.shape[-1]))[index]
-        mask[: item.length] = 1
-        mask[item.length :] = 0
-
-
-def array(place: memoryview, datatype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """The memory, or the beginning of it, as a tensor."""
-    return np.frombuffer(place, NUMPY[datatype], math.prod(shape)).reshape(shape)

@@ -28,6 +28,7 @@ from scheduler.driver import Driver
 from scheduler.fleet import Fleet
 from scheduler.journal import Header, JournalWriter
 from scheduler.policies.named import POLICIES
+from scheduler.spawn import start_other
 from scheduler.staff import State
 from server import admin, grpc_api, rest
 from server.app import create_app
@@ -104,9 +105,8 @@ class Daemon:
                 raise StartError(f"--journal {settings.journal} cannot be written: {error.strerror}") from error
         core = SchedulerCore(settings.max_queue_size, POLICIES[settings.policy])
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
-        self._pool = PreprocessPool(
-            settings.preprocess_threads, settings.preprocess_decoder, isolated=settings.preprocess_isolated
-        )
+        isolated, decoder = settings.preprocess_isolated, settings.preprocess_decoder
+        self._pool = PreprocessPool(settings.preprocess_threads, decoder, isolated=isolated, start=start_other)
         self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size, self._pool)
         self._state_dir = settings.state_dir.expanduser()
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)

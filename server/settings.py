@@ -86,9 +86,9 @@ class Settings(BaseSettings):
         "What decodes JPEGs: cpu; nvimagecodec, on an NVIDIA GPU; or what an installed package adds by that name.",
     )
     preprocess_isolated: bool = _setting(
-        False,
+        True,
         "operation",
-        "Preprocess in processes of their own: what a decoder dies of costs one of them, and not the daemon.",
+        "Preprocess in processes of their own: quicker, and what a decoder dies of costs one of them, not the daemon.",
     )
 
     replan: Literal["auto", "propose", "off"] = _setting(

@@ -17,8 +17,9 @@ from preprocess import sound
 from preprocess.clips import read_clip
 from preprocess.errors import BadInputError
 from preprocess.pipeline import PipelineError, PipelineFile, checked
+from preprocess.places import write_items
 from preprocess.steps import AudioSteps
-from preprocess.work import read_item, write_item, write_items
+from preprocess.work import read_item, write_item
 from tests.preprocess.sounds import RATE, float_wav, nemo, sound_file, speech_like, wav, whisper
 
 NEMO = AudioSteps(preset="nemo-80")
