@@ -11,6 +11,7 @@ import os
 import pickle
 import queue
 import signal
+import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
@@ -100,7 +101,9 @@ class Worker:
             self._connection.send_bytes(pickle.dumps((len(data), number, new)))
         except OSError as error:
             raise self._died() from error
-        wrong, shape, length = self._answer(ELEMENT_TIMEOUT_S)
+        wrong, failed, shape, length = self._answer(ELEMENT_TIMEOUT_S)
+        if failed:
+            raise RuntimeError(failed)
         if wrong:
             raise BadInputError(wrong)
         return array(self._memory[ELEMENT_BYTES:], pipeline.steps.dtype, shape), length
@@ -227,7 +230,6 @@ def main(connection: Connection[Any, Any], memory_fd: int, decoder: str, environ
     os.environ.update(environment)
     memory = memoryview(mmap.mmap(memory_fd, ELEMENT_BYTES + RESULT_BYTES))
     os.close(memory_fd)
-
     try:
         from preprocess.work import Local  # torch, which the daemon itself does not need
 
@@ -250,13 +252,15 @@ def main(connection: Connection[Any, Any], memory_fd: int, decoder: str, environ
 
 
 def _element(local: Any, pipeline: PipelineFile, data: bytes, result: memoryview) -> Any:
-    """What is wrong with it, or "", shape, and length; its values are in `result`."""
+    """What is wrong with it, how this failed, shape, and length; its values are in `result`."""
     try:
         if pipeline.image is None:
             item = local.read_item(pipeline, data)
             array(result, pipeline.steps.dtype, item.values.shape)[:] = item.values
-            return "", item.values.shape, item.length
+            return "", "", item.values.shape, item.length
         local.write_item(pipeline, data, 0, 1, {pipeline.output: result})
-        return "", pipeline.steps.shape, 0
+        return "", "", pipeline.steps.shape, 0
     except BadInputError as error:
-        return str(error), (), 0
+        return str(error), "", (), 0
+    except Exception:  # our own fault: the daemon says so in its log
+        return "", traceback.format_exc(), (), 0

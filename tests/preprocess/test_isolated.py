@@ -87,6 +87,15 @@ def test_one_that_takes_too_long_is_killed(monkeypatch: pytest.MonkeyPatch) -> N
     worker.close()
 
 
+def test_what_is_our_own_fault_is_not_told_as_the_clients(processes: Isolated) -> None:
+    before = processes.pids
+    broken = PICTURES.model_copy(update={"image": PICTURES.image.model_copy(update={"interpolation": "nope"})})
+    with pytest.raises(RuntimeError, match="nope"):
+        processes.write_item(broken, JPEG, 0, 1, {"x": memoryview(bytearray(4 * 3 * 224 * 224))})
+    assert np.isfinite(written(processes, JPEG)).all()
+    assert processes.pids == before
+
+
 def test_a_decoder_that_cannot_be_had_is_told_of_at_the_start() -> None:
     with pytest.raises(PipelineError, match="no decoder is called 'nope'"):
         Isolated(1, "nope")
