@@ -18,10 +18,10 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.overhead import found, microseconds
+from benchmarks.overhead import TICKS_PER_SECOND, found, microseconds
 from benchmarks.preprocess import SIZES, photograph
 from tests.harness import running, until
 
@@ -65,8 +65,8 @@ def make_model(folder: Path) -> Path:
 
 
 @contextmanager
-def peer(name: str, model: Path) -> Iterator[str]:
-    """Its URL, once it answers."""
+def peer(name: str, model: Path) -> Iterator[tuple[str, int]]:
+    """Its URL, once it answers, and its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", f"benchmarks.peer_{name}", str(port), str(model)]
@@ -74,7 +74,7 @@ def peer(name: str, model: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}/" + ("inference" if name == "mosec" else "")
     try:
         until(lambda: answers(url), f"{name} answers", 30)
-        yield url
+        yield url, process.pid
     finally:
         os.killpg(process.pid, 15)
         process.wait(20)
@@ -89,13 +89,41 @@ def answers(url: str) -> bool:
         return False
 
 
-def load(url: str, script: str, connections: int, seconds: int) -> tuple[float, float]:
-    """Pictures a second, and p99 in ms."""
+class Window(NamedTuple):
+    """`cpu_ms`: processor time of all of the server's processes for a picture; what else runs weighs little in it."""
+
+    per_s: float
+    p99_ms: float
+    cpu_ms: float
+
+
+def cpu_of_tree_s(root: int) -> float:
+    """Of a process and all that it has started, those included that have ended and were waited for."""
+    parents, own = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                parents[int(entry.name)], own[int(entry.name)] = int(fields[1]), sum(map(int, fields[11:15]))
+    tree = {root}
+    while more := {pid for pid, parent in parents.items() if parent in tree} - tree:
+        tree |= more
+    return sum(own.get(pid, 0) for pid in tree) / TICKS_PER_SECOND
+
+
+def load(url: str, pid: int, script: str, connections: int, seconds: int) -> Window:
+    """One window of wrk."""
+    before_s = cpu_of_tree_s(pid)
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", "--latency", "--timeout", "20", "-s", script, url]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in output or "Socket errors" in output:
         raise SystemExit(f"{url}: some requests failed:\n{output}")
-    return float(found(r"Requests/sec:\s+([\d.]+)", output)), microseconds(found(r"\s99%\s+(\S+)", output)) / 1e3
+    pictures = int(found(r"(\d+) requests in", output))
+    return Window(
+        float(found(r"Requests/sec:\s+([\d.]+)", output)),
+        microseconds(found(r"\s99%\s+(\S+)", output)) / 1e3,
+        1e3 * (cpu_of_tree_s(pid) - before_s) / pictures,
+    )
 
 
 def main(
@@ -115,15 +143,15 @@ def main(
         urls = {}
         for name, more in (("migserve", ()), ("migserve, threads", ("--no-preprocess-isolated",))):
             daemon = servers.enter_context(running(*flags, *more))
-            urls[name] = f"http://{daemon.http}/v2/models/small/infer"
+            urls[name] = f"http://{daemon.http}/v2/models/small/infer", daemon.process.pid
         for name in PEERS:
             if find_spec(name) is not None:
                 urls[name] = servers.enter_context(peer(name, model))
-        seen: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        seen: dict[tuple[str, int], list[Window]] = {}
         for round_number in range(rounds + 1):
             for connections in CONNECTIONS:
-                for name, url in urls.items():
-                    measured = load(url, str(script), connections, seconds if round_number else 1)
+                for name, (url, pid) in urls.items():
+                    measured = load(url, pid, str(script), connections, seconds if round_number else 1)
                     if round_number:  # the first one warms up
                         seen.setdefault((name, connections), []).append(measured)
     console = Console(record=True, width=100)
@@ -135,13 +163,13 @@ def main(
         )
 
 
-def table(seen: dict[tuple[str, int], list[tuple[float, float]]]) -> Table:
+def table(seen: dict[tuple[str, int], list[Window]]) -> Table:
     made = Table(title="640 x 480 JPEGs of 100 kB through preprocessing and a small CNN")
-    for column in ("server", "connections", "pictures/s", "p99 ms"):
+    for column in ("server", "connections", "pictures/s", "p99 ms", "CPU ms a picture"):
         made.add_column(column, justify="left" if column == "server" else "right")
     for (name, connections), windows in sorted(seen.items(), key=lambda entry: entry[0][1]):
-        rate, p99_ms = (statistics.median(column) for column in zip(*windows, strict=True))
-        made.add_row(name, str(connections), f"{rate:.0f}", f"{p99_ms:.0f}")
+        rate, p99_ms, cpu_ms = (statistics.median(column) for column in zip(*windows, strict=True))
+        made.add_row(name, str(connections), f"{rate:.0f}", f"{p99_ms:.0f}", f"{cpu_ms:.2f}")
     return made
 
 
