@@ -141,7 +141,7 @@ def main(
         script.write_text(f'wrk.method = "POST"\nwrk.body = "{body}"\n')
         flags = ("--model-repository", folder, "--layout", "7g.80gb", "--drain-delay-secs", "0")
         urls = {}
-        for name, more in (("migserve", ()), ("migserve, threads", ("--no-preprocess-isolated",))):
+        for name, more in (("migserve", ()), ("migserve, threads", ("--no-isolate-decoders",))):
             daemon = servers.enter_context(running(*flags, *more))
             urls[name] = f"http://{daemon.http}/v2/models/small/infer", daemon.process.pid
         for name in PEERS:

@@ -105,7 +105,7 @@ class Daemon:
                 raise StartError(f"--journal {settings.journal} cannot be written: {error.strerror}") from error
         core = SchedulerCore(settings.max_queue_size, POLICIES[settings.policy])
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
-        isolated, decoder = settings.preprocess_isolated, settings.preprocess_decoder
+        isolated, decoder = settings.isolate_decoders, settings.preprocess_decoder
         self._pool = PreprocessPool(settings.preprocess_threads, decoder, isolated=isolated, start=start_other)
         self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size, self._pool)
         self._state_dir = settings.state_dir.expanduser()

@@ -85,7 +85,7 @@ class Settings(BaseSettings):
         "operation",
         "What decodes JPEGs: cpu; nvimagecodec, on an NVIDIA GPU; or what an installed package adds by that name.",
     )
-    preprocess_isolated: bool = _setting(
+    isolate_decoders: bool = _setting(
         True,
         "operation",
         "Preprocess in processes of their own: quicker, and what a decoder dies of costs one of them, not the daemon.",

@@ -37,7 +37,7 @@ def test_a_decoder_that_dies_costs_a_process_and_no_request(demo_models: None) -
 def test_digits_sent_as_a_form_are_answered_as_their_tensors_are(demo_models: None) -> None:
     _, _, images, _ = digits_split()
     chosen = images[:20]
-    with running("--no-preprocess-isolated", "--drain-delay-secs", "0") as daemon:
+    with running("--no-isolate-decoders", "--drain-delay-secs", "0") as daemon:
         parts = [
             b'--b\r\nContent-Disposition: form-data; name="image"; filename="d.png"\r\n\r\n'
             + encoded(picture_of(each))
