@@ -6,6 +6,7 @@
 The ways take turns in windows of half a second. "A core" is processor time: images for each second that this process
 computed, so that what else runs on the machine weighs little. Threads are compared by the clock, in windows that leave
 the machine to this process: what others used of it, by /proc/stat, is printed; busier windows than --busy do not count.
+Beside it stands what each did with a second of a core, in all windows: what is lost there is lost to each other.
 
 Pillow's time for large pictures depends on glibc's allocator: it returns large blocks and faults them in again. The
 column "Pillow, tuned" is the same in a process whose allocator keeps them.
@@ -173,7 +174,7 @@ def measure(size: tuple[int, int], rounds: int, busy: float) -> tuple[list[str],
         f"{gain:.2f}",
         f"{tuned_gain:.2f}",
     ]
-    return first, [name, *_scaling(quiet), f"{len(quiet)} of {rounds}"]
+    return first, [name, *_scaling(quiet), f"{len(quiet)} of {rounds}", f"{core['one']:.0f}", f"{core['two']:.0f}"]
 
 
 def _scaling(quiet: list[tuple[Window, Window]]) -> list[str]:
@@ -207,7 +208,8 @@ def main(
     for column in ("picture", "Pillow", "Pillow, tuned", "migserve", "gain", "gain on tuned"):
         core.add_column(column, justify="left" if column == "picture" else "right")
     threads = Table(title="Images a second through the pool")
-    for column in ("picture", "1 thread", "2 threads", "ratio", "cores of others", "quiet windows"):
+    columns = ("1 thread", "2 threads", "ratio", "cores of others", "quiet windows", "a core-s: 1 thread", "2 threads")
+    for column in ("picture", *columns):
         threads.add_column(column, justify="left" if column == "picture" else "right")
     for size in SIZES:
         first, second = measure(size, rounds, busy)
