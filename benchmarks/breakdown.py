@@ -16,7 +16,7 @@ from scheduler import backends
 from scheduler.arena import Arena
 from scheduler.channel import Done, Load, ModelSource, RunBatch, WorkerEnd, _decode_to_worker, _encode
 from scheduler.core import SchedulerCore
-from scheduler.driver import Answered, BatchOutputs
+from scheduler.driver import Answered, BatchOutputs, Share
 from scheduler.messages import Arrived, BatchDone, Request, Run, Serves, WorkerUp
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from scheduler.worker import _Worker
@@ -139,7 +139,7 @@ def _encode_reply() -> Part:
         def encode() -> None:
             outputs = BatchOutputs(done, outbox)
             for row in range(batch):
-                data = outputs_of(model, Answered(outputs, row, 1), None, False)
+                data = outputs_of(model, Answered((Share(outputs, row, 1, 0),), 0), None, False)
                 make_reply(*codec.encode_reply("affine", "1", None, data), None)
 
         return _us(encode) / batch if batch == 1 else _us_few(encode) / batch

@@ -192,7 +192,10 @@ def repository(folder: Path) -> Path:
     model = folder / "bert"
     (model / "1").mkdir(parents=True)
     (model / "config.pbtxt").write_text(CONFIG)
-    (model / "serving.yaml").write_text(f"slo_ms: {SLO_MS}\nlatency_table: {{measured: a100, model: bert}}\n")
+    # Strict and whole, so that a layout shows what it can do in time.
+    (model / "serving.yaml").write_text(
+        f"slo_ms: {SLO_MS}\nstrict: true\nsplit: false\nlatency_table: {{measured: a100, model: bert}}\n"
+    )
     return folder
 
 

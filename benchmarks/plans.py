@@ -31,8 +31,9 @@ from partitioner.optimal import Choices
 from partitioner.plans import ModelDemand, Plan
 from scheduler import workload
 from scheduler.report import Report
-from scheduler.simulator import SimSlice, simulate
+from scheduler.simulator import simulate
 from server.plan_command import read_demand
+from server.simulate_setup import planned_slices
 
 RESULTS = Path(__file__).parent / "results" / "plans.md"
 GPU = GPU_MODELS["A100-80GB"]
@@ -67,15 +68,7 @@ def simulated(plan: Plan, demands: Sequence[ModelDemand], tables: Mapping[str, G
     arrivals = workload.merge(
         *(workload.poisson(each.model, each.rate_per_s, seconds, seed) for seed, each in enumerate(demands))
     )
-    slices = [
-        SimSlice(f"gpu{gpu}@{each.start}", each.gpcs, {
-            share.model: tables[share.model].times_ms(each.gpcs, share.batch, share.processes) for share in each.models
-        })
-        for gpu, layout in enumerate(plan.gpus)
-        for each in layout
-        if each.models
-    ]  # fmt: skip
-    return simulate(slices, arrivals, slo_ms={demand.model: demand.slo_ms for demand in demands})
+    return simulate(planned_slices(plan, tables), arrivals, slo_ms={demand.model: demand.slo_ms for demand in demands})
 
 
 def bound(demands: Sequence[ModelDemand], tables: Mapping[str, GangTable], slo_share: float) -> float:

@@ -5,11 +5,8 @@
 
 W-paper: Poisson queries of one model, log-normal items (ln-median 6, sigma 0.9, clipped to 1..32); the SLO is twice
 the time of 32 items on a whole GPU. A rate counts if 95 % of all queries end within the SLO and every one within ten
-of them; nothing is refused and no query is cut. Ratios are to the fluid bound of the layout: every slice always at its
-best batch that ends within the SLO; 0.20 means that or less.
-
-Where large queries fit only the larger slices in time, late binding can be worse than ELSA: a large slice that has
-just taken small queries holds a large one up, where ELSA would have let the small ones wait for a small slice.
+of them; nothing is refused. Ratios are to the fluid bound of the layout: every slice always at its
+best batch that ends within the SLO.
 """
 
 from __future__ import annotations
@@ -25,12 +22,12 @@ from rich.progress import track
 from rich.table import Table
 
 from partitioner import latency
-from scheduler import workload
+from scheduler import search, workload
 from scheduler.domain import Pool
-from scheduler.policies import Policy
-from scheduler.policies.elsa import Elsa
-from scheduler.policies.late import LateBinding
-from scheduler.simulator import EXACT, Noise, SimSlice, simulate
+from scheduler.mix import Mix, Stream
+from scheduler.policies import Policy, named
+from scheduler.search import Scene
+from scheduler.simulator import EXACT, Noise, SimSlice
 
 RESULTS = Path(__file__).parent / "results" / "policies.md"
 MODELS = ("mobilenetv2", "resnet50", "bert", "vgg16", "densenet121")
@@ -39,14 +36,12 @@ GPUS = 2
 LARGEST_BATCH = 64
 MOST_ITEMS = 32
 SLO_FACTOR = 2.0
-LATE_FACTOR = 10.0
 WITHIN = 0.95
-STEPS = 7
 NOISE = Noise(0.05, 0.01, 0.25)
+OURS = next(iter(named.POLICIES))
 POLICIES: tuple[tuple[str, Callable[[Pool], Policy], Noise], ...] = (
-    ("ELSA", Elsa, EXACT),
-    ("late binding", LateBinding, EXACT),
-    ("late binding, 5 % noise", LateBinding, NOISE),
+    *((name, policy, EXACT) for name, policy in named.POLICIES.items()),
+    (f"{OURS}, 5 % noise", named.POLICIES[OURS], NOISE),
 )
 
 
@@ -60,74 +55,20 @@ def slices_of(model: str, layout: Sequence[int]) -> list[SimSlice]:
     ]
 
 
-def bound_per_s(slices: Sequence[SimSlice], model: str, slo_ms: float, items_per_query: float) -> float:
-    """Queries a second, if every slice always ran its best batch within the SLO."""
-    rates = [
-        max((1e3 * batch / ms for batch, ms in enumerate(each.tables[model], 1) if ms <= slo_ms), default=0.0)
-        for each in slices
-    ]
-    return sum(rates) / items_per_query
-
-
-def holds(
-    slices: Sequence[SimSlice],
-    model: str,
-    policy: Callable[[Pool], Policy],
-    noise: Noise,
-    slo_ms: float,
-    rate_per_s: float,
-    queries: int,
-    seed: int,
-) -> bool:
-    arrivals = workload.poisson(model, rate_per_s, queries / rate_per_s, seed, workload.W_PAPER)
-    report = simulate(slices, arrivals, policy, slo_ms={model: slo_ms}, seed=seed, noise=noise, refuse_late=False)
-    of_model = report.models[model]
-    return (
-        of_model.within_slo >= WITHIN and of_model.answered == of_model.sent and of_model.max_ms <= LATE_FACTOR * slo_ms
-    )
-
-
-def highest_rate(
-    slices: Sequence[SimSlice],
-    model: str,
-    policy: Callable[[Pool], Policy],
-    noise: Noise,
-    slo_ms: float,
-    bound: float,
-    queries: int,
-    seed: int,
-) -> float:
-    """By bisection, as a share of the bound."""
-    low, high = 0.2, 1.1
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        if holds(slices, model, policy, noise, slo_ms, middle * bound, queries, seed):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def mean_items() -> float:
-    sizes = [arrival.items for arrival in workload.poisson("m", 1000.0, 200.0, 0, workload.W_PAPER)]
-    return sum(sizes) / len(sizes)
-
-
 def table(queries: int, seeds: int) -> Table:
     shown = Table("model", "layout, twice", "SLO ms", "bound /s", *(name for name, *_ in POLICIES))
-    items_per_query = mean_items()
     best: dict[str, list[float]] = {name: [] for name, *_ in POLICIES}
     for model in track(MODELS, transient=True):
         slo_ms = SLO_FACTOR * latency.per_batch(latency.shipped(model).points(7), MOST_ITEMS)[-1]
         of_model: dict[str, list[float]] = {name: [] for name, *_ in POLICIES}
         for layout in LAYOUTS:
             slices = slices_of(model, layout)
-            bound = bound_per_s(slices, model, slo_ms, items_per_query)
+            load, slo = Mix([Stream(model, 1.0, workload.W_PAPER)]), {model: slo_ms}
+            bound = search.fluid_bound_per_s(slices, load, slo)
             for name, policy, noise in POLICIES:
-                found = [
-                    highest_rate(slices, model, policy, noise, slo_ms, bound, queries, seed) for seed in range(seeds)
-                ]
-                of_model[name].append(statistics.median(found))
+                scene = Scene(slices, load, slo, queries, noise)
+                found = [search.highest_rate(scene, policy, WITHIN, bound, seed) for seed in range(seeds)]
+                of_model[name].append(search.median_rate(found) / bound)
             ratios = [f"{of_model[name][-1]:.2f}" for name, *_ in POLICIES]
             shown.add_row(model, "+".join(f"{gpcs}g" for gpcs in layout), f"{slo_ms:.1f}", f"{bound:.0f}", *ratios)
         for name, ratios_of_layouts in of_model.items():

@@ -1,20 +1,16 @@
-"""When a batch closes: queues of queries that may run together, and what one batch takes of them. Pure."""
+"""When a batch closes: queues of parts that may run together, and what one batch takes of them. Pure."""
 
 from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterator
 from itertools import islice
 
-from scheduler.domain import BatchTable, Query
-
-# How many waiting queries are looked at to make one batch.
-LOOK_AHEAD = 512
+from scheduler.domain import BatchTable, Part
 
 
 class BucketQueue:
-    """Waiting queries of one bucket, by priority, then arrival. `items` counts what truly waits.
+    """Waiting parts of one kind and company, by priority, then arrival. `items` counts what truly waits.
 
     `backlog_ns` is for the policy: its estimate of the time that all of them take.
     """
@@ -22,155 +18,145 @@ class BucketQueue:
     __slots__ = ("_heap", "backlog_ns", "items")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Query]] = []
+        self._heap: list[tuple[int, int, int, Part]] = []
         self.items = 0
         self.backlog_ns = 0
 
-    def push(self, query: Query) -> None:
-        query.queued = True
-        self.items += query.request.items
-        heapq.heappush(self._heap, (query.request.priority, query.request.id, query))
+    def push(self, part: Part) -> None:
+        part.queued = True
+        self.items += part.items
+        request = part.query.request
+        heapq.heappush(self._heap, (request.priority, request.id, part.first, part))
 
-    def discard(self, query: Query) -> None:
-        """Takes a query out from anywhere; its place in the heap is swept when it comes up."""
-        query.queued = False
-        self.items -= query.request.items
+    def discard(self, part: Part) -> None:
+        """Takes a part out from anywhere; its place in the heap is swept when it comes up."""
+        part.queued = False
+        self.items -= part.items
 
     def head(self) -> tuple[int, int] | None:
         """(priority, request id) of the first one, None if nothing waits."""
         self._sweep()
         return self._heap[0][:2] if self._heap else None
 
-    def take(self, start_ns: int, table: BatchTable) -> list[Query]:
-        """Queries for one batch that starts then: up to the knee of the table.
+    def take(self, start_ns: int, table: BatchTable) -> list[Part]:
+        """Parts for one batch that starts then: up to the knee of the table.
 
         The first one always goes, whatever its size. More join it while the batch stays within the knee and
         the estimate still meets the earliest due time among those that could be met so far.
         """
-        batch: list[Query] = []
+        batch: list[Part] = []
         items = 0
         due_ns: int | None = None
         while self._heap:
-            query = self._heap[0][2]
-            if query.queued:
-                total = items + query.request.items
+            part = self._heap[0][3]
+            if part.queued:
+                total = items + part.items
                 end_ns = start_ns + table.time_ns(total)
                 if batch and (total > table.knee or (due_ns is not None and end_ns > due_ns)):
                     break
-                self.discard(query)
-                batch.append(query)
+                self.discard(part)
+                batch.append(part)
                 items = total
-                own_due_ns = query.request.due_ns
-                if own_due_ns is not None and own_due_ns >= end_ns:
-                    due_ns = own_due_ns if due_ns is None else min(due_ns, own_due_ns)
+                if part.due_ns is not None and part.due_ns >= end_ns:
+                    due_ns = part.due_ns if due_ns is None else min(due_ns, part.due_ns)
             heapq.heappop(self._heap)
         return batch
 
-    def drain(self) -> list[Query]:
+    def drain(self) -> list[Part]:
         """Everything that waits, in order."""
-        waiting = [query for _, _, query in sorted(self._heap, key=lambda e: e[:2]) if query.queued]
-        for query in waiting:
-            self.discard(query)
+        waiting = [entry[3] for entry in sorted(self._heap, key=lambda e: e[:3]) if entry[3].queued]
+        for part in waiting:
+            self.discard(part)
         self._heap.clear()
         return waiting
 
     def _sweep(self) -> None:
-        while self._heap and not self._heap[0][2].queued:
+        while self._heap and not self._heap[0][3].queued:
             heapq.heappop(self._heap)
 
 
-Entry = tuple[int, int, int, Query]  # priority, key, request id, query
+Entry = tuple[int, int, int, Part]  # key, request id, first item, part
+
+# How many waiting parts are looked at to make one batch.
+LOOK_AHEAD = 512
 
 
 class Line:
-    """Waiting queries of one model, of any bucket, sorted by priority, then a key, then arrival.
+    """Waiting parts that may share batches, sorted by a key (the due time, or 0), then arrival.
 
-    The key is the due time where `take_efficient` or `due_before` is asked for. `entries` is for reading;
-    `items` counts what they carry.
+    `entries` is for reading; `items` counts what they carry.
     """
 
-    __slots__ = ("_keys", "entries", "items")
+    __slots__ = ("entries", "items")
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.items = 0
-        self._keys: dict[int, int] = {}  # by request id
 
-    def __contains__(self, query: Query) -> bool:
-        return query.request.id in self._keys
+    def push(self, part: Part, key: int) -> None:
+        part.queued = True
+        self.items += part.items
+        request_id = part.query.request.id
+        bisect.insort(self.entries, (key, request_id, part.first, part))
 
-    def push(self, query: Query, key: int) -> None:
-        request = query.request
-        query.queued = True
-        self.items += request.items
-        self._keys[request.id] = key
-        bisect.insort(self.entries, (request.priority, key, request.id, query))
+    def remove(self, part: Part, key: int) -> None:
+        part.queued = False
+        self.items -= part.items
+        index = bisect.bisect_left(self.entries, (key, part.query.request.id))
+        while self.entries[index][3] is not part:  # other parts of the same request
+            index += 1
+        del self.entries[index]
 
-    def remove(self, query: Query) -> None:
-        request = query.request
-        query.queued = False
-        self.items -= request.items
-        place = (request.priority, self._keys.pop(request.id), request.id)
-        del self.entries[bisect.bisect_left(self.entries, place)]
-
-    def drain(self) -> list[Query]:
+    def drain(self) -> list[Part]:
         """Everything that waits, in order."""
-        return self._take([entry[3] for entry in self.entries])
+        parts = [entry[3] for entry in self.entries]
+        for part in parts:
+            part.queued = False
+        self.entries.clear()
+        self.items = 0
+        return parts
 
-    def looked_at(self, start: int = 0) -> Iterator[Entry]:
-        """The first so many from `start` on: a decision stays short however many wait."""
-        return islice(self.entries, start, start + LOOK_AHEAD)
+    def take(self, items: int, index: int = 0) -> list[Part]:
+        """Up to so many items from the `index`-th part on, in order; the last one is cut where it may be.
 
-    def due_before(self, index: int, due_ns: int) -> list[Query]:
-        """The queries from `index` on, of its priority, that are due before that; none if all of them are."""
-        priority = self.entries[index][0]
-        until = bisect.bisect_left(self.entries, (priority, due_ns), index)
-        if until == len(self.entries) or self.entries[until][0] != priority:
-            return []
-        return [entry[3] for entry in self.entries[index:until]]
-
-    def take_efficient(self, index: int, start_ns: int, table: BatchTable, most_ns: float, guard: float) -> list[Query]:
-        """The query at `index`, with those of its bucket that make the most items per time of one batch.
-
-        The batch, `guard` times longer than its table says, meets every due time and takes at most `most_ns`.
-        The first one goes in any case.
+        The first goes whole if it may not be cut, whatever its size.
         """
-        _, due_ns, _, seed = self.entries[index]
-        limit_ns = min(due_ns - start_ns, most_ns)
-        batch = [seed]
-        items = seed.request.items
-        best_count, best_per_ns = 1, items / max(table.time_ns(items), 1)
-        for _, other_due_ns, _, query in self.looked_at(index + 1):
-            total = items + query.request.items
-            if total > table.peak or query.bucket != seed.bucket:
-                continue
-            own_limit_ns = min(limit_ns, other_due_ns - start_ns)
-            if table.ns[total] * guard > own_limit_ns:
-                continue
-            batch.append(query)
-            items, limit_ns = total, own_limit_ns
-            per_ns = total / max(table.ns[total], 1)
-            if per_ns >= best_per_ns:
-                best_count, best_per_ns = len(batch), per_ns
-            if total == table.peak:
+        parts: list[Part] = []
+        room = items
+        keep: list[Entry] = []
+        entries = self.entries
+        end = index
+        for entry in islice(entries, index, index + LOOK_AHEAD):
+            part = entry[3]
+            if part.items <= room or not (parts or part.may_be_cut):
+                parts.append(part)
+                room -= part.items
+            elif part.may_be_cut:
+                parts.append(part.cut(room))
+                room = 0
                 break
-        return self._take(batch[:best_count])
-
-    def take_many(self, table: BatchTable) -> list[Query]:
-        """The first query with what follows in its bucket: up to the knee, or the peak where twice as much waits."""
-        most = table.peak if self.items > 2 * table.knee else table.knee
-        seed = self.entries[0][3]
-        batch = [seed]
-        items = seed.request.items
-        for *_, query in self.looked_at(1):
-            if items >= most:
+            else:
+                keep.append(entry)
+            end += 1
+            if room <= 0:
                 break
-            if query.bucket == seed.bucket and items + query.request.items <= most:
-                batch.append(query)
-                items += query.request.items
-        return self._take(batch)
+        entries[index:end] = keep
+        for part in parts:
+            part.queued = False
+            self.items -= part.items
+        return parts
 
-    def _take(self, batch: list[Query]) -> list[Query]:
-        for query in batch:
-            self.remove(query)
-        return batch
+    def take_whole(self, items: int) -> list[Part]:
+        """The first part, and those after it, in order, while all of them have no more items than that."""
+        count = total = 0
+        for entry in self.entries:
+            total += entry[3].items
+            if count and total > items:
+                break
+            count += 1
+        parts = [entry[3] for entry in self.entries[:count]]
+        del self.entries[:count]
+        for part in parts:
+            part.queued = False
+            self.items -= part.items
+        return parts

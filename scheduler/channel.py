@@ -6,7 +6,7 @@ Tensor bytes never travel here, only where they lie in shared memory. A dead pee
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -59,13 +59,17 @@ class Unload(ToWorker, frozen=True):
 
 
 class RunBatch(ToWorker, frozen=True):
-    """Run one batch. Request i has its slot at `offsets[i]` and holds `items[i]` items of equal `dims`."""
+    """Run one batch. Piece i is `items[i]` items, of equal `dims`, of the request whose slot is at `offsets[i]`.
+
+    `cut`: of each piece that is not its whole request, the first item, and the items of the whole request.
+    """
 
     batch_id: int
     key: str
     dims: tuple[int, ...]
     offsets: Sequence[int]
     items: Sequence[int]
+    cut: Mapping[int, tuple[int, int]] = {}
 
 
 class FromWorker(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -3,10 +3,13 @@
 Rules:
 1. Every Arrived ends in exactly one Answer or Refuse, or in the client's own Cancelled.
 2. A worker gets a batch when it has room, at once: a lone request on an idle slice waits for nobody.
-3. When a worker dies, what waited for it is placed anew; what ran on it runs again, alone. A request whose
-   worker dies a second time is refused by itself.
+3. When a worker dies, what waited for it is placed anew; what ran on it runs again, alone. A request of which a
+   part's worker dies a second time is refused by itself.
 4. When the model raises on a batch of several, each of them runs again alone, so that only the culprit fails.
 5. While every worker that has a model is being restarted or replaced, its requests are parked, not refused.
+6. A policy may cut a request: its parts run apart, it is answered when all are done, and ends as a whole if one fails.
+7. A request that would be served late is refused if it is strict, and where it would end later than ten times
+   the time that it gives. What has been accepted is not refused for lateness any more.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from scheduler.domain import Batch, BatchTable, Pool, Query, Worker
+from scheduler.domain import Batch, Kind, Part, Pool, Query, Worker, models_of
 from scheduler.messages import (
     Answer,
     AnyCommand,
@@ -27,6 +30,7 @@ from scheduler.messages import (
     Drains,
     Reason,
     Refuse,
+    Request,
     Run,
     Serves,
     StopsServing,
@@ -35,37 +39,38 @@ from scheduler.messages import (
     WorkerLost,
     WorkerUp,
 )
-from scheduler.policies import Policy, Waiting
-from scheduler.policies.elsa import Elsa
+from scheduler.policies import Policy
+from scheduler.policies.pool import OnePool
 
 CRASHES_PER_REQUEST = 2
 # How long before the end of the running batch the next one is staged: time to gather it and copy it in.
 STAGE_AHEAD_NS = 2_000_000
+# Rule 7.
+LATEST = 10
 
 
 class SchedulerCore:
     """One instance a daemon, and one a simulation.
 
-    `max_queued`: waiting requests a model. `policy`: makes the policy for a pool. `refuse_late`: whether a new
-    request that the policy expects to end after its due time is refused, or served late.
+    `max_queued`: waiting requests a model. `policy`: makes the policy for a pool. `bounded`: whether rule 7 refuses
+    what would end later than ten times the time that it gives; without, that is served however late.
     """
 
     def __init__(
-        self, max_queued: int = 4096, policy: Callable[[Pool], Policy] = Elsa, *, refuse_late: bool = True
+        self, max_queued: int = 4096, policy: Callable[[Pool], Policy] = OnePool, *, bounded: bool = True
     ) -> None:
         self._pool = Pool()
         self._policy = policy(self._pool)
         self._max_queued = max_queued
-        self._refuse_late = refuse_late
+        self._bounded = bounded
         self._queries: dict[int, Query] = {}
-        self._waiting: Counter[str] = Counter()  # queued or parked, by model
-        self._queued = 0  # in the policy's queues
-        self._parked: dict[str, dict[int, Query]] = {}
+        self._waiting: Counter[str] = Counter()  # requests with unstarted items, by model
+        self._parked: dict[str, dict[Part, None]] = {}
         self._coming_back: dict[int, set[str]] = {}  # models of workers that are being restarted or replaced
         self._draining: set[int] = set()
         self._expiries: list[tuple[int, int]] = []
         self._wake_ns: int | None = None
-        self._roomy: dict[int, Worker] = {}
+        self._staging: dict[int, Worker] = {}  # busy, with room for one more
         self._next_batch_id = 1
         self._commands: list[AnyCommand] = []
 
@@ -87,9 +92,7 @@ class SchedulerCore:
             case WorkerUp():
                 self._draining.discard(event.worker_id)
                 if event.worker_id not in self._pool.workers:
-                    worker = Worker(event.worker_id, event.gpcs, event.depth)
-                    self._pool.add(worker)
-                    self._roomy[worker.id] = worker
+                    self._pool.add(Worker(event.worker_id, event.gpcs, event.depth))
             case Serves():
                 self._serves(now_ns, event)
             case StopsServing():
@@ -100,8 +103,7 @@ class SchedulerCore:
                 self._worker_lost(now_ns, event)
             case Tick():
                 self._wake_ns = None
-        if self._queued and self._roomy:
-            self._dispatch(now_ns)
+        self._dispatch(now_ns)
         if self._expiries:
             self._arm()
         return commands
@@ -121,47 +123,61 @@ class SchedulerCore:
                 return
             heapq.heappush(self._expiries, (request.expires_ns, request.id))
         query = self._queries[request.id] = Query(request, now_ns)
-        self._place(now_ns, query)
+        self._waiting[model] += 1
+        self._place(now_ns, query.parts[0], self._bound_ns(now_ns, request))
+
+    def _bound_ns(self, now_ns: int, request: Request) -> int | None:
+        """How long after its due time a new request may end."""
+        if request.due_ns is None:
+            return None
+        if request.strict:
+            return 0
+        return (LATEST - 1) * max(request.due_ns - now_ns, 0) if self._bounded else None
 
     def _cancelled(self, event: Cancelled) -> None:
-        query = self._queries.pop(event.request_id, None)
+        query = self._queries.get(event.request_id)
         if query is not None:
-            self._withdraw(query)
+            self._end(query)
 
     def _batch_done(self, now_ns: int, event: BatchDone) -> None:
         batch = self._finish(now_ns, event.worker_id, event.batch_id)
-        answered = tuple(query.request.id for query in batch.queries if not query.gone)
-        for request_id in answered:
-            del self._queries[request_id]
-        self._commands.append(Answer(event.batch_id, answered))
+        self._pool.workers[event.worker_id].learn(now_ns, batch)
+        answered = []
+        for part in batch.parts:
+            query = part.query
+            if query.gone:
+                continue
+            query.unfinished -= part.items
+            query.parts.remove(part)
+            if not query.unfinished:
+                del self._queries[query.request.id]
+                answered.append(query.request.id)
+        self._commands.append(Answer(tuple(answered)))
 
     def _batch_failed(self, now_ns: int, event: BatchFailed) -> None:
         batch = self._finish(now_ns, event.worker_id, event.batch_id)
-        alone = len(batch.queries) == 1
-        for query in batch.queries:
-            query.batch_id = None
-            if query.gone:
+        alone = len(batch.parts) == 1
+        for part in batch.parts:
+            if part.query.gone:
                 continue
             if alone:
-                self._refuse(query, Reason.MODEL_FAILED, detail=event.detail)
+                self._refuse(part.query, Reason.MODEL_FAILED, detail=event.detail)
             else:
-                query.isolate()
-                self._place(now_ns, query, again=True)
+                self._run_again(now_ns, part)
 
     def _serves(self, now_ns: int, event: Serves) -> None:
         if event.worker_id in self._draining:
             return  # it was loading while it was told to go: the model is expected elsewhere
         worker = self._pool.workers[event.worker_id]
-        self._pool.serve(worker, event.model, BatchTable(event.latency_ns))
+        evicted = self._policy.evict(worker, event.model) if event.model in models_of(worker) else []
+        self._pool.serve(worker, event.model, event.latency_ns, event.lengths)
         self._forget_return(event.worker_id, event.model)
-        for query in _by_class(self._parked.pop(event.model, {}).values()):
-            self._waiting[event.model] -= 1
-            self._place(now_ns, query, again=True)
+        self._place_again(now_ns, [*evicted, *self._parked.pop(event.model, ())])
 
     def _stops_serving(self, now_ns: int, event: StopsServing) -> None:
         self._forget_return(event.worker_id, event.model)
         worker = self._pool.workers.get(event.worker_id)
-        if worker is not None and event.model in worker.tables:
+        if worker is not None and event.model in models_of(worker):
             evicted = self._policy.evict(worker, event.model)
             self._pool.withdraw(worker, event.model)
             self._place_again(now_ns, evicted)
@@ -170,10 +186,11 @@ class SchedulerCore:
     def _drains(self, now_ns: int, event: Drains) -> None:
         worker = self._pool.workers[event.worker_id]
         self._draining.add(worker.id)
+        models = models_of(worker)
         # Beside what it serves, what it was still to load again after a restart.
-        self._coming_back.setdefault(worker.id, set()).update(worker.tables)
+        self._coming_back.setdefault(worker.id, set()).update(models)
         evicted = self._policy.evict(worker)
-        for model in list(worker.tables):
+        for model in models:
             self._pool.withdraw(worker, model)
         self._place_again(now_ns, evicted)
 
@@ -181,107 +198,121 @@ class SchedulerCore:
         self._draining.discard(event.worker_id)
         models = self._coming_back.pop(event.worker_id, set())
         worker = self._pool.workers.get(event.worker_id)
-        ran: list[Query] = []
-        evicted: list[Query] = []
+        ran: list[Part] = []
+        evicted: list[Part] = []
         if worker is not None:
-            models |= set(worker.tables)
-            ran = [query for batch in worker.in_flight.values() for query in batch.queries if not query.gone]
+            models |= set(models_of(worker))
+            ran = [part for batch in worker.in_flight.values() for part in batch.parts]
             evicted = self._policy.evict(worker)
             self._pool.remove(worker)
-            self._roomy.pop(worker.id, None)
+            self._staging.pop(worker.id, None)
         if event.comes_back:
             self._coming_back[event.worker_id] = models
-        for query in ran:
-            query.batch_id = None
-            query.crashes += 1
-            if query.crashes >= CRASHES_PER_REQUEST:
-                self._refuse(query, Reason.CRASHED, detail=event.detail)
+        for part in ran:
+            part.crashes += 1
+            if part.query.gone:
+                continue
+            if part.crashes >= CRASHES_PER_REQUEST:
+                self._refuse(part.query, Reason.CRASHED, detail=event.detail)
             else:
-                query.isolate()
-                self._place(now_ns, query, again=True)
+                self._run_again(now_ns, part)
         self._place_again(now_ns, evicted)
         for model in models:
             self._give_up_parked(now_ns, model)
 
     # ---- placing and starting ----
 
-    def _place(self, now_ns: int, query: Query, *, again: bool = False) -> None:
-        """Into the policy's queues, or parked, or refused. `again`: it was accepted before."""
-        model = query.request.model
-        query.worker_id = None
-        expires_ns = query.request.expires_ns
-        if again and expires_ns is not None and expires_ns <= now_ns:
-            self._refuse(query, Reason.EXPIRED)  # its time passed while it ran, and nobody was to look again
-            return
-        if model in self._pool.serving:
-            worker, late_ns = self._policy.choose(now_ns, query)
-            if late_ns > 0 and self._refuse_late and not again:
-                self._refuse(query, Reason.SLO_UNREACHABLE, retry_after_ns=late_ns)
-                return
-            if worker is not None:
-                self._start(now_ns, worker, [query])
-                return
-            self._policy.add(now_ns, query)
-            self._queued += 1
-        elif any(model in models for models in self._coming_back.values()):
-            self._parked.setdefault(model, {})[query.request.id] = query
+    def _place(self, now_ns: int, part: Part, bound_ns: int | None) -> None:
+        """Into the policy's queues, or parked, or refused."""
+        part.worker_id = None
+        request = part.query.request
+        if request.model in self._pool.lengths:
+            part.kind = self._pool.kind_of(request)
+            retry_ns = self._policy.offer(now_ns, part, bound_ns)
+            if retry_ns:
+                reason = Reason.SLO_UNREACHABLE if request.strict else Reason.OVERLOADED
+                self._refuse(part.query, reason, retry_ns)
+        elif any(request.model in models for models in self._coming_back.values()):
+            self._parked.setdefault(request.model, {})[part] = None
         else:
-            self._refuse(query, Reason.UNAVAILABLE)
-            return
-        self._waiting[model] += 1
+            self._refuse(part.query, Reason.UNAVAILABLE)
 
-    def _place_again(self, now_ns: int, evicted: list[Query]) -> None:
-        self._queued -= len(evicted)
-        for query in _by_class(evicted):
-            self._waiting[query.request.model] -= 1
-            self._place(now_ns, query, again=True)
+    def _place_again(self, now_ns: int, parts: Iterable[Part]) -> None:
+        """What had been accepted, in the order in which it came, higher classes first."""
+        for part in sorted(parts, key=lambda p: (p.query.request.priority, p.query.request.id, p.first)):
+            if not part.query.gone:  # as it is when another part of it has been refused on the way
+                self._place(now_ns, part, None)
+
+    def _run_again(self, now_ns: int, part: Part) -> None:
+        """A part whose batch has failed, by itself."""
+        query = part.query
+        part.batch_id = None
+        part.isolate()
+        if not query.unstarted:
+            self._waiting[query.request.model] += 1
+        query.unstarted += part.items
+        expires_ns = query.request.expires_ns
+        if expires_ns is not None and expires_ns <= now_ns:
+            self._refuse(query, Reason.EXPIRED)  # its time passed while it ran, and nobody was to look again
+        else:
+            self._place(now_ns, part, None)
 
     def _dispatch(self, now_ns: int) -> None:
-        """Gives every worker that has room its next batch, until nothing waits."""
-        for worker in list(self._roomy.values()):
-            while self._queued and worker.id in self._roomy and self._may_start(now_ns, worker):
-                queries = self._policy.take(now_ns, worker)
-                if not queries:
-                    break
-                self._queued -= len(queries)
-                self._waiting[queries[0].request.model] -= len(queries)
-                self._start(now_ns, worker, queries)
+        """Starts what the policy wants started."""
+        pool, policy = self._pool, self._policy
+        if self._staging:
+            self._stage(now_ns)
+        while pool.ready:
+            start = policy.next(now_ns)
+            if start is None:
+                break
+            self._start(now_ns, *start)
+        wake_ns = policy.wake_ns(now_ns)
+        if wake_ns is not None:
+            self._wake_at(wake_ns)
 
-    def _may_start(self, now_ns: int, worker: Worker) -> bool:
-        """An idle worker may at once. One that is busy stages a batch that is full, or soon to be run.
+    def _stage(self, now_ns: int) -> None:
+        """A busy worker with room is ready shortly before it is free.
 
         Staged earlier, a batch would close with whatever few had come, and the next ones would wait behind it.
         """
-        if not worker.in_flight:
-            return True
-        waiting = self._policy.waiting(worker)
-        stage_ns = worker.free_at_ns - STAGE_AHEAD_NS
-        if waiting is Waiting.SOME and now_ns < stage_ns:
-            self._wake_at(stage_ns)
-            return False
-        return waiting is not Waiting.NOTHING
+        for worker in self._staging.values():
+            stage_ns = worker.free_at_ns - STAGE_AHEAD_NS
+            if stage_ns <= now_ns:
+                self._pool.ready[worker.id] = worker
+            elif any(self._waiting[model] for model in models_of(worker)):
+                self._wake_at(stage_ns)
 
-    def _start(self, now_ns: int, worker: Worker, queries: list[Query]) -> None:
+    def _start(self, now_ns: int, worker: Worker, kind: Kind, parts: list[Part]) -> None:
         batch_id = self._next_batch_id
         self._next_batch_id += 1
-        model = queries[0].request.model
-        table = worker.tables[model]
         items = 0
-        ids = []
-        for query in queries:
-            query.batch_id = batch_id
-            query.worker_id = worker.id
-            items += query.request.items
-            ids.append(query.request.id)
-        self._pool.start(now_ns, worker, batch_id, Batch(queries, table.time_ns(items)))
-        if len(worker.in_flight) >= worker.depth:
-            del self._roomy[worker.id]
-        self._commands.append(Run(worker.id, batch_id, model, tuple(ids)))
+        pieces = []
+        for part in parts:
+            part.batch_id = batch_id
+            part.worker_id = worker.id
+            items += part.items
+            query = part.query
+            query.unstarted -= part.items
+            if not query.unstarted:
+                self._waiting[kind[0]] -= 1
+            pieces.append(part.piece())
+        worker.start(now_ns, batch_id, Batch(parts, kind, worker.tables[kind].time_ns(items), now_ns))
+        del self._pool.ready[worker.id]
+        self._staging.pop(worker.id, None)
+        if worker.has_room():
+            self._staging[worker.id] = worker
+        self._commands.append(Run(worker.id, batch_id, kind[0], tuple(pieces)))
 
     def _finish(self, now_ns: int, worker_id: int, batch_id: int) -> Batch:
         worker = self._pool.workers[worker_id]
-        self._roomy[worker_id] = worker
-        return self._pool.finish(now_ns, worker, batch_id)
+        batch = worker.finish(now_ns, batch_id)
+        if worker.in_flight:
+            self._staging[worker_id] = worker
+        else:
+            self._staging.pop(worker_id, None)
+            self._pool.ready[worker_id] = worker
+        return batch
 
     # ---- ending ----
 
@@ -298,30 +329,30 @@ class SchedulerCore:
             self._commands.append(Wake(at_ns))
 
     def _expire(self, now_ns: int) -> None:
-        """Drops what has passed its time in a queue; what runs is let finish."""
+        """Drops what has passed its time before any of it was started; what has been started is let finish."""
         while self._expiries and self._expiries[0][0] <= now_ns:
             _, request_id = heapq.heappop(self._expiries)
             query = self._queries.get(request_id)
-            if query is not None and query.batch_id is None:
-                self._withdraw(query)
+            if query is not None and query.unstarted == query.request.items:
                 self._refuse(query, Reason.EXPIRED)
 
-    def _withdraw(self, query: Query) -> None:
-        """Out of the queues, or, where it runs already, marked so that nobody answers it."""
-        if query.batch_id is not None:
-            query.gone = True
-            return
-        model = query.request.model
-        self._waiting[model] -= 1
-        if query.queued:
-            self._queued -= 1
-            self._policy.discard(query)
-        else:
-            del self._parked[model][query.request.id]
-
     def _refuse(self, query: Query, reason: Reason, retry_after_ns: int = 0, detail: str = "") -> None:
-        self._queries.pop(query.request.id, None)
+        self._end(query)
         self._commands.append(Refuse(query.request.id, reason, retry_after_ns, detail))
+
+    def _end(self, query: Query) -> None:
+        """Out of the queues; what of it runs already is marked so that nobody answers it."""
+        model = query.request.model
+        del self._queries[query.request.id]
+        query.gone = True
+        if query.unstarted:
+            self._waiting[model] -= 1
+        for part in query.parts:
+            if part.queued:
+                self._policy.discard(part)
+            elif part.batch_id is None:
+                self._parked.get(model, {}).pop(part, None)
+        query.parts.clear()
 
     def _forget_return(self, worker_id: int, model: str) -> None:
         if worker_id in self._coming_back:
@@ -329,11 +360,4 @@ class SchedulerCore:
 
     def _give_up_parked(self, now_ns: int, model: str) -> None:
         """Refuses parked queries that nobody will come back for."""
-        for query in list(self._parked.pop(model, {}).values()):
-            self._waiting[model] -= 1
-            self._place(now_ns, query, again=True)
-
-
-def _by_class(queries: Iterable[Query]) -> list[Query]:
-    """In the order in which they are placed: the first one may start at once."""
-    return sorted(queries, key=lambda query: (query.request.priority, query.request.id))
+        self._place_again(now_ns, self._parked.pop(model, ()))

@@ -7,10 +7,10 @@ callback a request, all those of a batch in turn; one message a batch.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -32,6 +32,7 @@ from scheduler.messages import (
     BatchFailed,
     Cancelled,
     Drains,
+    Piece,
     Reason,
     Refuse,
     Request,
@@ -64,14 +65,13 @@ class RefusedError(Exception):
 class BatchOutputs:
     """The outputs of one batch, copied out of the worker's outbox once, shared by its requests.
 
-    One entry an output: its bytes, its shape, and how many elements that makes.
+    One entry an output: its bytes and its shape.
     """
 
-    __slots__ = ("_values", "data", "elements", "shapes")
+    __slots__ = ("_values", "data", "shapes")
 
     def __init__(self, done: Done, outbox: memoryview) -> None:
         self.shapes = done.shapes
-        self.elements = [math.prod(shape) for shape in done.shapes]
         self.data = [
             bytes(outbox[offset : offset + size]) for offset, size in zip(done.offsets, done.sizes, strict=True)
         ]
@@ -85,40 +85,50 @@ class BatchOutputs:
         return values
 
 
-class Answered(msgspec.Struct, frozen=True):
-    """A request's share of its batch: `items` rows from `row` on."""
+class Share(msgspec.Struct, frozen=True):
+    """What a batch made of a piece of a request: `items` rows from `row` on, for its items from `first` on."""
 
     outputs: BatchOutputs
     row: int
     items: int
+    first: int
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """All the outputs of a request, in the order of its items: mostly one share. `late_ns`: after its due time."""
+
+    shares: tuple[Share, ...]
+    late_ns: int
 
 
 OnEnd = Callable[[Answered | RefusedError], None]
 
 
 class Pending:
-    """One request between its arrival and its end."""
+    """One request between its arrival and its end. `running`: how many of its pieces workers have."""
 
-    __slots__ = ("arrival_ns", "ended", "offset", "on_end", "request", "row", "running")
+    __slots__ = ("arrival_ns", "ended", "offset", "on_end", "request", "running", "shares", "started_ns")
 
     def __init__(self, request: Request, arrival_ns: int, on_end: OnEnd) -> None:
         self.request = request
         self.offset = NO_SLOT  # in the arena, once that is the driver's
         self.arrival_ns = arrival_ns
         self.on_end = on_end
-        self.running = False
+        self.started_ns = 0  # when its first piece was sent, 0 before
+        self.running = 0
         self.ended = False
-        self.row = 0  # of its first item in the batch
+        self.shares: tuple[Share, ...] = ()  # of the pieces that are done
 
 
 class BatchRecord(NamedTuple):
-    """What is measured of one batch, in ns of the monotonic clock."""
+    """What is measured of one batch, in ns of the monotonic clock, and of the requests that it made complete."""
 
     model: str
     worker_id: int
     items: int
-    arrivals_ns: list[int]  # of its requests, but for those whose client has gone
-    started_ns: int
+    request_ns: list[int]  # arrival to end, of each such request
+    queue_ns: list[int]  # arrival to the start of its first piece
+    late: int  # how many of them ended after their due time
     ended_ns: int
     input_ns: int
     infer_ns: int
@@ -133,9 +143,10 @@ class Observer(Protocol):
 
 
 class _Running(NamedTuple):
+    """A batch under way: its pieces, and the request of each. One request may have several."""
+
+    pieces: Sequence[Piece]
     requests: list[Pending]
-    items: int
-    started_ns: int
 
 
 class Driver:
@@ -159,7 +170,7 @@ class Driver:
         self._unfinished: Counter[str] = Counter()  # by model
         self._idle: dict[str, asyncio.Future[None]] = {}  # by model; "" for all
         self._running: dict[int, _Running] = {}
-        self._outputs: dict[int, BatchOutputs] = {}
+        self._complete: list[Pending] = []  # by the batch that was last done
         self._timer: asyncio.TimerHandle | None = None
         self._given_up = ""  # why, once no request is taken any more
         self.counts_arrivals = False  # for somebody who takes them
@@ -205,7 +216,7 @@ class Driver:
         """The client has gone. Does nothing for a request that has ended."""
         if pending.ended:
             return
-        self._observer.cancelled(pending.request.model, before_compute=not pending.running)
+        self._observer.cancelled(pending.request.model, before_compute=not pending.started_ns)
         self._end(pending)
         self._feed(Cancelled(pending.request.id))
 
@@ -255,17 +266,30 @@ class Driver:
 
     def batch_done(self, worker_id: int, done: Done, outbox: memoryview) -> None:
         # Copied out before the core can send the worker its next batch, which may reuse the memory.
-        self._outputs[done.batch_id] = BatchOutputs(done, outbox)
+        outputs = BatchOutputs(done, outbox)
         running = self._running.pop(done.batch_id)
-        arrivals_ns = self._put_back(running)
+        row = 0
+        for pending, (_, first, items) in zip(running.requests, running.pieces, strict=True):
+            if not pending.ended:
+                pending.shares += (Share(outputs, row, items, first),)
+            row += items
+        self._put_back(running)
+        complete = self._complete = []
         ended_ns = self._feed(BatchDone(worker_id, done.batch_id))
         # After the tasks that were just woken: counting must not delay their answers.
-        self._loop.call_soon(self._record, worker_id, running, arrivals_ns, ended_ns, done)
-
-    def _record(self, worker_id: int, running: _Running, arrivals_ns: list[int], ended_ns: int, done: Done) -> None:
         model = running.requests[0].request.model
-        times = (arrivals_ns, running.started_ns, ended_ns, done.input_ns, done.infer_ns, done.output_ns)
-        self._observer.batch_done(BatchRecord(model, worker_id, running.items, *times))
+        self._loop.call_soon(self._record, model, worker_id, row, complete, ended_ns, done)
+
+    def _record(
+        self, model: str, worker_id: int, items: int, complete: list[Pending], ended_ns: int, done: Done
+    ) -> None:
+        request_ns, queue_ns, late = [], [], 0
+        for pending in complete:
+            request_ns.append(ended_ns - pending.arrival_ns)
+            queue_ns.append(pending.started_ns - pending.arrival_ns)
+            late += _late_ns(pending.request, ended_ns) > 0
+        times = (ended_ns, done.input_ns, done.infer_ns, done.output_ns)
+        self._observer.batch_done(BatchRecord(model, worker_id, items, request_ns, queue_ns, late, *times))
 
     def batch_failed(self, worker_id: int, failed: Failed) -> None:
         self._put_back(self._running.pop(failed.batch_id))
@@ -289,13 +313,17 @@ class Driver:
         return at_ns
 
     def _run(self, command: Run, at_ns: int) -> None:
-        requests = [self._pending[request_id] for request_id in command.request_ids]
-        row = 0
-        for pending in requests:
-            pending.running = True
-            pending.row = row
-            row += pending.request.items
-        self._running[command.batch_id] = _Running(requests, row, at_ns)
+        requests = []
+        cut = {}
+        for index, (request_id, first, items) in enumerate(command.pieces):
+            pending = self._pending[request_id]
+            requests.append(pending)
+            pending.running += 1
+            if not pending.started_ns:
+                pending.started_ns = at_ns
+            if items != pending.request.items:
+                cut[index] = first, pending.request.items
+        self._running[command.batch_id] = _Running(command.pieces, requests)
         self._fleet.send(
             command.worker_id,
             RunBatch(
@@ -303,17 +331,21 @@ class Driver:
                 command.model,
                 requests[0].request.dims,
                 [pending.offset for pending in requests],
-                [pending.request.items for pending in requests],
+                [piece.items for piece in command.pieces],
+                cut,
             ),
         )
 
     def _carry_out(self, command: AnyCommand, at_ns: int) -> None:
         match command:
             case Answer():
-                outputs = self._outputs.pop(command.batch_id)
                 for request_id in command.request_ids:
                     pending = self._pending[request_id]
-                    self._tell(pending, Answered(outputs, pending.row, pending.request.items))
+                    shares = pending.shares
+                    if len(shares) > 1:
+                        shares = tuple(sorted(shares, key=attrgetter("first")))
+                    self._complete.append(pending)
+                    self._tell(pending, Answered(shares, _late_ns(pending.request, at_ns)))
             case Refuse():
                 error = RefusedError(command.reason, command.retry_after_ns / 1e9, command.detail)
                 self._tell(self._pending[command.request_id], error)
@@ -330,20 +362,17 @@ class Driver:
         except Exception:  # those behind it in the batch must get their answers
             log.exception("a request's end could not be told", model=pending.request.model)
 
-    def _put_back(self, running: _Running) -> list[int]:
-        """After a batch: no worker reads its requests' slots any more. Returns the arrivals of those not ended."""
-        arrivals_ns = []
+    def _put_back(self, running: _Running) -> None:
+        """After a batch: its worker does not read the requests' slots any more."""
         for pending in running.requests:
-            pending.running = False
-            if pending.ended:
+            pending.running -= 1
+            if pending.ended and not pending.running:
                 self._arena.free(pending.offset)
-            else:
-                arrivals_ns.append(pending.arrival_ns)
-        return arrivals_ns
 
     def _end(self, pending: Pending) -> None:
-        """The request has ended. A slot that a worker may be reading is freed when its batch ends."""
+        """The request has ended. A slot that workers may be reading is freed when their batches end."""
         pending.ended = True
+        pending.shares = ()  # its client may keep the request for longer than the outputs are worth
         del self._pending[pending.request.id]
         if not pending.running and pending.offset != NO_SLOT:
             self._arena.free(pending.offset)
@@ -357,3 +386,9 @@ class Driver:
             self._idle.pop(model).set_result(None)
         if not self._pending and "" in self._idle:
             self._idle.pop("").set_result(None)
+
+
+def _late_ns(request: Request, ended_ns: int) -> int:
+    """How long after its due time a request has ended, 0 if in time."""
+    due_ns = request.due_ns
+    return 0 if due_ns is None or due_ns >= ended_ns else ended_ns - due_ns

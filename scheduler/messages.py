@@ -6,6 +6,7 @@ Times are integer nanoseconds of one monotonic clock. All of it can be journalle
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import NamedTuple
 
 import msgspec
 
@@ -18,6 +19,7 @@ class Reason(StrEnum):
 
     QUEUE_FULL = "queue_full"
     SLO_UNREACHABLE = "slo_unreachable"
+    OVERLOADED = "overloaded"
     EXPIRED = "expired"
     UNAVAILABLE = "unavailable"
     MODEL_FAILED = "model_failed"
@@ -27,9 +29,9 @@ class Reason(StrEnum):
 class Request(msgspec.Struct, frozen=True, gc=False):
     """A query of `items` >= 1 items for one model.
 
-    `dims` are the values of the model's varying axes: only equal ones share a batch. `due_ns`: the target,
-    which makes admission refuse what cannot meet it. `expires_ns`: dropped if not started by then.
-    `alone`: never batched with others.
+    `dims` are the values of the model's varying axes: only equal ones share a batch. `due_ns`: the target; what
+    cannot meet it is served late, or refused if it is `strict`. `expires_ns`: dropped if not started by then.
+    `alone`: never batched with others. `whole`: never cut. `length`: of its padded axis, 0 where there is none.
     """
 
     id: int
@@ -40,6 +42,17 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     expires_ns: int | None = None
     priority: int = DEFAULT_PRIORITY
     alone: bool = False
+    strict: bool = False
+    whole: bool = False
+    length: int = 0
+
+
+class Piece(NamedTuple):
+    """Items `first` .. `first + items - 1` of a request, as one batch runs them."""
+
+    request_id: int
+    first: int
+    items: int
 
 
 class Event(msgspec.Struct, frozen=True, gc=False, tag=True):
@@ -65,11 +78,15 @@ class WorkerUp(Event, frozen=True):
 
 
 class Serves(Event, frozen=True):
-    """A worker has loaded a model; `latency_ns[b - 1]` is the estimated time of a batch of b items."""
+    """A worker has loaded a model; `latency_ns[b - 1]` is the estimated time of a batch of b items.
+
+    With `lengths` (ascending), `latency_ns` holds such a row for each: of batches padded to that length.
+    """
 
     worker_id: int
     model: str
     latency_ns: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
 
 
 class StopsServing(Event, frozen=True):
@@ -119,18 +136,17 @@ class Command(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Run(Command, frozen=True):
-    """Send these requests, as one batch, to this worker."""
+    """Send these pieces, as one batch, to this worker."""
 
     worker_id: int
     batch_id: int
     model: str
-    request_ids: tuple[int, ...]
+    pieces: tuple[Piece, ...]
 
 
 class Answer(Command, frozen=True):
-    """These requests are complete with this batch's outputs."""
+    """These requests are complete: all their pieces have been in batches that are done."""
 
-    batch_id: int
     request_ids: tuple[int, ...]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,17 @@ class Tally:
     items: list[int] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     refused_items: list[int] = field(default_factory=list)
+    late: int = 0  # answered after the SLO
+    slo_ns: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.slo_ns = math.inf if self.slo_ms is None else self.slo_ms * NS_PER_MS
+
+    def answer(self, latency_ns: int, items: int) -> None:
+        self.latencies_ns.append(latency_ns)
+        self.items.append(items)
+        if latency_ns > self.slo_ns:
+            self.late += 1
 
     def refuse(self, reason: str, items: int) -> None:
         self.refused[reason] += 1
@@ -73,13 +85,17 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Of a whole simulation. `utilisation`: busy share of each slice, by its name, over `seconds`."""
+    """Of a whole simulation. `utilisation`: busy share of each slice, by its name, over `seconds`.
+
+    One that was given up is not `complete`: its figures are of what had ended by then.
+    """
 
     models: Mapping[str, ModelReport]
     utilisation: Mapping[str, float]
     seconds: float
     batches: int
     timeline: Sequence[Span]
+    complete: bool = True
 
     @property
     def worst_within_slo(self) -> float:
@@ -88,12 +104,18 @@ class Report:
 
 
 def summarise(
-    tallies: Mapping[str, Tally], busy_ns: Mapping[str, int], batches: int, end_ns: int, timeline: Sequence[Span]
+    tallies: Mapping[str, Tally],
+    busy_ns: Mapping[str, int],
+    batches: int,
+    end_ns: int,
+    timeline: Sequence[Span],
+    *,
+    complete: bool = True,
 ) -> Report:
     """The report of a simulation that lasted from 0 to `end_ns`."""
     models = {model: _model_report(tally) for model, tally in sorted(tallies.items())}
     utilisation = {name: busy / max(end_ns, 1) for name, busy in busy_ns.items()}
-    return Report(models, utilisation, end_ns / 1e9, batches, timeline)
+    return Report(models, utilisation, end_ns / 1e9, batches, timeline, complete)
 
 
 def _model_report(tally: Tally) -> ModelReport:

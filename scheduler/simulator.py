@@ -6,6 +6,7 @@ are carried out. Only the workers are made up: a batch takes the time of its tab
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,12 +34,14 @@ from scheduler.messages import (
     WorkerUp,
 )
 from scheduler.policies import Policy
-from scheduler.policies.late import LateBinding
+from scheduler.policies.pool import OnePool
 from scheduler.report import Report, Span, Tally, summarise
 from scheduler.workload import Arrival
 
 NS_PER_MS = 1_000_000
 BLOCK = 4096
+# After so many arrivals it is asked again whether a simulation may be given up.
+LOOK_EVERY = 64
 
 
 class SimulationError(ValueError):
@@ -49,13 +52,24 @@ class SimulationError(ValueError):
 class SimSlice:
     """A slice with one worker; `tables[model][b - 1]`: milliseconds of a batch of b items.
 
-    A gang of k processes that share the slice is one worker too: b counts the items of all of them.
+    A gang of k processes that share the slice is one worker too: b counts the items of all of them. A model in
+    `lengths` has such a row for each of its lengths (ascending), one after the other; a batch takes the time of
+    the first that is no shorter than its longest item.
     """
 
     name: str
     gpcs: int
     tables: Mapping[str, Sequence[float]]
     depth: int = 1
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def batch_ms(self, model: str, items: int, length: int = 0) -> float:
+        """What the table says; proportional beyond its last batch."""
+        lengths = self.lengths.get(model, (0,))
+        rows = len(self.tables[model]) // len(lengths)
+        begin = rows * min(bisect.bisect_left(lengths, length), len(lengths) - 1)
+        beyond = max(items / rows, 1.0)
+        return self.tables[model][begin + min(items, rows) - 1] * beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +115,22 @@ class SliceEvent:
     factor: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """When a simulation need not go on: what it was to show it cannot show any more.
+
+    A query was refused. `late`: more queries of a model than this were answered after its SLO. `lateness`: a query has
+    been there for longer than so many SLOs of its model. (Looked at now and then, so it may be found out later.)
+    """
+
+    late: Mapping[str, int]
+    lateness: float
+
+
 def simulate(
     slices: Sequence[SimSlice],
     arrivals: Iterable[Arrival],
-    policy: Callable[[Pool], Policy] = LateBinding,
+    policy: Callable[[Pool], Policy] = OnePool,
     *,
     slo_ms: Mapping[str, float] | None = None,
     seed: int = 0,
@@ -113,20 +139,27 @@ def simulate(
     priority: Mapping[str, int] | None = None,
     timeout_ms: Mapping[str, float] | None = None,
     max_queued: int = 4096,
-    refuse_late: bool = True,
+    strict: bool = False,
+    bounded: bool = True,
     timeline: bool = False,
+    give_up: GiveUp | None = None,
 ) -> Report:
     """Runs `arrivals` (sorted by time) through a core over `slices`, until everything has ended.
 
-    `slo_ms`, `priority`, `timeout_ms`: by model, where it has one. The same arguments give the same report.
+    `slo_ms`, `priority`, `timeout_ms`: by model, where it has one. `strict`: nobody wants to be served late;
+    `bounded`: nobody wants to be served later than ten SLOs. The same arguments give the same report.
+    With `give_up` it may end early; the report then is not complete, and says so.
     Raises SimulationError where requests are left that nothing will ever end.
     """
-    core = SchedulerCore(max_queued, policy, refuse_late=refuse_late)
+    core = SchedulerCore(max_queued, policy, bounded=bounded)
     simulation = _Simulation(core, slices, noise.factors(seed), timeline)
-    simulation.demands = _Demands(slo_ms or {}, priority or {}, timeout_ms or {})
+    padded = frozenset(model for each in slices for model in each.lengths)
+    simulation.demands = _Demands(slo_ms or {}, priority or {}, timeout_ms or {}, padded, strict)
+    simulation.give_up = give_up
     simulation.schedule(events)
-    simulation.run(arrivals)
-    return summarise(simulation.tallies, simulation.busy_ns, simulation.batches, simulation.now_ns, simulation.spans)
+    complete = simulation.run(arrivals)
+    end_ns, spans = simulation.now_ns, simulation.spans
+    return summarise(simulation.tallies, simulation.busy_ns, simulation.batches, end_ns, spans, complete=complete)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +169,23 @@ class _Demands:
     slo_ms: Mapping[str, float]
     priority: Mapping[str, int]
     timeout_ms: Mapping[str, float]
+    padded: frozenset[str] = frozenset()
+    strict: bool = False
 
     def request(self, number: int, arrival: Arrival) -> Request:
-        slo_ms, timeout_ms = self.slo_ms.get(arrival.model), self.timeout_ms.get(arrival.model)
+        model, length = arrival.model, arrival.length
+        slo_ms, timeout_ms = self.slo_ms.get(model), self.timeout_ms.get(model)
+        padded = model in self.padded
         return Request(
             number,
-            arrival.model,
+            model,
             arrival.items,
-            (arrival.length,) if arrival.length else (),
+            (length,) if length and not padded else (),
             None if slo_ms is None else arrival.at_ns + int(slo_ms * NS_PER_MS),
             None if timeout_ms is None else arrival.at_ns + int(timeout_ms * NS_PER_MS),
-            self.priority.get(arrival.model, DEFAULT_PRIORITY),
+            self.priority.get(model, DEFAULT_PRIORITY),
+            strict=self.strict,
+            length=length if padded else 0,
         )
 
 
@@ -161,12 +200,6 @@ class _Worker:
     speed: float = 1.0
     free_ns: int = 0
 
-    def time_ns(self, model: str, items: int) -> float:
-        table = self.where.tables[model]
-        largest = len(table)
-        ms = table[items - 1] if items <= largest else table[-1] * items / largest
-        return ms * self.speed * NS_PER_MS
-
 
 _Due = tuple[int, int, AnyEvent | SliceEvent, int]  # when, serial, what, life of the worker
 
@@ -178,6 +211,7 @@ class _Simulation:
     factors: Iterator[float]
     keeps_timeline: bool
     demands: _Demands = field(default_factory=lambda: _Demands({}, {}, {}))
+    give_up: GiveUp | None = None
     now_ns: int = 0
     batches: int = 0
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -203,18 +237,32 @@ class _Simulation:
                 raise SimulationError(f"no slice is called {event.slice_name!r}; there are {', '.join(self.busy_ns)}")
             self._push(event.at_ns, event, 0)
 
-    def run(self, arrivals: Iterable[Arrival]) -> None:
+    def run(self, arrivals: Iterable[Arrival]) -> bool:
+        """Whether it was run to the end."""
         heap = self._heap
         for number, arrival in enumerate(arrivals, start=1):
             at_ns = arrival.at_ns
             while heap and heap[0][0] <= at_ns:
                 self._happen(*heapq.heappop(heap))
+            if number % LOOK_EVERY == 0 and self._hopeless():
+                return False
             self._arrive(at_ns, number, arrival)
         while heap:
             self._happen(*heapq.heappop(heap))
         if self._open:
             models = sorted({arrival.model for arrival in self._open.values()})
             raise SimulationError(f"{len(self._open)} requests of {', '.join(models)} never end: is a slice awaited?")
+        return True
+
+    def _hopeless(self) -> bool:
+        limits = self.give_up
+        if limits is None:
+            return False
+        for model, tally in self.tallies.items():
+            if tally.refused or tally.late > limits.late.get(model, tally.sent):
+                return True
+        oldest = next(iter(self._open.values()), None)
+        return oldest is not None and self.now_ns - oldest.at_ns > limits.lateness * self.tallies[oldest.model].slo_ns
 
     # ---- what happens ----
 
@@ -270,7 +318,8 @@ class _Simulation:
             self._tell(WorkerUp(worker_id, worker.where.gpcs, worker.where.depth))
         worker.up = worker.serves = True
         for model, table in worker.where.tables.items():
-            self._tell(Serves(worker_id, model, tuple(int(ms * NS_PER_MS) for ms in table)))
+            latency_ns = tuple(int(ms * NS_PER_MS) for ms in table)
+            self._tell(Serves(worker_id, model, latency_ns, worker.where.lengths.get(model, ())))
 
     # ---- what the core wants ----
 
@@ -285,9 +334,7 @@ class _Simulation:
             now_ns = self.now_ns
             for request_id in command.request_ids:
                 arrival = self._open.pop(request_id)
-                tally = self.tallies[arrival.model]
-                tally.latencies_ns.append(now_ns - arrival.at_ns)
-                tally.items.append(arrival.items)
+                self.tallies[arrival.model].answer(now_ns - arrival.at_ns, arrival.items)
         elif isinstance(command, Refuse):
             arrival = self._open.pop(command.request_id)
             self.tallies[arrival.model].refuse(command.reason, arrival.items)
@@ -297,10 +344,13 @@ class _Simulation:
 
     def _run(self, run: Run) -> None:
         worker = self._workers[run.worker_id]
-        items = 0
-        for request_id in run.request_ids:
-            items += self._open[request_id].items
-        time_ns = int(worker.time_ns(run.model, items) * next(self.factors))
+        items = length = 0
+        for request_id, _, of_piece in run.pieces:
+            items += of_piece
+            if worker.where.lengths:
+                length = max(length, self._open[request_id].length)
+        table_ms = worker.where.batch_ms(run.model, items, length)
+        time_ns = int(table_ms * worker.speed * NS_PER_MS * next(self.factors))
         start_ns = max(self.now_ns, worker.free_ns)
         worker.free_ns = start_ns + time_ns
         self.batches += 1

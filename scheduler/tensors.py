@@ -93,6 +93,15 @@ class InputLayout:
             slot = self._cache[key] = self._lay_out(items, dims)
         return slot
 
+    def piece(self, total: int, dims: tuple[int, ...], first: int, items: int) -> tuple[TensorPlace, ...]:
+        """Where items `first` .. `first + items - 1` of a request of `total` items lie in its slot, by input."""
+        places = []
+        for place in self.slot(total, dims).places:
+            of_item = place.nbytes // total
+            offset = place.offset + first * of_item
+            places.append(TensorPlace(offset, items * of_item, (items, *place.shape[1:])))
+        return tuple(places)
+
     def _lay_out(self, items: int, dims: tuple[int, ...]) -> SlotLayout:
         places = []
         varying = iter(dims)

@@ -190,18 +190,21 @@ class _Worker:
         return _Batch(message, model, started, error, gathered_ns - begin_ns, gathered_ns)
 
     def _gather(self, message: RunBatch, model: _Model) -> list[Array]:
-        """The inputs of all requests, one array an input, copied once out of the arena."""
+        """The inputs of all pieces, one array an input, copied once out of the arena."""
         memory = self._inputs
-        requests = [
+        pieces = [
             (offset, model.layout.slot(items, message.dims).places)
             for offset, items in zip(message.offsets, message.items, strict=True)
         ]
+        for index, (first, total) in message.cut.items():
+            places = model.layout.piece(total, message.dims, first, message.items[index])
+            pieces[index] = message.offsets[index], places
         whole = model.layout.slot(max(sum(message.items), model.min_batch), message.dims).places
         arrays = []
         for index, dtype in enumerate(model.inputs):
             parts = []
             missing = whole[index].nbytes
-            for offset, places in requests:
+            for offset, places in pieces:
                 place = places[index]
                 begin = offset + place.offset
                 parts.append(memory[begin : begin + place.nbytes])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -35,16 +35,18 @@ def constant(items: int) -> Sizes:
     return lambda _, count: np.full(count, items)
 
 
-def log_normal(median: float = 6.0, sigma: float = 0.9, most: int = 32) -> Sizes:
-    """Rounded, clipped to 1..most. The defaults are those of the workload that PARIS and ELSA are judged by."""
+def log_normal(median: float = 6.0, sigma: float = 0.9, most: int = 32, least: int = 1) -> Sizes:
+    """Rounded, clipped to least..most. The defaults are those of the workload that PARIS and ELSA are judged by."""
 
     def draw(generator: np.random.Generator, count: int) -> np.ndarray:
-        return np.clip(np.rint(generator.lognormal(math.log(median), sigma, count)), 1, most).astype(int)
+        return np.clip(np.rint(generator.lognormal(math.log(median), sigma, count)), least, most).astype(int)
 
     return draw
 
 
 W_PAPER = log_normal()
+# Tokens: the median in the middle of 16..512, by ratio, and 95 % inside.
+W_LENGTH = log_normal(math.sqrt(16 * 512), math.log(512 / 16) / 4, 512, 16)
 
 
 def poisson(
@@ -104,21 +106,56 @@ def trace(lines: Iterable[str]) -> Iterator[Arrival]:
 
     Raises TraceError for what is no such CSV, or not sorted by time.
     """
+    reader = csv.DictReader(lines)
     last_ns = 0
-    for number, row in enumerate(csv.DictReader(lines), start=2):
-        try:
-            at_ns = round(float(row["seconds"]) * NS_PER_S)
-            arrival = Arrival(at_ns, row["model"], int(row.get("items") or 1), int(row.get("length") or 0))
-        except (KeyError, ValueError, TypeError, OverflowError) as error:
+    try:
+        missing = [column for column in ("seconds", "model") if column not in (reader.fieldnames or ())]
+        if missing:
+            there = ", ".join(reader.fieldnames or ()) or "nothing"
             raise TraceError(
-                f"line {number}: {error!r} in {dict(row)}; the columns are seconds, model, items, length"
-            ) from error
-        if arrival.items < 1 or not arrival.model:
-            raise TraceError(f"line {number}: a query has a model and at least one item, not {dict(row)}")
-        if at_ns < last_ns:
-            raise TraceError(f"line {number}: {row['seconds']} s is before the line above; sort the trace by seconds")
-        last_ns = at_ns
-        yield arrival
+                f"line 1: {missing[0]} is missing; the columns are seconds, model, items, length, there is {there}"
+            )
+        for row in reader:
+            arrival = _recorded(row, f"line {reader.line_num}")
+            if arrival.at_ns < last_ns:
+                raise TraceError(
+                    f"line {reader.line_num}: {row['seconds']} s is before the line above; sort the trace by seconds"
+                )
+            last_ns = arrival.at_ns
+            yield arrival
+    except csv.Error as error:
+        raise TraceError(f"after line {reader.line_num}: {error}") from error
+
+
+def _recorded(row: Mapping[str, str | None], where: str) -> Arrival:
+    """Raises TraceError."""
+    model = (row["model"] or "").strip()
+    if not model:
+        raise TraceError(f"{where}: a query has a model; there is {list(row.values())}")
+    try:
+        at_ns = round(float(row["seconds"] or "") * NS_PER_S)
+    except (ValueError, OverflowError) as error:
+        raise TraceError(f"{where}: seconds is {row['seconds']!r}, not a number") from error
+    return Arrival(at_ns, model, _whole(row, "items", 1, where), _whole(row, "length", 0, where))
+
+
+def _whole(row: Mapping[str, str | None], column: str, least: int, where: str) -> int:
+    """A whole number of at least `least`, which also stands for an empty field."""
+    text = row.get(column) or str(least)
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise TraceError(f"{where}: {column} is {text!r}, not a whole number") from error
+    if number < least:
+        raise TraceError(f"{where}: {column} is {number}, must be at least {least}")
+    return number
+
+
+def write_trace(arrivals: Iterable[Arrival]) -> Iterator[str]:
+    """The lines of the CSV that `trace` reads, without their ends."""
+    yield "seconds,model,items,length"
+    for at_ns, model, items, length in arrivals:
+        yield f"{at_ns / NS_PER_S:.9f},{model},{items},{length or ''}"
 
 
 def merge(*streams: Iterable[Arrival]) -> Iterator[Arrival]:

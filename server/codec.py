@@ -360,16 +360,16 @@ def _length_prefixed(data: bytes, name: str, count: int) -> list[bytes]:
 
 
 class OutputData(msgspec.Struct):
-    """One output of one request: either its bytes, a view into the batch's, or its values for JSON."""
+    """One output of one request: either its bytes, views into its batches', or its values for JSON."""
 
     spec: TensorSpec
     shape: tuple[int, ...]
-    data: memoryview | None
+    data: Pieces | None
     values: list[Any] | None
 
 
 def encode_reply(
-    model: str, version: str, request_id: str | None, outputs: Sequence[OutputData]
+    model: str, version: str, request_id: str | None, outputs: Sequence[OutputData], late_ms: float = 0.0
 ) -> tuple[list[bytes | memoryview], int | None]:
     """The parts of a reply's body, and the length of its JSON part if binary data follow it."""
     entries = []
@@ -379,11 +379,11 @@ def encode_reply(
         if output.data is None:
             entry.data = output.values
         else:
-            entry.parameters = {"binary_data_size": len(output.data)}
-            if len(output.data):
-                parts.append(output.data)
+            entry.parameters = {"binary_data_size": sum(map(len, output.data))}
+            parts += filter(len, output.data)
         entries.append(entry)
-    parts[0] = wire.encode_json(wire.InferReply(model, version, entries, request_id or None))
+    parameters = {"late_ms": late_ms} if late_ms else None
+    parts[0] = wire.encode_json(wire.InferReply(model, version, entries, request_id or None, parameters))
     if b"null" in parts[0]:
         _check_finite(outputs)
     return parts, len(parts[0]) if len(parts) > 1 else None

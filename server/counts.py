@@ -58,6 +58,7 @@ class ModelStats:
 
     def __init__(self) -> None:
         self.success = 0
+        self.late = 0  # answered, after their due time
         self.items = 0
         self.batches = 0
         # From zero on: what first appears at 1 is no increase to Prometheus.

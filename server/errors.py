@@ -67,7 +67,13 @@ def from_refusal(
         case Reason.SLO_UNREACHABLE:
             message = (
                 f"model {model} cannot answer in time: {limit} is {round(limit_ms, 4):g} ms, the estimate is "
-                f"{limit_ms + retry_after_s * 1e3:.1f} ms"
+                f"{limit_ms + retry_after_s * 1e3:.1f} ms; try again later, or send strict: false to be answered late"
+            )
+            return ServeError(Fault.REFUSED, message, reason=reason, retry_after_s=retry_after_s)
+        case Reason.OVERLOADED:
+            message = (
+                f"model {model} cannot answer even in ten times what it may take: {limit} is {round(limit_ms, 4):g} "
+                f"ms, the estimate is {10 * limit_ms + retry_after_s * 1e3:.1f} ms; try again later, or allow more"
             )
             return ServeError(Fault.REFUSED, message, reason=reason, retry_after_s=retry_after_s)
         case Reason.EXPIRED:

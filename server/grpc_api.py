@@ -25,7 +25,7 @@ from server.model_config import model_config, model_metadata
 from server.repository import Model, Repository
 from server.request_log import log_request
 from server.rest import Health, model_statistics, repository_index
-from server.service import InferenceService, check_outputs, outputs_of
+from server.service import InferenceService, check_outputs, late_ms, outputs_of
 
 log = structlog.get_logger(__name__)
 
@@ -204,7 +204,10 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         outcome = await self._service.infer(model, _tensors(request), parameters, arrival_ns, call_ms)
         if isinstance(outcome, ServeError):
             return outcome
-        return _response(model, request, outputs_of(model, outcome, choice, binary=True))
+        reply = _response(model, request, outputs_of(model, outcome, choice, binary=True))
+        if outcome.late_ns:
+            reply.parameters["late_ms"].double_param = late_ms(outcome)
+        return reply
 
     # ---- extensions that are not implemented, and so not advertised ----
 
@@ -307,5 +310,5 @@ def _response(model: Model, request: Any, outputs: list[OutputData]) -> Any:
     reply = service_pb2.ModelInferResponse(model_name=model.name, model_version=str(model.version), id=request.id)
     for output in outputs:
         reply.outputs.add(name=output.spec.name, datatype=output.spec.datatype, shape=output.shape)
-        reply.raw_output_contents.append(bytes(output.data or b""))
+        reply.raw_output_contents.append(b"".join(output.data or ()))
     return reply

@@ -25,7 +25,7 @@ from server.http_protocol import LENGTH_DIGITS, Reply, announced_bytes
 from server.metrics import Metrics
 from server.repository import Model, Repository
 from server.request_log import log_request
-from server.service import Cancel, InferenceService, Outcome, check_outputs, outputs_of
+from server.service import Cancel, InferenceService, Outcome, check_outputs, late_ms, outputs_of
 
 log = structlog.get_logger(__name__)
 
@@ -155,7 +155,8 @@ class InferRoute:
             return self._failed(model, outcome)
         try:
             outputs = outputs_of(model, outcome, request.outputs, request.binary_default)
-            parts, header_length = codec.encode_reply(model.name, str(model.version), request.id, outputs)
+            named = model.name, str(model.version), request.id
+            parts, header_length = codec.encode_reply(*named, outputs, late_ms(outcome))
             return make_reply(parts, header_length, headers.get(b"accept-encoding"))
         except Exception as error:
             return self._failure(model, error)

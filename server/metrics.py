@@ -123,22 +123,22 @@ class Metrics(Collector):
         model = self._id(record.model)
         stats = self._models[model]
         slice_stats = self._slices[model, _slice_labels(*self._places[record.worker_id])]
-        started_ns, ended_ns = record.started_ns, record.ended_ns
-        for arrival_ns in record.arrivals_ns:
-            slice_stats.queue.observe(started_ns - arrival_ns)
-            slice_stats.request.observe(ended_ns - arrival_ns)
-        count, arrived_ns = len(record.arrivals_ns), sum(record.arrivals_ns)
+        for request_ns, queue_ns in zip(record.request_ns, record.queue_ns, strict=True):
+            slice_stats.request.observe(request_ns)
+            slice_stats.queue.observe(queue_ns)
+        count = len(record.request_ns)
         slice_stats.compute.observe(record.infer_ns)
         slice_stats.batch.observe(record.items)
         stats.success += count
         stats.items += record.items
         stats.batches += 1
-        stats.request_ns += count * ended_ns - arrived_ns
-        stats.queue_ns += count * started_ns - arrived_ns
+        stats.late += record.late
+        stats.request_ns += sum(record.request_ns)
+        stats.queue_ns += sum(record.queue_ns)
         stats.input_ns += count * record.input_ns
         stats.infer_ns += count * record.infer_ns
         stats.output_ns += count * record.output_ns
-        stats.last_ms = (ended_ns + self._wall_offset_ns) // NS_PER_MS
+        stats.last_ms = (record.ended_ns + self._wall_offset_ns) // NS_PER_MS
         by_batch = stats.by_batch[record.items]
         by_batch[0] += 1
         by_batch[1] += record.input_ns
@@ -228,20 +228,22 @@ class Metrics(Collector):
             "Requests that ended without an answer",
             labels=[*labels, "reason"],
         )
+        late = CounterMetricFamily("migserve_late_requests", "Requests answered after their due time", labels=labels)
         dropped = CounterMetricFamily(
             "migserve_requests_cancelled_before_compute", "Clients that left in time", labels=labels
         )
         for model, stats in self._models.items():
             for reason, count in stats.failures.items():
                 refused.add_metric([*model, reason], count)
+            late.add_metric(model, stats.late)
             dropped.add_metric(model, stats.cancelled_before_compute)
-        yield from (pending, ready, refused, dropped)
+        yield from (pending, ready, refused, late, dropped)
 
     def _collect_histograms(self) -> Iterator[Metric]:
         labels = ["model", "version", *_SLICE_LABELS]
         families: list[tuple[HistogramMetricFamily, Callable[[SliceStats], Histogram], float]] = [
             (
-                HistogramMetricFamily("migserve_queue_seconds", "Arrival to start of its batch", labels=labels),
+                HistogramMetricFamily("migserve_queue_seconds", "Arrival to start of its first batch", labels=labels),
                 lambda s: s.queue,
                 1e9,
             ),

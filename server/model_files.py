@@ -33,11 +33,17 @@ class LatencyTableFile(BaseModel):
 
 
 class ServingFile(BaseModel):
-    """`serving.yaml`. `mig_profiles`: where the model is served; empty means on every slice."""
+    """`serving.yaml`. `mig_profiles`: where the model is served; empty means on every slice.
+
+    `strict`: requests that cannot be served in time are refused, not served late. `split`: a request's items may
+    run in different batches, since none depends on another.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     slo_ms: float | None = Field(None, gt=0, lt=MAX_SLO_MS)
+    strict: bool = False
+    split: bool = True
     mig_profiles: list[str] = []
     latency_table: LatencyTableFile | None = None
     preprocess: PipelineFile | None = None

@@ -55,9 +55,9 @@ def run(request: Request) -> int:
     try:
         plan, gpu = _plan(request)
     except (UsageError, DemandError, LatencyTableError) as error:
-        return _complain(str(error), USAGE)
+        return complain(str(error), USAGE)
     except PlanError as error:
-        return _complain(str(error), IMPOSSIBLE)
+        return complain(str(error), IMPOSSIBLE)
     if request.as_json:
         print(json.dumps(plan.to_json(), indent=2))
     else:
@@ -66,7 +66,7 @@ def run(request: Request) -> int:
         try:
             plan_drawing.write(plan, gpu, request.out)
         except (OSError, ValueError) as error:
-            return _complain(f"cannot draw to {request.out}: {error}", USAGE)
+            return complain(f"cannot draw to {request.out}: {error}", USAGE)
     return 0
 
 
@@ -111,7 +111,7 @@ def _of_scenario(
             raise UsageError(f"{origin} has several scenarios: pick one with --scenario, of {', '.join(names)}")
         return rows
     if scenario not in names:
-        raise UsageError(f"{origin} has no scenario {scenario!r}; {_nearest(scenario, names)}")
+        raise UsageError(f"{origin} has no scenario {scenario!r}; {nearest(scenario, names)}")
     return [(line, row) for line, row in rows if row.get("scenario") == scenario]
 
 
@@ -141,16 +141,16 @@ def _plan(request: Request) -> tuple[Plan, GpuModel]:
     if request.planner not in PLANNERS:
         raise UsageError(f"no planner is called {request.planner!r}; there are {' and '.join(PLANNERS)}")
     if request.gpu not in GPU_MODELS:
-        raise UsageError(f"no GPU is called {request.gpu!r}; {_nearest(request.gpu, list(GPU_MODELS))}")
+        raise UsageError(f"no GPU is called {request.gpu!r}; {nearest(request.gpu, list(GPU_MODELS))}")
     gpu = GPU_MODELS[request.gpu]
     demands = read_demand(request.demand, request.scenario)
-    measurements, notes = _measurements(request, gpu)
+    measurements, notes = measured(request.latency_table, request.skip_suspects, gpu)
     tables = gangs.gang_tables(measurements)
     unknown = [demand.model for demand in demands if demand.model not in tables]
     if unknown:
-        raise UsageError(f"no latency table for {unknown[0]!r}; {_nearest(unknown[0], sorted(tables))}")
+        raise UsageError(f"no latency table for {unknown[0]!r}; {nearest(unknown[0], sorted(tables))}")
     begin = time.perf_counter()
-    with _quiet() as say:
+    with quiet() as say:
         if request.planner == "optimal":
             plan = optimal.plan(demands, tables, gpu, request.choices, say)
         else:
@@ -174,28 +174,25 @@ def _paris(
         return replace(plan, explanation=(*plan.explanation, note))
 
 
-def _measurements(request: Request, gpu: GpuModel) -> tuple[list[Measurement], list[str]]:
+def measured(table: Path | None, skip_suspects: bool, gpu: GpuModel) -> tuple[list[Measurement], list[str]]:
     """Rows of the latency table that are about this GPU, or else all of them; and what is to be said of them."""
-    if request.latency_table is None:
-        found = latency.shipped_measurements()
-    else:
-        found = latency.read_measurements(request.latency_table)
+    found = latency.shipped_measurements() if table is None else latency.read_measurements(table)
     notes = []
     of_gpu = [each for each in found if each.gpu in ("", gpu.name)]
     if not of_gpu:
         measured = ", ".join(sorted({each.gpu for each in found}))
         notes.append(f"The latency table was measured on {measured}, by GPCs: a {gpu.name} will be faster or slower.")
     kept, suspect = latency.without_suspects(of_gpu or found)
-    if request.skip_suspects:
+    if skip_suspects:
         notes.append(f"{len(suspect)} suspect points of the latency table were left out.")
         return kept, notes
     if suspect:
-        notes.append(f"The latency table has {len(suspect)} suspect points; --skip-suspects plans without them.")
+        notes.append(f"The latency table has {len(suspect)} suspect points; --skip-suspects leaves them out.")
     return of_gpu or found, notes
 
 
 @contextmanager
-def _quiet() -> Iterator[Callable[[str], None]]:
+def quiet() -> Iterator[Callable[[str], None]]:
     """Shows what is being tried, at a terminal. HiGHS prints a line of its own now and then: kept off stdout."""
     console = Console(stderr=True)
     sys.stdout.flush()
@@ -211,12 +208,14 @@ def _quiet() -> Iterator[Callable[[str], None]]:
         os.close(nowhere)
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
+def nearest(name: str, names: Sequence[str]) -> str:
+    """What to say of a name that there is not, after a semicolon."""
     folded = {each.lower(): each for each in names}
     near = [folded[each] for each in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)]
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
 
 
-def _complain(message: str, code: int) -> int:
+def complain(message: str, code: int) -> int:
+    """In red on stderr; returns the exit code that is to be."""
     Console(stderr=True, highlight=False).print(message, style="red", markup=False, soft_wrap=True)
     return code

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from preprocess.pool import PreprocessPool
 from scheduler.arena import Arena
-from scheduler.driver import Answered, Driver, Pending, RefusedError
+from scheduler.driver import Answered, Driver, Pending, RefusedError, Share
 from scheduler.messages import Request
 from scheduler.staff import resolve
 from scheduler.tensors import DATATYPES, TensorSpec
 from server import codec
 from server.codec import Checked, OutputChoice, OutputData, Tensor
-from server.errors import ServeError, from_refusal, invalid
+from server.errors import Fault, ServeError, from_refusal, invalid
 from server.preparing import Preparer, allocate
 from server.repository import Model
 from server.terms import Terms, read_terms
@@ -46,11 +47,11 @@ class InferenceService:
     ) -> Cancel:
         """Runs one request; `on_outcome` gets the answer or the error. Raises ServeError for what is wrong at once.
 
-        `parameters` may hold timeout (us in the queue), priority (1 is highest), slo_ms and deadline_ms; `call_ms` is
-        how long the client waits, if it says so. Call what is returned if the client has gone: then the request is
-        dropped wherever it is, and `on_outcome` is not called.
+        `parameters` may hold timeout (us in the queue), priority (1 is highest), slo_ms, deadline_ms and strict;
+        `call_ms` is how long the client waits, if it says so. Call what is returned if the client has gone: then the
+        request is dropped wherever it is, and `on_outcome` is not called.
         """
-        terms = read_terms(parameters, arrival_ns, model.serving.slo_ms, call_ms)
+        terms = read_terms(parameters, arrival_ns, model.serving.slo_ms, call_ms, model_strict=model.serving.strict)
         pipeline = model.serving.preprocess
         if pipeline is not None:
             tensors, encoded = _split(tensors, pipeline.input)
@@ -91,6 +92,8 @@ class InferenceService:
             terms.expires_ns,
             terms.priority,
             model.signature.max_batch == 0,
+            terms.strict,
+            model.signature.max_batch == 0 or not model.serving.split,
         )
 
         def on_end(end: Answered | RefusedError) -> None:
@@ -148,7 +151,10 @@ def _not_in_json(spec: TensorSpec) -> ServeError:
 
 
 def outputs_of(model: Model, answered: Answered, choice: list[OutputChoice] | None, binary: bool) -> list[OutputData]:
-    """A request's share of its batch's outputs, those that were asked for, which `check_outputs` has seen."""
+    """A request's share of its batches' outputs, those that were asked for, which `check_outputs` has seen.
+
+    Raises ServeError where they cannot be joined.
+    """
     specs = model.signature.outputs
     if choice is None:
         return [_output(model, answered, index, binary) for index in range(len(specs))]
@@ -157,17 +163,40 @@ def outputs_of(model: Model, answered: Answered, choice: list[OutputChoice] | No
 
 
 def _output(model: Model, answered: Answered, index: int, binary: bool) -> OutputData:
-    outputs, row, items = answered.outputs, answered.row, answered.items
+    shares = answered.shares
+    first = _part(model, shares[0], index, binary)
+    return first if len(shares) == 1 else _joined([first, *(_part(model, each, index, binary) for each in shares[1:])])
+
+
+def _part(model: Model, share: Share, index: int, binary: bool) -> OutputData:
+    outputs, row, items = share.outputs, share.row, share.items
     spec = model.signature.outputs[index]
     datatype = DATATYPES[spec.datatype]
     shape = outputs.shapes[index]
     if model.signature.max_batch > 0:
-        of_item = outputs.elements[index] // shape[0]
+        of_item = math.prod(shape[1:])
         begin, end = row * of_item, (row + items) * of_item
         shape = (items, *shape[1:])
     else:
-        begin, end = 0, outputs.elements[index]
+        begin, end = 0, math.prod(shape)
     if binary:
         data = memoryview(outputs.data[index])[begin * datatype.itemsize : end * datatype.itemsize]
-        return OutputData(spec, shape, data, None)
+        return OutputData(spec, shape, [data], None)
     return OutputData(spec, shape, None, outputs.values(index, datatype.numpy)[begin:end])
+
+
+def _joined(parts: list[OutputData]) -> OutputData:
+    """One below the other. Raises ServeError where they do not fit."""
+    spec, (_, *of_item) = parts[0].spec, parts[0].shape
+    if any(list(part.shape[1:]) != of_item for part in parts):
+        message = f"output {spec.name} has another shape in each batch; the model needs `split: false` in serving.yaml"
+        raise ServeError(Fault.INTERNAL, message)
+    shape = (sum(part.shape[0] for part in parts), *of_item)
+    if parts[0].data is not None:
+        return OutputData(spec, shape, [view for part in parts for view in part.data or ()], None)
+    return OutputData(spec, shape, None, [value for part in parts for value in part.values or ()])
+
+
+def late_ms(answered: Answered) -> float:
+    """How long after its due time it was answered, as clients are told it; 0 if in time."""
+    return -(-answered.late_ns // 1000) / 1000 if answered.late_ns else 0.0

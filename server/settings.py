@@ -124,10 +124,10 @@ class Settings(BaseSettings):
         Path("~/.local/state/migserve"), "gpus", "Where a re-cut is recorded while it lasts, and the token is."
     )
 
-    policy: Literal["late", "elsa"] = _setting(
-        "late",
+    policy: Literal["pool", "elsa"] = _setting(
+        "pool",
         "operation",
-        "late: a request waits in its model's queue until a slice is free, which takes what is most urgent. elsa: it "
+        "pool: a request waits in its model's queue until a slice is free, which takes what is most urgent. elsa: it "
         "is bound on arrival to the smallest slice that meets its target, as published.",
     )
     strict_readiness: bool = _setting(True, "operation", "Ready only if every model is served.")

@@ -17,7 +17,13 @@ from scheduler.messages import DEFAULT_PRIORITY
 from server.errors import Fault, ServeError, invalid
 
 # Names as they are compared: without unit, in small letters.
-_OURS = {"slo": "slo_ms", "deadline": "deadline_ms", "timeout": "timeout", "priority": "priority"}
+_OURS = {
+    "slo": "slo_ms",
+    "deadline": "deadline_ms",
+    "timeout": "timeout",
+    "priority": "priority",
+    "strict": "strict",
+}
 _KNOWN = frozenset([*_OURS.values(), "binary_data_output", "sequence_id", "sequence_start", "sequence_end"])
 _UNITS = ("ms", "msec", "msecs", "millis", "us", "usec", "micros", "s", "sec", "secs", "seconds")
 # So alike is a slip of the fingers: timout, prioritty. What is less so may be somebody's own.
@@ -33,13 +39,17 @@ OF_MODEL = "slo_ms in the model's serving.yaml"
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """Points in time in ns of the monotonic clock. `limit`: where the due time comes from, for an error."""
+    """Points in time in ns of the monotonic clock. `limit`: where the due time comes from, for an error.
+
+    `strict`: refused rather than served late.
+    """
 
     arrival_ns: int
     due_ns: int | None = None
     expires_ns: int | None = None
     priority: int = DEFAULT_PRIORITY
     limit: str = ""
+    strict: bool = False
 
     @property
     def limit_ms(self) -> float:
@@ -47,17 +57,21 @@ class Terms(msgspec.Struct, frozen=True):
 
 
 def read_terms(
-    parameters: dict[str, Any] | None, arrival_ns: int, model_slo_ms: float | None, call_ms: float | None = None
+    parameters: dict[str, Any] | None,
+    arrival_ns: int,
+    model_slo_ms: float | None,
+    call_ms: float | None = None,
+    *,
+    model_strict: bool = False,
 ) -> Terms:
     """Deadlines and priority of a request. Raises ServeError for values that make no sense.
 
-    The model's own target counts for requests that name none. `call_ms`: how long the client waits, where that is
-    known; it bounds the request's own limits.
+    The model's own target and strictness count for requests that name none. `call_ms`: how long the client waits,
+    where that is known; it bounds the request's own limits.
     """
     if not parameters and call_ms is None:
-        if model_slo_ms is None:
-            return Terms(arrival_ns)
-        return Terms(arrival_ns, arrival_ns + int(model_slo_ms * 1e6), limit=OF_MODEL)
+        due_ns = None if model_slo_ms is None else arrival_ns + int(model_slo_ms * 1e6)
+        return Terms(arrival_ns, due_ns, limit="" if due_ns is None else OF_MODEL, strict=model_strict)
     parameters = parameters or {}
     _check_names(parameters)
     slo_ms = _positive(parameters, "slo_ms")
@@ -76,6 +90,8 @@ def read_terms(
         min(expires, default=None),
         _whole(parameters, "priority") or DEFAULT_PRIORITY,
         limit,
+        # After a deadline nobody waits any more, so there is no late answer to it.
+        _flag(parameters, "strict", model_strict or limit in (OF_REQUEST_DEADLINE, OF_CALL)),
     )
 
 
@@ -114,4 +130,13 @@ def _whole(parameters: dict[str, Any], name: str) -> int:
     value = parameters.get(name, 0)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise invalid(f"parameter {name} must be a whole number of at least 0, not {value!r}")
+    return value
+
+
+def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
+    value = parameters.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise invalid(f"parameter {name} must be true or false, not {value!r}")
     return value

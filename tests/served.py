@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -84,8 +85,10 @@ class OneModel:
 class Served(Stage):
     """A stage with all that stands before the driver."""
 
-    def __init__(self, model: Model, arena_bytes: int = 1 << 16, threads: int = 1) -> None:
-        super().__init__(arena_bytes)
+    def __init__(
+        self, model: Model, arena_bytes: int = 1 << 16, cut_to: int | None = None, *, threads: int = 1
+    ) -> None:
+        super().__init__(arena_bytes, cut_to)
         self.model = model
         self.pool = PreprocessPool(threads)
         self.service = InferenceService(self.driver, self.arena, self.pool)
@@ -125,19 +128,24 @@ def pictures() -> Served:
 def grpc_request(shape: tuple[int, ...] = (1, 1)) -> Any:
     request = service_pb2.ModelInferRequest(model_name="m")
     request.inputs.add(name="x", datatype="FP32", shape=shape)
-    request.raw_input_contents.append(bytes(4))
+    request.raw_input_contents.append(bytes(4 * math.prod(shape)))
     return request
 
 
-async def grpc_error(stage: Served, request: Any) -> str:
-    """What a stream of one request is told."""
+async def grpc_reply(stage: Served, request: Any) -> Any:
+    """The reply of a stream to its one request."""
 
     async def requests() -> AsyncIterator[Any]:
         yield request
 
     no_context: Any = None
     (reply,) = [reply async for reply in stage.grpc.ModelStreamInfer(requests(), no_context)]
-    return str(reply.error_message)
+    return reply
+
+
+async def grpc_error(stage: Served, request: Any) -> str:
+    """What a stream of one request is told."""
+    return str((await grpc_reply(stage, request)).error_message)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -1,19 +1,18 @@
-"""Policies: which worker a query goes to, and which queries make the next batch. Pure, one signature."""
+"""Policies: which worker a query goes to, and which parts of queries make the next batch. Pure, one signature."""
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from scheduler.domain import Query, Worker
+from scheduler.domain import Kind, Part, Worker
 
 
-class Waiting(Enum):
-    """What waits for a worker that is busy and could stage a batch."""
+class Start(NamedTuple):
+    """A batch to start now: parts of one model and company on a worker that is ready; `kind` is the longest's."""
 
-    NOTHING = 0
-    SOME = 1  # to be staged shortly before the worker is free
-    FULL = 2  # to be staged at once: waiting would not make it a better batch
+    worker: Worker
+    kind: Kind
+    parts: list[Part]
 
 
 class Policy(Protocol):
@@ -22,26 +21,24 @@ class Policy(Protocol):
     It is made with the pool, and reads it. Every method is deterministic, given the calls before it.
     """
 
-    def choose(self, now_ns: int, query: Query) -> tuple[Worker | None, int]:
-        """For a query whose model somebody serves: the idle worker to start it on at once, else None.
+    def offer(self, now_ns: int, part: Part, bound_ns: int | None) -> int:
+        """Queues a part whose kind somebody serves, and returns 0.
 
-        Also by how many ns it would be late, as far as the policy can tell; 0: it meets its due time, or has none.
+        Where it would end more than `bound_ns` after its due time, as far as the policy can tell, it is not
+        queued; returned is in how many ns a new try has a chance. `bound_ns` None: it is queued in any case.
         """
 
-    def add(self, now_ns: int, query: Query) -> None:
-        """Queues the query that was last chosen for and not started."""
+    def next(self, now_ns: int) -> Start | None:
+        """Takes the next batch out of the queues, for one of the pool's ready workers; asked until there is none."""
 
-    def waiting(self, worker: Worker) -> Waiting:
-        """Whether `take` may have something for this busy worker."""
+    def wake_ns(self, now_ns: int) -> int | None:
+        """When `next` is to be asked again though nothing has happened; None: it need not be."""
 
-    def discard(self, query: Query) -> None:
-        """Takes a waiting query out."""
+    def discard(self, part: Part) -> None:
+        """Takes a waiting part out."""
 
-    def take(self, now_ns: int, worker: Worker) -> list[Query]:
-        """Queries for a batch on a worker that has room, out of the queues; empty if it has nothing to do."""
-
-    def evict(self, worker: Worker, model: str | None = None) -> list[Query]:
-        """Takes out what can wait for nobody else (of one model, or all), to be placed again.
+    def evict(self, worker: Worker, model: str | None = None) -> list[Part]:
+        """Takes out what can wait for nobody else (of one model, or all), to be offered again.
 
         Called before the worker is taken out of the pool, or the model off the worker.
         """

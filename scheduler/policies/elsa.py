@@ -5,7 +5,7 @@ with alpha = beta = 1. A: scan slices from small to large, take the first with s
 shortest wait. B: where none has slack, take the least T_wait + T_est.
 
 Ours: queues are worked off in batches up to the knee, so T_wait counts batches, and T_est is what the query
-adds to them. A query without an SLO goes by B alone. A new query that no slice can serve in time is refused.
+adds to them. A query without an SLO goes by B alone. Queries are never cut.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from scheduler.batching import BucketQueue
-from scheduler.domain import Pool, Query, Worker
-from scheduler.policies import Waiting
+from scheduler.domain import Company, Kind, Part, Pool, Worker
+from scheduler.policies import Start
 
-BucketKey = tuple[str, tuple[int, ...], int]
+Bucket = tuple[Kind, Company]
 
 
 class _Lane:
@@ -25,7 +25,7 @@ class _Lane:
     __slots__ = ("backlog_ns", "buckets")
 
     def __init__(self) -> None:
-        self.buckets: dict[BucketKey, BucketQueue] = {}
+        self.buckets: dict[Bucket, BucketQueue] = {}
         self.backlog_ns = 0
 
 
@@ -36,94 +36,93 @@ class Elsa:
         self._pool = pool
         self._lanes: dict[int, _Lane] = {}
 
-    def choose(self, now_ns: int, query: Query) -> tuple[Worker | None, int]:
-        worker, late_ns = self._bind(now_ns, query)
-        query.worker_id = worker.id
-        return (worker if not worker.in_flight and not self._waiting_items(worker) else None), late_ns
+    def offer(self, now_ns: int, part: Part, bound_ns: int | None) -> int:
+        worker, late_ns = self._bind(now_ns, part)
+        if bound_ns is not None and late_ns > bound_ns:
+            return late_ns - bound_ns
+        part.worker_id = worker.id
+        lane = self._lanes.setdefault(worker.id, _Lane())
+        key = (part.kind, part.company)
+        bucket = lane.buckets.get(key)
+        if bucket is None:
+            bucket = lane.buckets[key] = BucketQueue()
+        bucket.push(part)
+        self._recount(lane, worker, key)
+        return 0
 
-    def _bind(self, now_ns: int, query: Query) -> tuple[Worker, int]:
-        """The worker that ELSA's rule names, and by how many ns the query would be late there."""
-        due_ns = query.request.due_ns
-        workers = self._pool.serving[query.request.model]
+    def _bind(self, now_ns: int, part: Part) -> tuple[Worker, int]:
+        """The worker that ELSA's rule names, and by how many ns the part would be late there."""
+        due_ns = part.due_ns
+        workers = self._pool.serving[part.kind]
         best = workers[0]
         if len(workers) == 1 and due_ns is None:
             return best, 0
-        best_ns = self._finish_ns(now_ns, best, query)
+        best_ns = self._finish_ns(now_ns, best, part)
         for worker in workers[1:]:
             if due_ns is not None and best_ns < due_ns and worker.gpcs > best.gpcs:
                 break  # step A: a smaller slice has slack
-            finish_ns = self._finish_ns(now_ns, worker, query)
+            finish_ns = self._finish_ns(now_ns, worker, part)
             if finish_ns < best_ns:
                 best, best_ns = worker, finish_ns
         return best, 0 if due_ns is None else max(best_ns - due_ns, 0)
 
-    def add(self, now_ns: int, query: Query) -> None:
-        worker = self._worker(query)
-        lane = self._lane(worker)
-        bucket = lane.buckets.get(query.bucket)
-        if bucket is None:
-            bucket = lane.buckets[query.bucket] = BucketQueue()
-        bucket.push(query)
-        self._recount(lane, worker, query.bucket)
+    def next(self, now_ns: int) -> Start | None:
+        for worker_id, lane in self._lanes.items():
+            worker = self._pool.ready.get(worker_id)
+            if worker is not None and lane.buckets:
+                return self._take(now_ns, worker, lane)
+        return None
 
-    def waiting(self, worker: Worker) -> Waiting:
-        items = self._waiting_items(worker)
-        if items and items >= max(table.knee for table in worker.tables.values()):
-            return Waiting.FULL
-        return Waiting.SOME if items else Waiting.NOTHING
-
-    def discard(self, query: Query) -> None:
-        worker = self._worker(query)
-        lane = self._lanes[worker.id]
-        lane.buckets[query.bucket].discard(query)
-        self._recount(lane, worker, query.bucket)
-
-    def take(self, now_ns: int, worker: Worker) -> list[Query]:
-        lane = self._lanes.get(worker.id)
-        if lane is None or not lane.buckets:
-            return []
+    def _take(self, now_ns: int, worker: Worker, lane: _Lane) -> Start:
         key = next(iter(lane.buckets)) if len(lane.buckets) == 1 else min(lane.buckets, key=_by_head(lane))
-        batch = lane.buckets[key].take(max(now_ns, worker.free_at_ns), worker.tables[key[0]])
+        kind = key[0]
+        batch = lane.buckets[key].take(max(now_ns, worker.free_at_ns), worker.tables[kind])
         self._recount(lane, worker, key)
-        return batch
+        return Start(worker, kind, batch)
 
-    def evict(self, worker: Worker, model: str | None = None) -> list[Query]:
+    def wake_ns(self, now_ns: int) -> int | None:
+        return None
+
+    def discard(self, part: Part) -> None:
+        assert part.worker_id is not None  # it was offered
+        lane = self._lanes[part.worker_id]
+        key = (part.kind, part.company)
+        lane.buckets[key].discard(part)
+        self._recount(lane, self._pool.workers[part.worker_id], key)
+
+    def evict(self, worker: Worker, model: str | None = None) -> list[Part]:
         lane = self._lanes.get(worker.id)
         if lane is None:
             return []
-        queries: list[Query] = []
-        for key in [key for key in lane.buckets if model is None or key[0] == model]:
-            queries += lane.buckets[key].drain()
+        parts: list[Part] = []
+        for key in [key for key in lane.buckets if model is None or key[0][0] == model]:
+            parts += lane.buckets[key].drain()
             self._recount(lane, worker, key)
         if model is None:
             del self._lanes[worker.id]
-        return sorted(queries, key=lambda query: query.request.id)
+        return parts
 
     def backlog_ns(self, now_ns: int, model: str) -> int:
-        waits = [
-            max(worker.free_at_ns - now_ns, 0) + self._lane(worker).backlog_ns
-            for worker in self._pool.serving.get(model, ())
-        ]
+        workers = {w.id: w for (name, _), serving in self._pool.serving.items() if name == model for w in serving}
+        waits = [max(worker.free_at_ns - now_ns, 0) + self._backlog_ns(worker) for worker in workers.values()]
         return min(waits, default=0)
 
-    def _waiting_items(self, worker: Worker) -> int:
+    def _backlog_ns(self, worker: Worker) -> int:
         lane = self._lanes.get(worker.id)
-        return 0 if lane is None else sum(bucket.items for bucket in lane.buckets.values())
+        return 0 if lane is None else lane.backlog_ns
 
-    def _worker(self, query: Query) -> Worker:
-        assert query.worker_id is not None  # it was chosen for
-        return self._pool.workers[query.worker_id]
-
-    def _finish_ns(self, now_ns: int, worker: Worker, query: Query) -> int:
+    def _finish_ns(self, now_ns: int, worker: Worker, part: Part) -> int:
         """T_wait + T_est from now on, as a point in time."""
-        request = query.request
-        lane = self._lane(worker)
-        bucket = lane.buckets.get(query.bucket)
+        table = worker.tables[part.kind]
+        start_ns = max(worker.free_at_ns, now_ns)
+        lane = self._lanes.get(worker.id)
+        if lane is None:
+            return start_ns + table.backlog_ns(part.items)
+        bucket = lane.buckets.get((part.kind, part.company))
         items, backlog_ns = (bucket.items, bucket.backlog_ns) if bucket is not None else (0, 0)
-        added_ns = worker.tables[request.model].backlog_ns(items + request.items) - backlog_ns
-        return max(worker.free_at_ns, now_ns) + lane.backlog_ns + added_ns
+        return start_ns + lane.backlog_ns + table.backlog_ns(items + part.items) - backlog_ns
 
-    def _recount(self, lane: _Lane, worker: Worker, key: BucketKey) -> None:
+    def _recount(self, lane: _Lane, worker: Worker, key: Bucket) -> None:
         """After the number of items in a bucket has changed."""
         bucket = lane.buckets[key]
         backlog_ns = worker.tables[key[0]].backlog_ns(bucket.items)
@@ -132,13 +131,7 @@ class Elsa:
         if bucket.items == 0:
             del lane.buckets[key]
 
-    def _lane(self, worker: Worker) -> _Lane:
-        lane = self._lanes.get(worker.id)
-        if lane is None:
-            lane = self._lanes[worker.id] = _Lane()
-        return lane
 
-
-def _by_head(lane: _Lane) -> Callable[[BucketKey], tuple[int, int]]:
-    """Sorts buckets by their first query; an empty bucket is never in a lane."""
+def _by_head(lane: _Lane) -> Callable[[Bucket], tuple[int, int]]:
+    """Sorts buckets by their first part; an empty bucket is never in a lane."""
     return lambda key: lane.buckets[key].head() or (0, 0)

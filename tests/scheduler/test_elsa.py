@@ -6,6 +6,7 @@ import pytest
 
 from scheduler.core import SchedulerCore
 from scheduler.messages import Arrived, Reason, Refuse, Request, Run, Serves, WorkerUp
+from scheduler.policies.elsa import Elsa
 
 MS = 1_000_000
 # One item takes 40 ms on a slice of one GPC, 20 ms on two, 10 ms on four; nothing is gained by batching.
@@ -13,7 +14,7 @@ SIZES = {0: (1, 40), 1: (2, 20), 2: (4, 10)}
 
 
 def core() -> SchedulerCore:
-    made = SchedulerCore()
+    made = SchedulerCore(policy=Elsa)
     for worker_id, (gpcs, ms) in SIZES.items():
         made.handle(0, WorkerUp(worker_id, gpcs, 1))
         made.handle(0, Serves(worker_id, "m", tuple(batch * ms * MS for batch in range(1, 9))))
@@ -43,7 +44,7 @@ def test_step_a_counts_the_items_of_the_query() -> None:
 
 
 def test_without_slack_anywhere_the_query_is_refused_with_how_late_it_would_be() -> None:
-    assert core().handle(0, Arrived(Request(1, "m", 1, due_ns=4 * MS))) == [
+    assert core().handle(0, Arrived(Request(1, "m", 1, due_ns=4 * MS, strict=True))) == [
         Refuse(1, Reason.SLO_UNREACHABLE, 6 * MS),
     ]
 
@@ -56,7 +57,7 @@ def test_step_b_without_an_slo_takes_the_least_wait_and_work() -> None:
 
 
 def test_inside_a_size_the_shortest_wait_wins() -> None:
-    made = SchedulerCore()
+    made = SchedulerCore(policy=Elsa)
     for worker_id in (0, 1):
         made.handle(0, WorkerUp(worker_id, 1, 1))
         made.handle(0, Serves(worker_id, "m", (40 * MS,)))

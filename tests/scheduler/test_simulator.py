@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scheduler import workload
 from scheduler.policies import Policy
 from scheduler.policies.elsa import Elsa
-from scheduler.policies.late import LateBinding
+from scheduler.policies.pool import OnePool
 from scheduler.report import Report
 from scheduler.simulator import EXACT, Change, Noise, SimSlice, SimulationError, SliceEvent, simulate
 from scheduler.workload import NS_PER_S, Arrival
@@ -26,7 +26,7 @@ def every(ms: float, count: int, model: str = "m") -> list[Arrival]:
 
 
 def test_one_slice_one_model_is_a_queue_that_can_be_worked_out_by_hand() -> None:
-    report = simulate([ONE], every(4.0, 3), slo_ms={"m": 17.0}, noise=EXACT, refuse_late=False, timeline=True)
+    report = simulate([ONE], every(4.0, 3), slo_ms={"m": 17.0}, noise=EXACT, timeline=True)
     model = report.models["m"]
     assert [(span.start_ns // MS, span.end_ns // MS) for span in report.timeline] == [(0, 10), (10, 20), (20, 30)]
     assert (model.sent, model.answered, model.p50_ms, model.max_ms) == (3, 3, 16.0, 22.0)
@@ -34,8 +34,8 @@ def test_one_slice_one_model_is_a_queue_that_can_be_worked_out_by_hand() -> None
     assert report.utilisation == {"one": 1.0}
 
 
-def test_what_cannot_be_in_time_is_counted_as_refused_and_not_within_the_slo() -> None:
-    report = simulate([ONE], every(4.0, 3), slo_ms={"m": 17.0}, noise=EXACT)
+def test_what_is_strict_and_cannot_be_in_time_is_counted_as_refused_and_not_within_the_slo() -> None:
+    report = simulate([ONE], every(4.0, 3), slo_ms={"m": 17.0}, noise=EXACT, strict=True)
     model = report.models["m"]
     assert (model.answered, dict(model.refused)) == (2, {"slo_unreachable": 1})
     assert model.within_slo == pytest.approx(2 / 3)
@@ -49,7 +49,7 @@ def test_expired_requests_are_counted() -> None:
 def test_late_queries_are_counted_by_their_items() -> None:
     table = SimSlice("one", 1, {"m": [float(10 * items) for items in range(1, 21)]})
     arrivals = [Arrival(0, "m", 1), Arrival(500 * MS, "m", 20)]
-    report = simulate([table], arrivals, slo_ms={"m": 50.0}, noise=EXACT, refuse_late=False)
+    report = simulate([table], arrivals, slo_ms={"m": 50.0}, noise=EXACT)
     assert [tuple(share) for share in report.models["m"].late_by_items] == [(1, 1, 1, 0), (20, 1_000_000, 1, 1)]
 
 
@@ -149,7 +149,7 @@ def test_a_model_that_nobody_serves_is_refused() -> None:
     assert report.worst_within_slo == 0.0
 
 
-@pytest.mark.parametrize("policy", [Elsa, LateBinding])
+@pytest.mark.parametrize("policy", [Elsa, OnePool])
 def test_under_a_load_it_can_bear_nothing_waits_for_long(policy: type[Policy]) -> None:
     """Two models share a slice; one has no SLO. Whatever the mix, everything ends soon after it came."""
     table = [5.0 + items for items in range(1, 17)]
@@ -169,7 +169,7 @@ def test_under_a_load_it_can_bear_nothing_waits_for_long(policy: type[Policy]) -
     check()
 
 
-@pytest.mark.parametrize("policy", [Elsa, LateBinding])
+@pytest.mark.parametrize("policy", [Elsa, OnePool])
 def test_batches_of_a_slice_follow_each_other(policy: type[Policy]) -> None:
     slices = [SimSlice("a", 1, {"m": [5.0, 6.0, 7.0]}, depth=2), SimSlice("b", 2, {"m": [3.0, 4.0, 5.0]}, depth=2)]
     report = simulate(slices, workload.poisson("m", 700.0, 3.0, 1), policy, timeline=True)
@@ -178,7 +178,7 @@ def test_batches_of_a_slice_follow_each_other(policy: type[Policy]) -> None:
         assert all(one.end_ns <= other.start_ns for one, other in pairwise(spans))
 
 
-def test_with_late_binding_exact_times_and_room_every_promise_is_kept() -> None:
+def test_with_exact_times_and_room_everything_is_in_time() -> None:
     table = [4.0 + items for items in range(1, 33)]
     slices = [SimSlice(f"slice {index}", 1 + index, {"m": table}) for index in range(4)]
     arrivals = workload.poisson("m", 1500.0, 10.0, 1)  # of about 3500

@@ -75,16 +75,33 @@ def test_a_trace_is_read_with_its_optional_columns() -> None:
     assert list(workload.trace(["model,seconds", "a,1"])) == [Arrival(S, "a")]
 
 
+def test_a_trace_that_was_written_reads_the_same() -> None:
+    arrivals = list(workload.poisson("m", 100.0, 3.0, 1, workload.W_PAPER, workload.constant(128)))
+    assert list(workload.trace(workload.write_trace(arrivals))) == arrivals
+
+
+def test_a_trace_of_nothing_is_empty() -> None:
+    assert list(workload.trace(["seconds,model"])) == []
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (["time,model", "0,a"], "the columns are seconds, model, items, length"),
-        (["seconds,model", "soon,a"], "line 2"),
-        (["seconds,model", "inf,a"], "line 2"),
-        (["seconds,model,items", "0,a,0"], "at least one item"),
-        (["seconds,model", "0,"], "a query has a model"),
-        (["seconds,model", "1,a", "0.5,a"], "line 3: 0.5 s is before the line above"),
+        ([], "line 1: seconds is missing; .*there is nothing"),
+        (["time,model", "0,a"], "line 1: seconds is missing; the columns are seconds, model, items, length"),
+        (["seconds", "0"], "line 1: model is missing"),
+        (["seconds,model", "soon,a"], "line 2: seconds is 'soon', not a number"),
+        (["seconds,model", ",a"], "line 2: seconds is '', not a number"),
+        (["seconds,model", "inf,a"], "line 2: seconds is 'inf'"),
+        (["seconds,model", "nan,a"], "line 2: seconds is 'nan'"),
+        (["seconds,model,items", "0,a,0"], "line 2: items is 0, must be at least 1"),
+        (["seconds,model,items", "0,a,2.5"], "line 2: items is '2.5', not a whole number"),
+        (["seconds,model,items,length", "0,a,1,-3"], "line 2: length is -3, must be at least 0"),
+        (["seconds,model", "0,"], "line 2: a query has a model"),
+        (["seconds,model", "0"], "line 2: a query has a model"),
+        (["seconds,model", "1,a", "", "0.5,a"], "line 4: 0.5 s is before the line above"),
         (["seconds,model", "-1,a"], "line 2: -1 s is before"),
+        (["seconds,model", "0," + "a" * 200_000], "after line 1: field larger"),
     ],
 )
 def test_what_is_no_trace_is_refused_with_the_line(lines: list[str], says: str) -> None:

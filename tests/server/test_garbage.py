@@ -35,7 +35,7 @@ BAD_SHAPE = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data
         (400, BAD_SHAPE),
         (400, []),
         (400, GOOD | {"outputs": [{"name": "nope"}]}),
-        (429, GOOD | {"parameters": {"slo_ms": 0.0001}}),
+        (429, GOOD | {"parameters": {"slo_ms": 0.0001, "strict": True}}),
         (501, GOOD | {"parameters": {"sequence_id": 1}}),
     ],
 )

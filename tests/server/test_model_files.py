@@ -88,13 +88,15 @@ def test_an_emulated_model_needs_no_version_folder(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("slo: 5", "serving.yaml: unknown key slo; did you mean slo_ms?"),
-        ("zzz: 5", "unknown key zzz; there are slo_ms, mig_profiles, latency_table, preprocess"),
+        ("zzz: 5", "unknown key zzz; there are slo_ms, strict, split, mig_profiles, latency_table, preprocess"),
         ("latency_table: {fil: a}", "unknown key latency_table.fil; did you mean file?"),
         (
             "preprocess: {input: a, output: b, image: {size: [8, 8], mod: L}}",
             "unknown key preprocess.image.mod; did you mean mode?",
         ),
         ("slo_ms: 5\nmig_profiles: [", "serving.yaml, line 2 is not YAML: "),
+        ("strict: sometimes", "serving.yaml: strict: Input should be a valid boolean"),
+        ("splitt: false", "unknown key splitt; did you mean split?"),
         ("slo_ms: fast", "serving.yaml: slo_ms: Input should be a valid number"),
         ("- slo_ms: 5", "must hold settings by their names"),
         ("\0", "serving.yaml is not YAML: it is not text in UTF-8"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from structlog.testing import capture_logs
 from tritonclient.grpc import service_pb2
 
+from scheduler.channel import Done
 from scheduler.driver import Answered
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from server.codec import Tensor
@@ -22,8 +24,19 @@ from server.infer import Target
 from server.model_files import ServingFile
 from server.repository import Model
 from server.service import Outcome
-from tests.served import GOOD, Served, grpc_error, grpc_request, make_model, on, pictures, plain, until
-from tests.stage import KEY
+from tests.served import (
+    GOOD,
+    Served,
+    grpc_error,
+    grpc_reply,
+    grpc_request,
+    make_model,
+    on,
+    pictures,
+    plain,
+    until,
+)
+from tests.stage import KEY, OUTBOX
 
 
 def tensor() -> Tensor:
@@ -109,14 +122,132 @@ def wide_model() -> Model:
 def test_a_refusal_names_the_limit_its_source_and_the_estimate() -> None:
     async def story(stage: Served) -> None:
         # The table says 1 us.
-        (reply,) = stage.post(GOOD | {"parameters": {"slo_ms": 0.0001}})
-        assert reply.status == 429
+        (reply,) = stage.post(GOOD | {"parameters": {"slo_ms": 0.0001, "strict": True}})
+        assert (reply.status, b"retry-after: 1\r\n" in reply.head) == (429, True)
         assert b"slo_ms of the request is 0.0001 ms, the estimate is 0." in reply.body
-        stage.model.serving = ServingFile(slo_ms=0.0002)
+        assert b"send strict: false to be answered late" in reply.body
+        stage.model.serving = ServingFile(slo_ms=0.0002, strict=True)
         (reply,) = stage.post(GOOD)
         assert b"slo_ms in the model's serving.yaml is 0.0002 ms, the estimate is 0." in reply.body
         assert stage.post(GOOD | {"parameters": {"deadline_ms": 5000}}) == [], "it replaces the model's"
         assert len(stage.sent) == 1
+
+    on(plain, story)
+
+
+# ---- requests that are cut ----
+
+
+def items(*values: float, **parameters: Any) -> dict[str, Any]:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [len(values), 1], "data": list(values)}
+    return {"inputs": [tensor], "parameters": parameters}
+
+
+def cut() -> Served:
+    return Served(make_model(), cut_to=2)
+
+
+def finish_all(stage: Served) -> None:
+    """Five items, in three batches."""
+    for number, values in enumerate([(1.0, 2.0), (3.0, 4.0), (5.0,)]):
+        stage.finish(number, *values)
+
+
+def test_what_was_cut_is_joined_in_json_and_in_binary() -> None:
+    async def story(stage: Served) -> None:
+        replies = stage.post(items(0, 0, 0, 0, 0))
+        finish_all(stage)
+        (reply,) = replies
+        (output,) = json.loads(reply.body)["outputs"]
+        assert (output["shape"], output["data"]) == ([5, 1], [1, 2, 3, 4, 5])
+        stage.sent.clear()
+        replies = stage.post(items(0, 0, 0, 0, 0, binary_data_output=True))
+        finish_all(stage)
+        (reply,) = replies
+        assert b'"shape":[5,1],"parameters":{"binary_data_size":20}' in reply.body
+        assert np.frombuffer(reply.body[-20:], np.float32).tolist() == [1, 2, 3, 4, 5]
+        assert stage.arena.used == 0
+
+    on(cut, story)
+
+
+def test_what_was_cut_is_joined_over_grpc() -> None:
+    async def story(stage: Served) -> None:
+        replying = asyncio.create_task(grpc_reply(stage, grpc_request((5, 1))))
+        await until(lambda: len(stage.sent) == 1)
+        finish_all(stage)
+        reply = (await replying).infer_response
+        assert list(reply.outputs[0].shape) == [5, 1]
+        assert np.frombuffer(reply.raw_output_contents[0], np.float32).tolist() == [1, 2, 3, 4, 5]
+
+    on(cut, story)
+
+
+@pytest.mark.parametrize("why", ["split: false", "max_batch 0"])
+def test_what_must_not_be_cut_is_not(why: str) -> None:
+    async def story(stage: Served) -> None:
+        if why == "split: false":
+            stage.model.serving = ServingFile(split=False)
+            stage.post(items(1, 2, 3, 4, 5))
+            assert [list(batch.items) for batch in stage.sent] == [[5]]
+        else:
+            stage.model.signature = Signature((TensorSpec("x", "FP32", (3, 1)),), stage.model.signature.outputs, 0)
+            stage.model.layout = InputLayout(stage.model.signature)
+            stage.post(items(1, 2, 3))
+            assert [(list(batch.items), dict(batch.cut)) for batch in stage.sent] == [([1], {})]
+
+    on(cut, story)
+
+
+def test_outputs_whose_shape_depends_on_the_batch_cannot_be_joined_and_are_told_so() -> None:
+    async def story(stage: Served) -> None:
+        replies = stage.post(items(1, 2, 3))
+        for batch, width in zip(stage.sent, (1, 2), strict=False):  # the second is sent when the first is done
+            rows = sum(batch.items)
+            done = Done(batch.batch_id, [0], [4 * rows * width], [(rows, width)], 1, 1, 1)
+            stage.driver.batch_done(0, done, OUTBOX)
+        (reply,) = replies
+        assert (reply.status, b"the model needs `split: false`" in reply.body) == (500, True)
+
+    on(cut, story)
+
+
+# ---- late ones ----
+
+
+def pass_ms(ms: float) -> None:
+    end_ns = time.monotonic_ns() + int(ms * 1e6)
+    while time.monotonic_ns() < end_ns:
+        pass
+
+
+def test_a_late_answer_says_how_late_it_is() -> None:
+    async def story(stage: Served) -> None:
+        replies = [stage.post(items(1, slo_ms=slo_ms)) for slo_ms in (2, 60_000)]
+        pass_ms(2)
+        stage.finish(0)
+        stage.finish(1)
+        late, in_time = (json.loads(reply.body) for (reply,) in replies)
+        assert 0 < late["parameters"]["late_ms"] < 10_000
+        assert "parameters" not in in_time
+        request = grpc_request()
+        request.parameters["slo_ms"].double_param = 2
+        replying = asyncio.create_task(grpc_reply(stage, request))
+        await until(lambda: len(stage.sent) == 3)
+        pass_ms(2)
+        stage.finish(2)
+        reply = (await replying).infer_response
+        assert 0 < reply.parameters["late_ms"].double_param < 10_000
+
+    on(plain, story)
+
+
+def test_what_cannot_even_be_served_late_is_refused_with_the_limit() -> None:
+    async def story(stage: Served) -> None:
+        # The table says 1 us: neither in 0.00005 ms nor in ten times that.
+        (reply,) = stage.post(items(1, slo_ms=0.00005))
+        assert (reply.status, b"retry-after: 1\r\n" in reply.head) == (429, True)
+        assert b"even in ten times what it may take: slo_ms of the request is 0.0001 ms, the estimate is" in reply.body
 
     on(plain, story)
 

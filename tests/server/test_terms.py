@@ -49,6 +49,37 @@ def test_which_limit_counts(
 
 
 @pytest.mark.parametrize(
+    ("parameters", "model_strict", "strict"),
+    [
+        (None, False, False),
+        (None, True, True),
+        ({"slo_ms": 5}, True, True),
+        ({"strict": True}, False, True),
+        ({"strict": False}, True, False),
+        ({"strict": None}, True, True),
+        ({"deadline_ms": 5}, False, True),  # after it nobody waits
+        ({"deadline_ms": 5, "strict": False}, False, False),
+        ({"deadline_ms": 5, "slo_ms": 2}, False, False),
+    ],
+)
+def test_what_the_request_says_of_strictness_counts_before_what_the_model_says(
+    parameters: Given | None, model_strict: bool, strict: bool
+) -> None:
+    assert read_terms(parameters, NOW, 50.0, model_strict=model_strict).strict is strict
+
+
+def test_what_comes_after_the_client_has_hung_up_is_not_computed() -> None:
+    assert read_terms(None, NOW, 50.0, call_ms=20.0).strict
+    assert not read_terms(None, NOW, 50.0, call_ms=60.0).strict
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", 1.0])
+def test_strict_is_true_or_false(value: Any) -> None:
+    with pytest.raises(ServeError, match="parameter strict must be true or false, not "):
+        read_terms({"strict": value}, NOW, None)
+
+
+@pytest.mark.parametrize(
     ("name", "meant"),
     [
         ("slo", "slo_ms"),
@@ -60,6 +91,8 @@ def test_which_limit_counts(
         ("timeout_ms", "timeout"),
         ("timout", "timeout"),
         ("prioritty", "priority"),
+        ("Strict", "strict"),
+        ("stict", "strict"),
     ],
 )
 def test_a_name_that_was_meant_as_one_of_ours_is_refused_with_it(name: str, meant: str) -> None:

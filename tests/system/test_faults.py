@@ -242,14 +242,36 @@ def test_a_full_queue_is_refused_with_the_time_to_retry(slow: RunningDaemon) -> 
         assert 1 <= int(headers["retry-after"]) <= 2
 
 
-def test_an_slo_out_of_reach_is_refused_and_one_within_reach_is_not(slow: RunningDaemon) -> None:
-    status, headers, body = post(slow.http, "slow", sixteen(slo_ms=100))
+def test_a_strict_slo_out_of_reach_is_refused_and_one_within_reach_is_not(slow: RunningDaemon) -> None:
+    status, headers, body = post(slow.http, "slow", sixteen(slo_ms=100, strict=True))
     assert status == 429
     assert "cannot answer in time" in body["error"]
     assert headers["retry-after"] == "1"
-    assert post(slow.http, "slow", sixteen(slo_ms=5000))[0] == 200
+    assert post(slow.http, "slow", sixteen(slo_ms=5000, strict=True))[0] == 200
     with Occupied(slow, 1):  # what runs is not interrupted
         assert post(slow.http, "slow", sixteen(deadline_ms=320))[0] == 429
+
+
+def test_an_slo_out_of_reach_is_missed_and_the_answer_says_by_how_much(slow: RunningDaemon) -> None:
+    import tritonclient.grpc as grpcclient
+
+    before = metric(slow, "migserve_late_requests_total")
+    status, _, body = post(slow.http, "slow", sixteen(slo_ms=100))
+    assert (status, body["parameters"]["late_ms"] >= 200) == (200, True)
+    tensor = grpcclient.InferInput("x", [1, 16], "FP32")
+    tensor.set_data_from_numpy(np.ones((1, 16), np.float32))
+    with grpcclient.InferenceServerClient(slow.grpc) as client:
+        reply = client.infer("slow", [tensor], parameters={"slo_ms": 100}).get_response()
+        assert reply.parameters["late_ms"].double_param >= 200
+        assert not client.infer("slow", [tensor], parameters={"slo_ms": 5000}).get_response().parameters
+    assert metric(slow, "migserve_late_requests_total") == before + 2
+
+
+def test_what_would_take_more_than_ten_slos_is_refused(slow: RunningDaemon) -> None:
+    status, headers, body = post(slow.http, "slow", sixteen(slo_ms=20))
+    assert (status, headers["retry-after"]) == (429, "1")
+    assert "even in ten times what it may take: slo_ms of the request is 20 ms" in body["error"]
+    assert metric(slow, "migserve_requests_not_answered_total", reason="overloaded") == 1
 
 
 def test_a_deadline_that_passes_in_the_queue_ends_the_request_before_compute(slow: RunningDaemon) -> None:

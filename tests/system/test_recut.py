@@ -8,6 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,23 +88,29 @@ def test_what_stays_is_not_touched(demo_models: None) -> None:
         assert [line["worker"] for line in daemon.events("worker gone")] == ["gpu1/2g.20gb@4"]
 
 
+def pending(daemon: RunningDaemon, count: int) -> bool:
+    return metric(daemon, "nv_inference_pending_request_count", model="slow") == count
+
+
 def test_what_runs_on_a_slice_that_goes_is_finished_and_the_rest_waits(tmp_path: Path) -> None:
     """Also where the worker is killed while it drains: then what it ran runs again elsewhere."""
     repositories.emulated(tmp_path / "slow", milliseconds=700, items=1)
     with running("--model-repository", str(tmp_path), "--layout", "7g.80gb") as daemon:
-        for killed, layout in ((False, "3g.40gb+3g.40gb"), (True, "7g.80gb")):
+        # As many run as there are slices, so that each is busy.
+        for busy, killed, layout in ((1, False, "3g.40gb+3g.40gb"), (2, True, "7g.80gb")):
             answers: list[int] = []
 
             def ask(answers: list[int] = answers) -> None:
                 answers.append(post(daemon.http, "slow", x_of(1))[0])
 
             threads = [threading.Thread(target=ask) for _ in range(3)]
-            threads[0].start()
-            until(lambda: metric(daemon, "nv_inference_pending_request_count", model="slow") == 1, "it runs")
+            for thread in threads[:busy]:
+                thread.start()
+            until(partial(pending, daemon, busy), "they run")
             changer = threading.Thread(target=cut, args=(daemon, layout))
             changer.start()
             until(lambda: metric(daemon, "migserve_slice_state", state="draining") >= 1, "it drains")
-            for thread in threads[1:]:
+            for thread in threads[busy:]:
                 thread.start()
             if killed:
                 daemon.kill_worker("gpu0/3g.40gb@0")
@@ -179,7 +186,9 @@ def bert(folder: Path) -> None:
     """Emulated with the timing of BERT on A100 slices; 32 items take a 1g slice 310 ms, a 3g slice 166 ms."""
     (folder / "bert" / "1").mkdir(parents=True)
     (folder / "bert" / "config.pbtxt").write_text(BERT)
-    (folder / "bert" / "serving.yaml").write_text("slo_ms: 198\nlatency_table: {measured: a100, model: bert}\n")
+    (folder / "bert" / "serving.yaml").write_text(
+        "slo_ms: 198\nsplit: false\nlatency_table: {measured: a100, model: bert}\n"
+    )
 
 
 @pytest.mark.parametrize("replan", ["auto", "propose"])
@@ -187,7 +196,7 @@ def test_the_layout_follows_the_traffic_where_it_may(tmp_path: Path, replan: str
     bert(tmp_path)
     often = ("--replan-interval-secs", "0.2", "--replan-half-life-secs", "2", "--replan-dwell-secs", "1")
     with running("--model-repository", str(tmp_path), "--layout", ONES, "--replan", replan, *often) as daemon:
-        large = x_of(*range(32))
+        large = x_of(*range(32), strict=True)
         assert post(daemon.http, "bert", large)[0] == 429, "no 1g slice can do it in time"
 
         def plan() -> Any:

@@ -1,0 +1,391 @@
+"""One pool, late binding, a late lane: nothing is bound to a slice before that slice is free. Our own. Pure.
+
+What waits of one kind (model and length bucket), company and class has three lanes: timely, late, and open for what
+has no due time. Timely and late lanes are in order of due time, open ones in order of arrival.
+
+Rules:
+1. A new query is timely, unless the timely lane then holds more than theta times the items that the slices can do
+   until the query is due (`rates.Rates`). Then the largest ones waiting go to the late lane until it fits: one late
+   query is one late query, however much room it gives to others. What slices could do in their next batches, free ones
+   or any for a query that is the only one, is never too much.
+2. What no slice could end in time, were it idle, goes to the late lane.
+3. A slice that is free serves the highest class that it can; within a class
+   a. a late lane whose first query is nearly ten SLOs old, unless its model has had more than its share (rule 7);
+   b. timely work: of models within their share whose first query has little time left, then of all, the one whose
+      first query has the least relative laxity, (due - now - time) / SLO;
+   c. late work, the oldest first; d. open work, the oldest first. Open work that has waited a second goes first, while
+      that takes no more than a twentieth of the slice's time.
+4. A timely batch ends before its first query is due, with the spread of the estimates as margin (`BatchTable.guard`),
+   and is the one with the most items per time. Of the free slices it goes to the one that it uses best. Queries are
+   cut freely where that gains more than 2 %; a batch cuts one query at most, the last. Where the timely lane is
+   empty then, late and open items and shorter ones of the model fill the batch up, as far as that costs nobody time.
+5. Late batches may take one and a half SLOs; open ones go up to the knee, or the peak where much waits.
+6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them.
+7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, which all
+   models that have work share equally.
+8. The late lane takes no more than it can serve within the bound, by what timely work, and late work that had to go
+   first, have left of the slices lately. What finds it full is refused, and so is a strict query that would be late.
+   What was accepted is never refused, and a strict query never late for the sake of others.
+
+docs/scheduling.md has a picture, the figures, and what was tried and dropped.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator
+
+from scheduler.domain import Kind, Part, Pool, Worker, models_of
+from scheduler.policies import Start
+from scheduler.policies.lanes import Decayed, Lanes, LanesKey, take_efficient
+from scheduler.policies.rates import RateBook
+
+# Rule 3a, in SLOs since it came. The core refuses what would end later than ten.
+LATE_FIRST = 8.0
+# Rule 3b: relative laxity that is little.
+PRESSING = 0.2
+# Rule 3d.
+PATIENCE_NS = 1_000_000_000
+OPEN_SHARE = 0.05
+# Rule 6. MARGIN: how much more than the other models' load must be left.
+BLOCKING_SHARE = 0.65
+MARGIN = 1.1
+# Rules 6 and 7 look back about so far.
+TAU_NS = 2e9
+# Rule 7: less of the pool's time than this is none.
+IDLE_USE = 0.02
+BUSY_USE = 0.9
+# Rule 8: of all slices' best, what late work gets at least; and how many SLOs it looks back.
+LEAST_LATE = 0.05
+USE_TAU = 4.0
+# Free slices that are looked at, where these can do it.
+ENOUGH = 8
+# Empty lanes that are kept, with what they know of sizes and rates.
+KEPT = 64
+
+
+class OnePool:
+    """The lanes, and what each model has had."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._rates = RateBook(pool)
+        self._lanes: dict[LanesKey, Lanes] = {}
+        self._waiting: dict[LanesKey, Lanes] = {}  # those where something waits
+        self._use: dict[str, Decayed] = {}  # pool time by model
+        self._open_first_ns: dict[int, int] = {}  # by worker: when open work may go first again
+
+    # ---- arrivals ----
+
+    def offer(self, now_ns: int, part: Part, bound_ns: int | None) -> int:
+        key = (part.query.request.priority, part.kind, part.company)
+        lanes = self._lanes.get(key)
+        if lanes is None:
+            lanes = self._lanes[key] = Lanes(key, self._rates.of(part.kind, 0), TAU_NS)
+        if part.due_ns is None:
+            lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
+            lanes.open.push(part, 0)
+            self._waiting[key] = lanes
+            return 0
+        lanes.slo_ns = max(part.due_ns - part.query.arrived_ns, 1)
+        lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
+        lanes.timely_use.tau_ns = USE_TAU * lanes.slo_ns
+        lanes.arrived(now_ns, part.items)
+        retry_ns = self._admit(now_ns, lanes, part, part.due_ns, bound_ns)
+        if lanes:
+            self._waiting[key] = lanes
+        return retry_ns
+
+    def _admit(self, now_ns: int, lanes: Lanes, part: Part, due_ns: int, bound_ns: int | None) -> int:
+        """Rules 1 and 8. 0, or in how many ns a new try has a chance."""
+        rates = lanes.rates
+        lanes.push_timely(part)
+        least_ns = rates.least_ns
+        if not part.may_be_cut:
+            least_ns = min(worker.tables[lanes.kind].time_ns(part.items) for worker in rates.workers)
+        if now_ns + least_ns > due_ns:
+            return self._make_late(now_ns, lanes, part, bound_ns, now_ns + least_ns - due_ns)
+        if self._fits(now_ns, lanes, due_ns):
+            return 0
+        room = rates.theta(lanes.mean, lanes.square) * rates.items_until(now_ns, due_ns)
+        while lanes.timely.items > room:
+            excess_ns = int((lanes.timely.items - room) / rates.pool_per_ns) + 1
+            victim = lanes.largest()
+            if victim is None or (bound_ns is not None and not self._takes_late(now_ns, lanes, victim, bound_ns)):
+                victim = part
+            if victim is part:
+                return self._make_late(now_ns, lanes, part, bound_ns, excess_ns)
+            lanes.put_back(victim)
+        return 0
+
+    def _fits(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
+        """Whether the next batches could do all that is timely: of free slices, or of any if only one query waits."""
+        alone = len(lanes.timely.entries) == 1
+        room = 0
+        for worker in lanes.rates.workers if alone else self._ready(lanes.kind):
+            table = worker.tables[lanes.kind]
+            fitting = table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
+            room = max(room, fitting) if alone else room + fitting
+            if room >= lanes.timely.items:
+                return True
+        return False
+
+    def _make_late(self, now_ns: int, lanes: Lanes, part: Part, bound_ns: int | None, late_ns: int) -> int:
+        if bound_ns is None or (bound_ns and self._takes_late(now_ns, lanes, part, bound_ns)):
+            lanes.put_back(part)
+            return 0
+        lanes.discard(part)
+        return late_ns if bound_ns == 0 else max(lanes.slo_ns, 1)
+
+    def _takes_late(self, now_ns: int, lanes: Lanes, part: Part, bound_ns: int) -> bool:
+        pool_per_ns = lanes.rates.pool_per_ns
+        left_per_ns = max(pool_per_ns - lanes.timely_use.per_ns(now_ns), LEAST_LATE * pool_per_ns)
+        return lanes.late.items + part.items <= max(bound_ns - lanes.slo_ns, 0) * left_per_ns
+
+    # ---- batches ----
+
+    def next(self, now_ns: int) -> Start | None:
+        waiting = self._waiting
+        if not waiting:
+            return None
+        start = None
+        if len(waiting) == 1:
+            start = self._next_of(now_ns, list(waiting.values()))
+        else:
+            for priority in sorted({lanes.priority for lanes in waiting.values()}):
+                start = self._next_of(now_ns, [lanes for lanes in waiting.values() if lanes.priority == priority])
+                if start is not None:
+                    break
+        self._sweep()
+        return start
+
+    def _sweep(self) -> None:
+        for key in [key for key, lanes in self._waiting.items() if not lanes]:
+            del self._waiting[key]
+            if len(self._lanes) > KEPT:
+                del self._lanes[key]
+
+    def _next_of(self, now_ns: int, group: list[Lanes]) -> Start | None:
+        """Of one class."""
+        for lanes in group:
+            lanes.rates = self._rates.of(lanes.kind, lanes.slo_ns)
+            self._put_back_the_hopeless(now_ns, lanes)
+        over = self._over_share(now_ns, group)
+        return (
+            self._overdue(now_ns, group, over)
+            or self._timely(now_ns, group, over)
+            or self._first(now_ns, [lanes for lanes in group if lanes.late.entries], late=True)
+            or self._first(now_ns, [lanes for lanes in group if lanes.open.entries], late=False)
+        )
+
+    def _put_back_the_hopeless(self, now_ns: int, lanes: Lanes) -> None:
+        entries = lanes.timely.entries
+        latest_ns = now_ns + lanes.rates.least_ns
+        while entries and entries[0][0] < latest_ns:
+            lanes.put_back(entries[0][3])
+
+    def _overdue(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
+        """Rules 3a, and 3d's second half."""
+        for lanes in group:
+            entries = lanes.late.entries
+            if not entries or now_ns - entries[0][0] < (LATE_FIRST - 1) * lanes.slo_ns:
+                continue
+            if lanes.kind[0] in over and any(other.timely.entries for other in group if other is not lanes):
+                continue
+            start = self._bulk(now_ns, lanes, late=True, forced=True)
+            if start is not None:
+                return start
+        for lanes in group:
+            entries = lanes.open.entries
+            if entries and now_ns - entries[0][3].query.arrived_ns > PATIENCE_NS:
+                start = self._bulk(now_ns, lanes, late=False, forced=True)
+                if start is not None:
+                    return start
+        return None
+
+    def _timely(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
+        """Rule 3b."""
+        ranked = []
+        for number, lanes in enumerate(group):
+            if lanes.timely.entries:
+                laxity = (lanes.timely.entries[0][0] - now_ns - lanes.rates.least_ns) / lanes.slo_ns
+                first = bool(over) and laxity < PRESSING and lanes.kind[0] not in over
+                ranked.append((not first, laxity, number, lanes))
+        if len(ranked) > 1:
+            ranked.sort()
+        for *_, lanes in ranked:
+            while lanes.timely.entries:
+                start = self._timely_batch(now_ns, lanes)
+                if start is not None:
+                    return start
+                if any(worker.in_flight for worker in lanes.rates.workers):
+                    break  # one that is busy may still be quick enough
+                lanes.put_back(lanes.timely.entries[0][3])
+        return None
+
+    def _timely_batch(self, now_ns: int, lanes: Lanes) -> Start | None:
+        """Rule 4."""
+        kind, rates, entries = lanes.kind, lanes.rates, lanes.timely.entries
+        best: tuple[float, Worker, int, int] | None = None
+        for looked_at, worker in enumerate(self._ready(kind)):
+            if looked_at >= ENOUGH and best is not None:
+                break
+            fit = rates.fit(worker)
+            table = fit.table
+            start_ns = worker.free_at_ns if worker.free_at_ns > now_ns else now_ns
+            index = 0
+            if entries[0][0] < start_ns + table.guard * table.ns[1]:  # another slice may still be quick enough
+                index = bisect.bisect_left(entries, (int(start_ns + table.guard * table.ns[1]) + 1,))
+                if index == len(entries):
+                    continue
+            due_ns, _, _, head = entries[index]
+            most = bisect.bisect_right(table.ns, (due_ns - start_ns) / table.guard) - 1
+            most = self._cap(now_ns, worker, kind, min(most, lanes.timely.items, fit.cap))
+            if head.items > most and not head.may_be_cut:
+                continue
+            value = table.best_per_ns[most] / fit.items_per_ns
+            if best is None or value > best[0]:
+                best = value, worker, index, most
+        if best is None:
+            return None
+        _, worker, index, most = best
+        due_ns = entries[index][0]
+        parts = take_efficient(lanes.timely, index, most, worker.tables[kind])
+        if not entries:
+            self._fill_up(now_ns, worker, lanes, parts, due_ns)
+        self._count_use(now_ns, worker, worker.tables[kind].time_ns(sum(part.items for part in parts)))
+        return self._start(now_ns, worker, kind, parts)
+
+    def _count_use(self, now_ns: int, worker: Worker, time_ns: int) -> None:
+        """For rule 8: what each kind of work here could have had of that time."""
+        for lanes in self._lanes.values():
+            if lanes.slo_ns and lanes.kind in worker.tables:
+                rates = self._rates.of(lanes.kind, lanes.slo_ns)
+                lanes.timely_use.add(now_ns, time_ns * rates.fit(worker).items_per_ns)
+
+    def _fill_up(self, now_ns: int, worker: Worker, lanes: Lanes, parts: list[Part], due_ns: int) -> None:
+        """The end of rule 4."""
+        table = worker.tables[lanes.kind]
+        items = sum(part.items for part in parts)
+        most = min(
+            table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard),
+            lanes.rates.fit(worker).cap,
+        )
+        most = min(most, self._cap(now_ns, worker, lanes.kind, most))
+        for line in (lanes.late, lanes.open):
+            if not line.entries or items >= most:
+                continue
+            room = table.best[min(items + line.items, most)] - items
+            head = line.entries[0][3]
+            if room >= (1 if head.may_be_cut else head.items):
+                more = line.take(room)
+                items += sum(part.items for part in more)
+                parts += more
+
+    def _first(self, now_ns: int, group: list[Lanes], *, late: bool) -> Start | None:
+        """Rules 3c and 3d."""
+        if len(group) > 1:
+            group.sort(key=lambda lanes: (lanes.late if late else lanes.open).entries[0][:3])
+        for lanes in group:
+            start = self._bulk(now_ns, lanes, late=late)
+            if start is not None:
+                return start
+        return None
+
+    def _bulk(self, now_ns: int, lanes: Lanes, *, late: bool, forced: bool = False) -> Start | None:
+        """Rule 5, on the fastest slice that is free."""
+        kind, rates = lanes.kind, lanes.rates
+        ready = [w for w in self._ready(kind) if late or not forced or now_ns >= self._open_first_ns.get(w.id, 0)]
+        if not ready:
+            return None
+        worker = max(ready, key=lambda w: rates.fit(w).items_per_ns)
+        table = worker.tables[kind]
+        if late:
+            line = lanes.late
+            most = min(line.items, rates.fit(worker).late_cap)
+            parts = take_efficient(line, 0, self._cap(now_ns, worker, kind, most), table)
+        else:
+            line = lanes.open
+            most = table.peak if line.items > 2 * table.knee else table.knee
+            parts = line.take_whole(self._cap(now_ns, worker, kind, most))
+        start = self._start(now_ns, worker, kind, parts)
+        time_ns = table.time_ns(sum(part.items for part in parts))
+        if forced and late:
+            self._count_use(now_ns, worker, time_ns)
+        elif forced:
+            self._open_first_ns[worker.id] = now_ns + int(time_ns / OPEN_SHARE)
+        return start
+
+    def _start(self, now_ns: int, worker: Worker, kind: Kind, parts: list[Part]) -> Start:
+        use = self._use.get(kind[0])
+        if use is None:
+            use = self._use[kind[0]] = Decayed(TAU_NS)
+        use.add(now_ns, worker.gpcs / self._pool.gpcs * worker.tables[kind].time_ns(sum(part.items for part in parts)))
+        return Start(worker, kind, parts)
+
+    def _ready(self, kind: Kind) -> Iterator[Worker]:
+        return (worker for worker in self._pool.ready.values() if kind in worker.tables)
+
+    def _cap(self, now_ns: int, worker: Worker, kind: Kind, most: int) -> int:
+        """Rule 6: the most items that a batch of up to `most` may have; at least one."""
+        if len(worker.tables) == 1:
+            return most
+        table = worker.tables[kind]
+        for other in self._lanes.values():
+            if other.kind[0] == kind[0] or not other.slo_ns or other.kind not in worker.tables:
+                continue
+            limit_ns = BLOCKING_SHARE * other.slo_ns
+            if table.ns[most] > limit_ns and not self._carried(now_ns, worker, other, limit_ns):
+                most = max(table.largest_within(limit_ns), 1)
+        return most
+
+    def _carried(self, now_ns: int, worker: Worker, other: Lanes, limit_ns: float) -> bool:
+        """Whether the slices that are left carry the other's load; those that are busy for longer than that do not."""
+        arriving = other.arriving.per_ns(now_ns)
+        rates = other.rates
+        if not other and arriving < IDLE_USE * rates.pool_per_ns:
+            return True
+        taken = rates.fit(worker).items_per_ns
+        for each in rates.workers:
+            if each.free_at_ns > now_ns + limit_ns:
+                taken += rates.fit(each).items_per_ns
+        return taken <= rates.pool_per_ns - MARGIN * arriving
+
+    def _over_share(self, now_ns: int, group: list[Lanes]) -> set[str]:
+        """Rule 7."""
+        models = {lanes.kind[0] for lanes in group}
+        if len(models) < 2:
+            return set()
+        uses = {model: use.per_ns(now_ns) for model, use in self._use.items()}
+        active = models | {model for model, use in uses.items() if use > IDLE_USE}
+        share = max(sum(uses.values()), BUSY_USE) / len(active)
+        return {model for model in models if uses.get(model, 0.0) > share}
+
+    def wake_ns(self, now_ns: int) -> int | None:
+        return None
+
+    # ---- leaving ----
+
+    def discard(self, part: Part) -> None:
+        self._lanes[part.query.request.priority, part.kind, part.company].discard(part)
+
+    def evict(self, worker: Worker, model: str | None = None) -> list[Part]:
+        models = models_of(worker) if model is None else [model]
+        parts: list[Part] = []
+        for key in [key for key in self._lanes if key[1][0] in models]:
+            if self._pool.serving.get(key[1]) == [worker]:
+                parts += self._lanes.pop(key).drain()
+                self._waiting.pop(key, None)
+        if model is None:
+            self._open_first_ns.pop(worker.id, None)
+        return parts
+
+    def backlog_ns(self, now_ns: int, model: str) -> int:
+        free_ns = math.inf
+        wait_ns = 0.0
+        for lanes in self._waiting.values():
+            if lanes.kind[0] == model:
+                wait_ns += lanes.items / lanes.rates.pool_per_ns
+                free_ns = min(free_ns, *(worker.free_at_ns for worker in lanes.rates.workers))
+        return int(wait_ns + (max(free_ns - now_ns, 0) if free_ns < math.inf else 0))
