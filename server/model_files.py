@@ -125,7 +125,10 @@ def _read_serving(folder: Path) -> ServingFile:
     if not isinstance(data, dict):
         raise ModelFileError(f"{path} must hold settings by their names, a line for each, such as `slo_ms: 50`")
     try:
-        return ServingFile.model_validate(data)
+        serving = ServingFile.model_validate(data)
+        if serving.preprocess is not None:
+            serving.preprocess = serving.preprocess.beside(str(folder))
+        return serving
     except ValidationError as error:
         reasons = "; ".join(_explain(each["loc"], each["type"], each["msg"]) for each in error.errors())
         raise ModelFileError(f"{path}: {reasons}") from error

@@ -80,6 +80,17 @@ class Settings(BaseSettings):
         None, "limits", "Threads that decode images; by default as many as there are cores.", ge=1
     )
 
+    preprocess_decoder: str = _setting(
+        "cpu",
+        "operation",
+        "What decodes JPEGs: cpu; nvimagecodec, on an NVIDIA GPU; or what an installed package adds by that name.",
+    )
+    isolate_decoders: bool = _setting(
+        True,
+        "operation",
+        "Preprocess in processes of their own: quicker, and what a decoder dies of costs one of them, not the daemon.",
+    )
+
     replan: Literal["auto", "propose", "off"] = _setting(
         "off",
         "planning",
