@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 
@@ -11,10 +12,17 @@ from scheduler.policies.rates import Rates
 
 LanesKey = tuple[int, Kind, Company]  # the first is the priority
 
+# The request of the company of all that run by themselves.
+LONE = -1
+
 # Rule 4: a batch that ends with a whole query may have so much less throughput than one that cuts.
 WHOLE_SHARE = 0.98
 # Arriving queries whose sizes are remembered, about.
 SIZES_KEPT = 256
+# Parts of a late lane that are looked at, about.
+MARKS = 8
+# Late work ends within so many SLOs of its own; the core asks for that where it sets a bound.
+LATEST = 10
 
 
 class Decayed:
@@ -35,19 +43,27 @@ class Decayed:
         return self._sum * math.exp((self._at_ns - now_ns) / self.tau_ns) / self.tau_ns
 
 
-class Lanes:
-    """`timely` and `late`: by due time, what is to be in time and what is not; `open`: by arrival, what has none.
+def key_of(part: Part) -> LanesKey:
+    """What runs by itself has lanes of its own: all such parts together, or each would have the pool for itself."""
+    dims, request_id, _ = company = part.company
+    return part.query.request.priority, part.kind, (dims, LONE, 0) if request_id else company
 
-    `slo_ns`: of the last query that came, 0 before. `arriving`: items a ns. `timely_use`: of these
-    slices' time by timely work of any model, in items a ns that could have been done in it.
+
+class Lanes:
+    """What is to be in time, by due time; what is late, by when it must end (`limit_ns`); what is open, by arrival.
+
+    `lone`: its parts run by themselves. `slo_ns`: the geometric mean of the last queries', 0 before. `arriving`: items
+    a ns. `timely_use`: of these slices' time by timely work of any model, in the items that it could have done.
     """
 
     __slots__ = (
         "_count",
         "_largest",
+        "_log_slo",
         "arriving",
         "kind",
         "late",
+        "lone",
         "mean",
         "open",
         "priority",
@@ -59,7 +75,8 @@ class Lanes:
     )
 
     def __init__(self, key: LanesKey, rates: Rates, tau_ns: float) -> None:
-        self.priority, self.kind, _ = key
+        self.priority, self.kind, company = key
+        self.lone = company[1] == LONE
         self.timely = Line()
         self.late = Line()
         self.open = Line()
@@ -67,7 +84,7 @@ class Lanes:
         self.slo_ns = 0
         self.arriving = Decayed(tau_ns)
         self.timely_use = Decayed(tau_ns)
-        self.mean = self.square = 0.0
+        self.mean = self.square = self._log_slo = 0.0
         self._count = 0
         self._largest: list[tuple[int, int, int, Part]] = []  # heap of timely ones; may hold some that are gone
 
@@ -78,13 +95,30 @@ class Lanes:
     def items(self) -> int:
         return self.timely.items + self.late.items + self.open.items
 
-    def arrived(self, now_ns: int, items: int) -> None:
-        """Learns the sizes of queries, and how many come."""
+    def arrived(self, now_ns: int, items: int, slo_ns: int) -> None:
+        """Learns the sizes of queries, how soon they are due, and how many come."""
         self._count += 1
         weight = 1 / min(self._count, SIZES_KEPT)
+        if slo_ns != self.slo_ns:
+            self._log_slo += weight * (math.log(slo_ns) - self._log_slo)
+            self.slo_ns = slo_ns if self._count == 1 else round(math.exp(self._log_slo))
         self.mean += weight * (items - self.mean)
         self.square += weight * (items * items - self.square)
         self.arriving.add(now_ns, items)
+
+    def late_items(self, until_ns: float) -> float:
+        """Of late work that must end by then."""
+        return _items_until(self.late, until_ns)
+
+    def timely_items(self, until_ns: float) -> float:
+        """Of timely work that is due by then."""
+        return _items_until(self.timely, until_ns)
+
+    def late_marks(self) -> list[int]:
+        """When late work must have ended: of a few parts all along the lane, the last one among them."""
+        entries = self.late.entries
+        step = max(len(entries) // MARKS, 1)
+        return [entry[0] for entry in entries[len(entries) - 1 :: -step]]
 
     def push_timely(self, part: Part) -> None:
         assert part.due_ns is not None
@@ -102,7 +136,7 @@ class Lanes:
     def push_late(self, part: Part) -> None:
         assert part.due_ns is not None
         part.late = True
-        self.late.push(part, part.due_ns)
+        self.late.push(part, limit_ns(part))
 
     def put_back(self, part: Part) -> None:
         """From the timely lane to the late one."""
@@ -126,19 +160,35 @@ class Lanes:
     def discard(self, part: Part) -> None:
         if part.due_ns is None:
             self.open.remove(part, 0)
+        elif part.late:
+            self.late.remove(part, limit_ns(part))
         else:
-            (self.late if part.late else self.timely).remove(part, part.due_ns)
+            self.timely.remove(part, part.due_ns)
 
     def drain(self) -> list[Part]:
         self._largest.clear()
         return self.timely.drain() + self.late.drain() + self.open.drain()
 
 
+def slo_of(part: Part) -> int:
+    assert part.due_ns is not None
+    return max(part.due_ns - part.query.arrived_ns, 1)
+
+
+def limit_ns(part: Part) -> int:
+    """When late work is to have ended."""
+    assert part.due_ns is not None
+    return part.due_ns + (LATEST - 1) * slo_of(part)
+
+
 def take_efficient(line: Line, index: int, most: int, table: BatchTable) -> list[Part]:
     """Of at most `most` items from the `index`-th part on those that make the most items per time of one batch.
 
     The batch ends with a whole query where that costs next to nothing; else its last query is cut.
+    What runs by itself does so.
     """
+    if line.entries[index][3].company[1]:
+        return line.take(0, index)
     batch = table.best[most]
     wanted = WHOLE_SHARE * table.best_per_ns[batch]
     whole = total = 0
@@ -149,6 +199,14 @@ def take_efficient(line: Line, index: int, most: int, table: BatchTable) -> list
         if total >= wanted * table.ns[total]:
             whole = total
     return line.take(whole or batch, index)
+
+
+def _items_until(line: Line, until_ns: float) -> float:
+    """Of those whose key is no later: estimated, as if all parts were of one size."""
+    entries = line.entries
+    if not entries or entries[-1][0] <= until_ns:
+        return line.items
+    return line.items * bisect.bisect_right(entries, (until_ns, math.inf)) / len(entries)
 
 
 def _by_size(part: Part) -> tuple[int, int, int, Part]:

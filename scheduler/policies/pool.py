@@ -36,13 +36,13 @@ import bisect
 import math
 from collections.abc import Iterator
 
-from scheduler.domain import Kind, Part, Pool, Worker, models_of
+from scheduler.batching import Entry
+from scheduler.domain import BatchTable, Kind, Part, Pool, Worker, models_of
 from scheduler.policies import Start
-from scheduler.policies.lanes import Decayed, Lanes, LanesKey, take_efficient
+from scheduler.policies.admission import Admission, pressing
+from scheduler.policies.lanes import Decayed, Lanes, LanesKey, key_of, slo_of, take_efficient
 from scheduler.policies.rates import RateBook
 
-# Rule 3a, in SLOs since it came. The core refuses what would end later than ten.
-LATE_FIRST = 8.0
 # Rule 3b: relative laxity that is little.
 PRESSING = 0.2
 # Rule 3d.
@@ -51,13 +51,14 @@ OPEN_SHARE = 0.05
 # Rule 6. MARGIN: how much more than the other models' load must be left.
 BLOCKING_SHARE = 0.65
 MARGIN = 1.1
+# A batch that is longer than a single item by no more than that may always be.
+BLOCKED_ANYWAY = 1.25
 # Rules 6 and 7 look back about so far.
 TAU_NS = 2e9
 # Rule 7: less of the pool's time than this is none.
 IDLE_USE = 0.02
 BUSY_USE = 0.9
-# Rule 8: of all slices' best, what late work gets at least; and how many SLOs it looks back.
-LEAST_LATE = 0.05
+# Rule 8 looks back so many SLOs.
 USE_TAU = 4.0
 # Free slices that are looked at, where these can do it.
 ENOUGH = 8
@@ -73,13 +74,14 @@ class OnePool:
         self._rates = RateBook(pool)
         self._lanes: dict[LanesKey, Lanes] = {}
         self._waiting: dict[LanesKey, Lanes] = {}  # those where something waits
+        self._admission = Admission(pool, self._waiting.values())
         self._use: dict[str, Decayed] = {}  # pool time by model
         self._open_first_ns: dict[int, int] = {}  # by worker: when open work may go first again
 
     # ---- arrivals ----
 
     def offer(self, now_ns: int, part: Part, bound_ns: int | None) -> int:
-        key = (part.query.request.priority, part.kind, part.company)
+        key = key_of(part)
         lanes = self._lanes.get(key)
         if lanes is None:
             lanes = self._lanes[key] = Lanes(key, self._rates.of(part.kind, 0), TAU_NS)
@@ -88,57 +90,15 @@ class OnePool:
             lanes.open.push(part, 0)
             self._waiting[key] = lanes
             return 0
-        lanes.slo_ns = max(part.due_ns - part.query.arrived_ns, 1)
+        lanes.arrived(now_ns, part.items, slo_of(part))
         lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
         lanes.timely_use.tau_ns = USE_TAU * lanes.slo_ns
-        lanes.arrived(now_ns, part.items)
-        retry_ns = self._admit(now_ns, lanes, part, part.due_ns, bound_ns)
+        retry_ns = self._admission.admit(now_ns, lanes, part, part.due_ns, bound_ns)
         if lanes:
             self._waiting[key] = lanes
+        elif len(self._lanes) > KEPT:
+            del self._lanes[key]
         return retry_ns
-
-    def _admit(self, now_ns: int, lanes: Lanes, part: Part, due_ns: int, bound_ns: int | None) -> int:
-        """Rules 1 and 8. 0, or in how many ns a new try has a chance."""
-        rates = lanes.rates
-        lanes.push_timely(part)
-        if now_ns + rates.least_ns > due_ns:
-            return self._make_late(now_ns, lanes, part, bound_ns, now_ns + rates.least_ns - due_ns)
-        if self._fits(now_ns, lanes, due_ns):
-            return 0
-        room = rates.theta(lanes.mean, lanes.square) * rates.items_until(now_ns, due_ns)
-        while lanes.timely.items > room:
-            excess_ns = int((lanes.timely.items - room) / rates.pool_per_ns) + 1
-            victim = lanes.largest()
-            if victim is None or (bound_ns is not None and not self._takes_late(now_ns, lanes, victim, bound_ns)):
-                victim = part
-            if victim is part:
-                return self._make_late(now_ns, lanes, part, bound_ns, excess_ns)
-            lanes.put_back(victim)
-        return 0
-
-    def _fits(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
-        """Whether the next batches could do all that is timely: of free slices, or of any if only one query waits."""
-        alone = len(lanes.timely.entries) == 1
-        room = 0
-        for worker in lanes.rates.workers if alone else self._ready(lanes.kind):
-            table = worker.tables[lanes.kind]
-            fitting = table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
-            room = max(room, fitting) if alone else room + fitting
-            if room >= lanes.timely.items:
-                return True
-        return False
-
-    def _make_late(self, now_ns: int, lanes: Lanes, part: Part, bound_ns: int | None, late_ns: int) -> int:
-        if bound_ns is None or (bound_ns and self._takes_late(now_ns, lanes, part, bound_ns)):
-            lanes.put_back(part)
-            return 0
-        lanes.discard(part)
-        return late_ns if bound_ns == 0 else max(lanes.slo_ns, 1)
-
-    def _takes_late(self, now_ns: int, lanes: Lanes, part: Part, bound_ns: int) -> bool:
-        pool_per_ns = lanes.rates.pool_per_ns
-        left_per_ns = max(pool_per_ns - lanes.timely_use.per_ns(now_ns), LEAST_LATE * pool_per_ns)
-        return lanes.late.items + part.items <= max(bound_ns - lanes.slo_ns, 0) * left_per_ns
 
     # ---- batches ----
 
@@ -178,16 +138,12 @@ class OnePool:
 
     def _put_back_the_hopeless(self, now_ns: int, lanes: Lanes) -> None:
         entries = lanes.timely.entries
-        latest_ns = now_ns + lanes.rates.least_ns
-        while entries and entries[0][0] < latest_ns:
+        while entries and entries[0][0] < now_ns + lanes.rates.least_of(entries[0][3]):
             lanes.put_back(entries[0][3])
 
     def _overdue(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
         """Rules 3a, and 3d's second half."""
-        for lanes in group:
-            entries = lanes.late.entries
-            if not entries or now_ns - entries[0][0] < (LATE_FIRST - 1) * lanes.slo_ns:
-                continue
+        for lanes in pressing(now_ns, group):
             if lanes.kind[0] in over and any(other.timely.entries for other in group if other is not lanes):
                 continue
             start = self._bulk(now_ns, lanes, late=True, forced=True)
@@ -227,16 +183,14 @@ class OnePool:
             fit = rates.fit(worker)
             table = fit.table
             start_ns = worker.free_at_ns if worker.free_at_ns > now_ns else now_ns
-            index = 0
-            if entries[0][0] < start_ns + table.guard * table.ns[1]:  # another slice may still be quick enough
-                index = bisect.bisect_left(entries, (int(start_ns + table.guard * table.ns[1]) + 1,))
-                if index == len(entries):
-                    continue
+            index = _first_in_time(entries, start_ns, table)
+            if index == len(entries):
+                continue  # another slice may still be quick enough
             due_ns, _, _, head = entries[index]
-            most = bisect.bisect_right(table.ns, (due_ns - start_ns) / table.guard) - 1
+            most = max(table.largest_within((due_ns - start_ns) / table.guard), 1)
             most = self._cap(now_ns, worker, kind, min(most, lanes.timely.items, fit.cap))
-            if head.items > most and not head.may_be_cut:
-                continue
+            if not head.may_be_cut:  # it goes as it is or never
+                most = min(max(most, head.items), table.max_batch)
             value = table.best_per_ns[most] / fit.items_per_ns
             if best is None or value > best[0]:
                 best = value, worker, index, most
@@ -245,7 +199,7 @@ class OnePool:
         _, worker, index, most = best
         due_ns = entries[index][0]
         parts = take_efficient(lanes.timely, index, most, worker.tables[kind])
-        if not entries:
+        if not entries and not lanes.lone:
             self._fill_up(now_ns, worker, lanes, parts, due_ns)
         self._count_use(now_ns, worker, worker.tables[kind].time_ns(sum(part.items for part in parts)))
         return self._start(now_ns, worker, kind, parts)
@@ -301,7 +255,7 @@ class OnePool:
         else:
             line = lanes.open
             most = table.peak if line.items > 2 * table.knee else table.knee
-            parts = line.take_whole(self._cap(now_ns, worker, kind, most))
+            parts = line.take(0) if lanes.lone else line.take_whole(self._cap(now_ns, worker, kind, most))
         start = self._start(now_ns, worker, kind, parts)
         time_ns = table.time_ns(sum(part.items for part in parts))
         if forced and late:
@@ -330,7 +284,7 @@ class OnePool:
                 continue
             limit_ns = BLOCKING_SHARE * other.slo_ns
             if table.ns[most] > limit_ns and not self._carried(now_ns, worker, other, limit_ns):
-                most = max(table.largest_within(limit_ns), 1)
+                most = max(table.largest_within(max(limit_ns, BLOCKED_ANYWAY * table.ns[1])), 1)
         return most
 
     def _carried(self, now_ns: int, worker: Worker, other: Lanes, limit_ns: float) -> bool:
@@ -361,7 +315,7 @@ class OnePool:
     # ---- leaving ----
 
     def discard(self, part: Part) -> None:
-        self._lanes[part.query.request.priority, part.kind, part.company].discard(part)
+        self._lanes[key_of(part)].discard(part)
 
     def evict(self, worker: Worker, model: str | None = None) -> list[Part]:
         models = models_of(worker) if model is None else [model]
@@ -382,3 +336,17 @@ class OnePool:
                 wait_ns += lanes.items / lanes.rates.pool_per_ns
                 free_ns = min(free_ns, *(worker.free_at_ns for worker in lanes.rates.workers))
         return int(wait_ns + (max(free_ns - now_ns, 0) if free_ns < math.inf else 0))
+
+
+def _first_in_time(entries: list[Entry], start_ns: int, table: BatchTable) -> int:
+    """The first part that a batch which starts then could end in time; their number if none."""
+    index, guard = 0, table.guard
+    least_ns = start_ns + guard * table.ns[1]
+    if entries[0][0] < least_ns:
+        index = bisect.bisect_left(entries, (math.ceil(least_ns),))
+    while index < len(entries):
+        due_ns, _, _, part = entries[index]
+        if part.items == 1 or part.may_be_cut or start_ns + guard * table.time_ns(part.items) <= due_ns:
+            break
+        index += 1
+    return index

@@ -6,7 +6,7 @@ import bisect
 import math
 from typing import NamedTuple
 
-from scheduler.domain import BatchTable, Kind, Pool, Worker
+from scheduler.domain import BatchTable, Kind, Part, Pool, Worker
 
 # The queue never holds less or more than these shares of what the pool can do until a query is due.
 LEAST_THETA, MOST_THETA = 0.3, 0.72
@@ -29,13 +29,14 @@ class Fit(NamedTuple):
 class Rates:
     """Of one kind, within `slo_ns`. `pool_per_ns`: items of all slices at their best."""
 
-    __slots__ = ("_efficient", "_fits", "_kind", "largest_batch", "least_ns", "pool_per_ns", "slo_ns", "workers")
+    __slots__ = ("_efficient", "_fits", "_kind", "ids", "largest_batch", "least_ns", "pool_per_ns", "slo_ns", "workers")
 
     def __init__(self, workers: list[Worker], kind: Kind, slo_ns: float) -> None:
         self.workers = workers
         self.slo_ns = slo_ns
         self._kind = kind
         self._fits = {worker.id: self._fit(worker) for worker in workers}
+        self.ids = frozenset(self._fits)
         fits = self._fits.values()
         self.least_ns = min(fit.table.ns[1] for fit in fits)
         self.largest_batch = max(fit.table.best[fit.cap] for fit in fits)
@@ -47,7 +48,8 @@ class Rates:
         cap = max(table.largest_within(self.slo_ns), 1)
         rate = table.best_per_ns[cap]
         efficient_ns = table.ns[bisect.bisect_left(table.best_per_ns, EFFICIENT * rate)]
-        return Fit(table, cap, max(table.largest_within(LATE_SHARE * self.slo_ns), 1), rate, efficient_ns)
+        late_cap = table.largest_within(LATE_SHARE * self.slo_ns) if table.ns[1] <= self.slo_ns else table.knee
+        return Fit(table, cap, late_cap, rate, efficient_ns)
 
     def fit(self, worker: Worker) -> Fit:
         """As its table is now: where that has been corrected, so are the sums, when somebody looks."""
@@ -59,6 +61,12 @@ class Rates:
             self.least_ns = min(each.table.ns[1] for each in self._fits.values())
             return new
         return fit
+
+    def least_of(self, part: Part) -> int:
+        """The least time in which any slice ends what of it has to run at once."""
+        if part.items == 1 or part.may_be_cut:
+            return self.least_ns
+        return min(fit.table.time_ns(part.items) for fit in self._fits.values())
 
     def items_until(self, now_ns: int, due_ns: int) -> float:
         """Items that the slices can do by then, each from when it is free."""
@@ -94,12 +102,12 @@ class RateBook:
         self._served = -1
 
     def of(self, kind: Kind, slo_ns: int) -> Rates:
-        """SLOs are told apart to an eighth of them; 0 is none at all."""
+        """SLOs are told apart to a 32nd of them; 0 is none at all."""
         pool = self._pool
         if self._served != pool.changes:
             self._served = pool.changes
             self._rates.clear()
-        steps = max(slo_ns.bit_length() - 4, 0)
+        steps = max(slo_ns.bit_length() - 6, 0)
         key = (kind, slo_ns >> steps << steps)
         rates = self._rates.get(key)
         if rates is None:
