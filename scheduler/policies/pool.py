@@ -168,9 +168,13 @@ class OnePool:
         if len(ranked) > 1:
             ranked.sort()
         for *_, lanes in ranked:
-            start = self._timely_batch(now_ns, lanes)
-            if start is not None:
-                return start
+            while lanes.timely.entries:
+                start = self._timely_batch(now_ns, lanes)
+                if start is not None:
+                    return start
+                if any(worker.in_flight for worker in lanes.rates.workers):
+                    break  # one that is busy may still be quick enough
+                lanes.put_back(lanes.timely.entries[0][3])
         return None
 
     def _timely_batch(self, now_ns: int, lanes: Lanes) -> Start | None:
