@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from scheduler.domain import Part, Pool
 from scheduler.policies.lanes import Lanes, limit_ns, slo_of
+from scheduler.policies.promises import Promises
 
 # So many SLOs before it is to have ended, late work goes first.
 PRESSES = 2.0
@@ -19,14 +20,17 @@ LEAST_LATE = 0.05
 class Admission:
     """`waiting`: the lanes where something waits."""
 
-    def __init__(self, pool: Pool, waiting: Iterable[Lanes]) -> None:
+    def __init__(self, pool: Pool, waiting: Iterable[Lanes], promises: Promises) -> None:
         self._pool = pool
         self._waiting = waiting
+        self._promises = promises
 
     def admit(self, now_ns: int, lanes: Lanes, part: Part, due_ns: int, bound_ns: int | None) -> int:
         """Into the timely or the late lane, and returns 0; or into none: in how many ns a new try has a chance."""
         lanes.push_timely(part)
         excess_ns = self._excess_ns(now_ns, lanes, part, due_ns)
+        if excess_ns <= 0 and part.query.request.strict and not self._promises.book(now_ns, lanes, part):
+            excess_ns = lanes.timely.items / lanes.rates.pool_per_ns
         if excess_ns <= 0:
             return 0
         if bound_ns is not None:

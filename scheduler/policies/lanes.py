@@ -61,6 +61,7 @@ class Lanes:
         "_largest",
         "_log_slo",
         "arriving",
+        "key",
         "kind",
         "late",
         "lone",
@@ -75,6 +76,7 @@ class Lanes:
     )
 
     def __init__(self, key: LanesKey, rates: Rates, tau_ns: float) -> None:
+        self.key = key
         self.priority, self.kind, company = key
         self.lone = company[1] == LONE
         self.timely = Line()
@@ -157,6 +159,23 @@ class Lanes:
                 return part
         return None
 
+    def take_strict(self, places: int, fixed: list[Part], end_ns: float) -> list[Part]:
+        """Of the timely ones so many strict items that may be cut, the first that is due then or later, and `fixed`."""
+        parts: list[Part] = []
+        entries = self.timely.entries
+        for due_ns, _, _, part in entries[bisect.bisect_left(entries, (end_ns,)) :] + entries:
+            if not part.queued:
+                continue
+            if part in fixed:
+                parts.append(self.timely.take_part(part, due_ns, part.items))
+            elif places and part.query.request.strict and (part.items == 1 or part.may_be_cut):
+                piece = self.timely.take_part(part, due_ns, min(places, part.items))
+                places -= piece.items
+                parts.append(piece)
+            if not places and len(parts) >= len(fixed):
+                break
+        return parts
+
     def discard(self, part: Part) -> None:
         if part.due_ns is None:
             self.open.remove(part, 0)
@@ -181,11 +200,11 @@ def limit_ns(part: Part) -> int:
     return part.due_ns + (LATEST - 1) * slo_of(part)
 
 
-def take_efficient(line: Line, index: int, most: int, table: BatchTable) -> list[Part]:
+def take_efficient(line: Line, index: int, most: int, table: BatchTable, least: int = 0) -> list[Part]:
     """Of at most `most` items from the `index`-th part on those that make the most items per time of one batch.
 
-    The batch ends with a whole query where that costs next to nothing; else its last query is cut.
-    What runs by itself does so.
+    The batch ends with a whole query where that costs next to nothing; else its last query is cut. It has `least` items
+    or more. What runs by itself does so.
     """
     if line.entries[index][3].company[1]:
         return line.take(0, index)
@@ -196,9 +215,9 @@ def take_efficient(line: Line, index: int, most: int, table: BatchTable) -> list
         total += entry[3].items
         if total > most:
             break
-        if total >= wanted * table.ns[total]:
+        if total >= max(wanted * table.ns[total], least):
             whole = total
-    return line.take(whole or batch, index)
+    return line.take(whole or max(batch, least), index)
 
 
 def _items_until(line: Line, until_ns: float) -> float:

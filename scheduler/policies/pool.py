@@ -41,6 +41,7 @@ from scheduler.domain import BatchTable, Kind, Part, Pool, Worker, models_of
 from scheduler.policies import Start
 from scheduler.policies.admission import Admission, pressing
 from scheduler.policies.lanes import Decayed, Lanes, LanesKey, key_of, slo_of, take_efficient
+from scheduler.policies.promises import Promises, is_fixed
 from scheduler.policies.rates import RateBook
 
 # Rule 3b: relative laxity that is little.
@@ -74,7 +75,8 @@ class OnePool:
         self._rates = RateBook(pool)
         self._lanes: dict[LanesKey, Lanes] = {}
         self._waiting: dict[LanesKey, Lanes] = {}  # those where something waits
-        self._admission = Admission(pool, self._waiting.values())
+        self._promises = Promises()
+        self._admission = Admission(pool, self._waiting.values(), self._promises)
         self._use: dict[str, Decayed] = {}  # pool time by model
         self._open_first_ns: dict[int, int] = {}  # by worker: when open work may go first again
 
@@ -134,11 +136,13 @@ class OnePool:
             or self._timely(now_ns, group, over)
             or self._first(now_ns, [lanes for lanes in group if lanes.late.entries], late=True)
             or self._first(now_ns, [lanes for lanes in group if lanes.open.entries], late=False)
+            or self._promised(now_ns, group[0].priority)
         )
 
     def _put_back_the_hopeless(self, now_ns: int, lanes: Lanes) -> None:
         entries = lanes.timely.entries
         while entries and entries[0][0] < now_ns + lanes.rates.least_of(entries[0][3]):
+            self._promises.forget(entries[0][3])
             lanes.put_back(entries[0][3])
 
     def _overdue(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
@@ -172,7 +176,7 @@ class OnePool:
                 start = self._timely_batch(now_ns, lanes)
                 if start is not None:
                     return start
-                if any(worker.in_flight for worker in lanes.rates.workers):
+                if self._promises or any(worker.in_flight for worker in lanes.rates.workers):
                     break  # one that is busy may still be quick enough
                 lanes.put_back(lanes.timely.entries[0][3])
         return None
@@ -180,7 +184,7 @@ class OnePool:
     def _timely_batch(self, now_ns: int, lanes: Lanes) -> Start | None:
         """Rule 4."""
         kind, rates, entries = lanes.kind, lanes.rates, lanes.timely.entries
-        best: tuple[float, Worker, int, int] | None = None
+        best: tuple[float, Worker, int, int, int] | None = None
         for looked_at, worker in enumerate(self._ready(kind)):
             if looked_at >= ENOUGH and best is not None:
                 break
@@ -195,18 +199,63 @@ class OnePool:
             most = self._cap(now_ns, worker, kind, min(most, lanes.timely.items, fit.cap))
             if not head.may_be_cut:  # it goes as it is or never
                 most = min(max(most, head.items), table.max_batch)
+            least = 0
+            if self._promises:
+                most, least = self._room(now_ns, worker, lanes, index, most)
+                if not most or (head.items > most and not head.may_be_cut):
+                    continue
             value = table.best_per_ns[most] / fit.items_per_ns
             if best is None or value > best[0]:
-                best = value, worker, index, most
+                best = value, worker, index, most, least
         if best is None:
             return None
-        _, worker, index, most = best
+        _, worker, index, most, least = best
         due_ns = entries[index][0]
-        parts = take_efficient(lanes.timely, index, most, worker.tables[kind])
+        parts = take_efficient(lanes.timely, index, most, worker.tables[kind], least)
+        if self._promises:
+            self._promises.started(worker, lanes, parts, first=index == 0)
         if not entries and not lanes.lone:
             self._fill_up(now_ns, worker, lanes, parts, due_ns)
         self._count_use(now_ns, worker, worker.tables[kind].time_ns(sum(part.items for part in parts)))
         return self._start(now_ns, worker, kind, parts)
+
+    def _room(self, now_ns: int, worker: Worker, lanes: Lanes, index: int, most: int) -> tuple[int, int]:
+        """How many items a batch from the `index`-th timely part on may have by what is promised, and must have."""
+        room = self._promises.room(now_ns, worker, lanes)
+        own = self._promises.own_places(worker, lanes)
+        if room >= most or index or not own:
+            return min(room, most), 0
+        more = min(self._promises.room(now_ns, worker, lanes, spare_own=True), most)
+        least = 0
+        for entry in lanes.timely.entries:
+            least += entry[3].items
+            if entry[3].query.request.strict and not is_fixed(entry[3]):
+                own -= entry[3].items
+                if own <= 0:
+                    least += own
+                    break
+            if least >= more:
+                break
+        return (more, least) if own <= 0 and room < least <= more else (min(room, most), 0)
+
+    def _promised(self, now_ns: int, priority: int) -> Start | None:
+        """What is planned first on a slice that is still free, and must not wait."""
+        if not self._promises:
+            return None
+        for worker in self._pool.ready.values():
+            while (planned := self._promises.planned(worker, priority)) is not None:
+                key, places, fixed = planned
+                lanes = self._lanes.get(key)
+                parts = []
+                if lanes:
+                    time_ns = worker.tables[lanes.kind].time_ns(places + sum(part.items for part in fixed))
+                    parts = lanes.take_strict(places, fixed, max(now_ns, worker.free_at_ns) + time_ns)
+                if lanes and parts:
+                    self._promises.started(worker, lanes, parts, first=True)
+                    self._count_use(now_ns, worker, worker.tables[lanes.kind].time_ns(sum(p.items for p in parts)))
+                    return self._start(now_ns, worker, lanes.kind, parts)
+                self._promises.drop_first(worker, key)
+        return None
 
     def _count_use(self, now_ns: int, worker: Worker, time_ns: int) -> None:
         """For rule 8: what each kind of work here could have had of that time."""
@@ -222,6 +271,7 @@ class OnePool:
         most = min(
             table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard),
             lanes.rates.fit(worker).cap,
+            self._promises.room(now_ns, worker, lanes),
         )
         most = min(most, self._cap(now_ns, worker, lanes.kind, most))
         for line in (lanes.late, lanes.open):
@@ -248,18 +298,26 @@ class OnePool:
         """Rule 5, on the fastest slice that is free."""
         kind, rates = lanes.kind, lanes.rates
         ready = [w for w in self._ready(kind) if late or not forced or now_ns >= self._open_first_ns.get(w.id, 0)]
+        line = lanes.late if late else lanes.open
+        if self._promises:
+            head = line.entries[0][3]
+            least = 1 if head.may_be_cut else head.items
+            ready = [w for w in ready if self._promises.room(now_ns, w, lanes) >= min(least, w.tables[kind].max_batch)]
         if not ready:
             return None
         worker = max(ready, key=lambda w: rates.fit(w).items_per_ns)
         table = worker.tables[kind]
         if late:
-            line = lanes.late
-            most = min(line.items, rates.fit(worker).late_cap)
+            most = min(line.items, rates.fit(worker).late_cap, self._promises.room(now_ns, worker, lanes))
             parts = take_efficient(line, 0, self._cap(now_ns, worker, kind, most), table)
         else:
-            line = lanes.open
             most = table.peak if line.items > 2 * table.knee else table.knee
-            parts = line.take(0) if lanes.lone else line.take_whole(self._cap(now_ns, worker, kind, most))
+            room = self._promises.room(now_ns, worker, lanes)
+            most = self._cap(now_ns, worker, kind, min(most, room))
+            if lanes.lone:
+                parts = line.take(0)
+            else:
+                parts = line.take(most) if line.entries[0][3].items > room else line.take_whole(most)
         start = self._start(now_ns, worker, kind, parts)
         time_ns = table.time_ns(sum(part.items for part in parts))
         if forced and late:
@@ -319,9 +377,12 @@ class OnePool:
     # ---- leaving ----
 
     def discard(self, part: Part) -> None:
+        if not part.late:
+            self._promises.forget(part)
         self._lanes[key_of(part)].discard(part)
 
     def evict(self, worker: Worker, model: str | None = None) -> list[Part]:
+        self._promises.drop(worker, model)
         models = models_of(worker) if model is None else [model]
         parts: list[Part] = []
         for key in [key for key in self._lanes if key[1][0] in models]:
