@@ -63,8 +63,13 @@ class Admission:
         if not taken and not forced and self._fits(now_ns, lanes, due_ns):
             return 0
         left = rates.items_until(now_ns, due_ns) - forced
-        room = min(rates.theta(lanes.mean, lanes.square) * left, left - taken)
-        return (lanes.timely.items - room) / rates.pool_per_ns
+        theta = rates.theta(lanes.mean, lanes.square)
+        excess = lanes.timely.items - min(theta * left, left - taken)
+        if forced and excess > 0 and lanes.timely.items <= min(theta * (left + forced), left + forced - taken):
+            # Late work has taken its place. It is not to go on like that.
+            for each in beside:
+                each.timely_use.add(now_ns, part.items / rates.pool_per_ns * each.rates.pool_per_ns)
+        return excess / rates.pool_per_ns
 
     def _fits(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
         """Whether the next batches could do all that is timely: of free slices, or of any if only one query waits."""
@@ -116,8 +121,10 @@ class Admission:
         """
         left = [(each, _left_per_ns(now_ns, each)) for each in self._beside(lanes) if each.late.entries]
         part_end_ns = limit_ns(part)
-        ends = [(part_end_ns, slo_of(part))]
-        ends += [(end_ns, each.slo_ns) for each, _ in left if (end_ns := each.late.entries[-1][0]) > part_end_ns]
+        ends = [(part_end_ns, PRESSES * slo_of(part))]
+        ends += [
+            (end_ns, PRESSES * each.slo_ns) for each, _ in left if (end_ns := each.late.entries[-1][0]) > part_end_ns
+        ]
         work_ns = part.items / _left_per_ns(now_ns, lanes)
         return max(
             work_ns + sum(each.late_items(end_ns) / per_ns for each, per_ns in left) + margin_ns - (end_ns - now_ns)
