@@ -172,7 +172,7 @@ class Lanes:
                 piece = self.timely.take_part(part, due_ns, min(places, part.items))
                 places -= piece.items
                 parts.append(piece)
-            if not places and len(parts) >= len(fixed):
+            if not places and not any(part.queued for part in fixed):
                 break
         return parts
 

@@ -222,21 +222,20 @@ class OnePool:
     def _room(self, now_ns: int, worker: Worker, lanes: Lanes, index: int, most: int) -> tuple[int, int]:
         """How many items a batch from the `index`-th timely part on may have by what is promised, and must have."""
         room = self._promises.room(now_ns, worker, lanes)
-        own = self._promises.own_places(worker, lanes)
-        if room >= most or index or not own:
+        best = worker.tables[lanes.kind].best[most]
+        if room >= best or index:
             return min(room, most), 0
-        more = min(self._promises.room(now_ns, worker, lanes, spare_own=True), most)
-        least = 0
+        strict = total = 0
         for entry in lanes.timely.entries:
-            least += entry[3].items
+            items = min(entry[3].items, best - total)
+            total += items
             if entry[3].query.request.strict and not is_fixed(entry[3]):
-                own -= entry[3].items
-                if own <= 0:
-                    least += own
-                    break
-            if least >= more:
+                strict += items
+            if total >= best:
                 break
-        return (more, least) if own <= 0 and room < least <= more else (min(room, most), 0)
+        if strict and self._promises.room(now_ns, worker, lanes, strict) >= best:
+            return best, best
+        return room, 0
 
     def _promised(self, now_ns: int, priority: int) -> Start | None:
         """What is planned first on a slice that is still free, and must not wait."""
