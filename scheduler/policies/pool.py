@@ -345,7 +345,7 @@ class OnePool:
                 continue
             limit_ns = BLOCKING_SHARE * other.slo_ns
             if table.ns[most] > limit_ns and not self._carried(now_ns, worker, other, limit_ns):
-                most = max(table.largest_within(max(limit_ns, BLOCKED_ANYWAY * table.ns[1])), 1)
+                most = max(min(table.largest_within(max(limit_ns, BLOCKED_ANYWAY * table.ns[1])), most), 1)
         return most
 
     def _carried(self, now_ns: int, worker: Worker, other: Lanes, limit_ns: float) -> bool:
