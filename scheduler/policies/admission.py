@@ -127,7 +127,7 @@ class Admission:
         ]
         work_ns = part.items / _left_per_ns(now_ns, lanes)
         return max(
-            work_ns + sum(each.late_items(end_ns) / per_ns for each, per_ns in left) + margin_ns - (end_ns - now_ns)
+            work_ns + sum(_batches_ns(each, end_ns, per_ns) for each, per_ns in left) + margin_ns - (end_ns - now_ns)
             for end_ns, margin_ns in ends
         )
 
@@ -151,7 +151,13 @@ def pressing(now_ns: int, group: list[Lanes]) -> list[Lanes]:
 
 def _late_ns(late: list[Lanes], until_ns: int) -> float:
     """How long all slices take for what of it must end by then."""
-    return sum(lanes.late_items(until_ns) / lanes.rates.pool_per_ns for lanes in late)
+    return sum(_batches_ns(lanes, until_ns, lanes.rates.pool_per_ns) for lanes in late)
+
+
+def _batches_ns(lanes: Lanes, until_ns: int, per_ns: float) -> float:
+    """Of late work that must end by then: full batches at that rate, and one that is not."""
+    items = lanes.late_items(until_ns)
+    return items / per_ns + lanes.rates.least_ns / len(lanes.rates.workers) if items else 0.0
 
 
 def _left_per_ns(now_ns: int, lanes: Lanes) -> float:
