@@ -246,10 +246,10 @@ class OnePool:
                 key, places, fixed = planned
                 lanes = self._lanes.get(key)
                 parts = []
-                if lanes:
+                if lanes is not None:
                     time_ns = worker.tables[lanes.kind].time_ns(places + sum(part.items for part in fixed))
                     parts = lanes.take_strict(places, fixed, max(now_ns, worker.free_at_ns) + time_ns)
-                if lanes and parts:
+                if lanes is not None and parts:
                     self._promises.started(worker, lanes, parts, first=True)
                     self._count_use(now_ns, worker, worker.tables[lanes.kind].time_ns(sum(p.items for p in parts)))
                     return self._start(now_ns, worker, lanes.kind, parts)

@@ -214,7 +214,7 @@ class Promises:
 
     def forget(self, part: Part) -> None:
         """It leaves the timely lane, and does not start."""
-        if part.query.request.strict and self:
+        if part.query.request.strict and part.due_ns is not None and self:
             if is_fixed(part):
                 self._forget_fixed(part)
             else:
