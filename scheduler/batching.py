@@ -146,6 +146,14 @@ class Line:
             self.items -= part.items
         return parts
 
+    def take_part(self, part: Part, key: int, items: int) -> Part:
+        """One part from anywhere, or the first `items` of it."""
+        if items < part.items:
+            self.items -= items
+            return part.cut(items)
+        self.remove(part, key)
+        return part
+
     def take_whole(self, items: int) -> list[Part]:
         """The first part, and those after it, in order, while all of them have no more items than that."""
         count = total = 0

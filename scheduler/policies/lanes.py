@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 
@@ -18,6 +19,10 @@ LONE = -1
 WHOLE_SHARE = 0.98
 # Arriving queries whose sizes are remembered, about.
 SIZES_KEPT = 256
+# Parts of a late lane that are looked at, about.
+MARKS = 8
+# Late work ends within so many SLOs of its own; the core asks for that where it sets a bound.
+LATEST = 10
 
 
 class Decayed:
@@ -45,7 +50,7 @@ def key_of(part: Part) -> LanesKey:
 
 
 class Lanes:
-    """`timely` and `late`: by due time, what is to be in time and what is not; `open`: by arrival, what has none.
+    """What is to be in time, by due time; what is late, by when it must end (`limit_ns`); what is open, by arrival.
 
     `lone`: its parts run by themselves. `slo_ns`: the geometric mean of the last queries', 0 before. `arriving`: items
     a ns. `timely_use`: of these slices' time by timely work of any model, in the items that it could have done.
@@ -56,6 +61,7 @@ class Lanes:
         "_largest",
         "_log_slo",
         "arriving",
+        "key",
         "kind",
         "late",
         "lone",
@@ -70,6 +76,7 @@ class Lanes:
     )
 
     def __init__(self, key: LanesKey, rates: Rates, tau_ns: float) -> None:
+        self.key = key
         self.priority, self.kind, company = key
         self.lone = company[1] == LONE
         self.timely = Line()
@@ -101,6 +108,20 @@ class Lanes:
         self.square += weight * (items * items - self.square)
         self.arriving.add(now_ns, items)
 
+    def late_items(self, until_ns: float) -> float:
+        """Of late work that must end by then."""
+        return _items_until(self.late, until_ns)
+
+    def timely_items(self, until_ns: float) -> float:
+        """Of timely work that is due by then."""
+        return _items_until(self.timely, until_ns)
+
+    def late_marks(self) -> list[int]:
+        """When late work must have ended: of a few parts all along the lane, the last one among them."""
+        entries = self.late.entries
+        step = max(len(entries) // MARKS, 1)
+        return [entry[0] for entry in entries[len(entries) - 1 :: -step]]
+
     def push_timely(self, part: Part) -> None:
         assert part.due_ns is not None
         part.late = False
@@ -117,7 +138,7 @@ class Lanes:
     def push_late(self, part: Part) -> None:
         assert part.due_ns is not None
         part.late = True
-        self.late.push(part, part.due_ns)
+        self.late.push(part, limit_ns(part))
 
     def put_back(self, part: Part) -> None:
         """From the timely lane to the late one."""
@@ -138,22 +159,52 @@ class Lanes:
                 return part
         return None
 
+    def take_strict(self, places: int, fixed: list[Part], end_ns: float) -> list[Part]:
+        """Of the timely ones so many strict items that may be cut, the first that is due then or later, and `fixed`."""
+        parts: list[Part] = []
+        entries = self.timely.entries
+        for due_ns, _, _, part in entries[bisect.bisect_left(entries, (end_ns,)) :] + entries:
+            if not part.queued:
+                continue
+            if part in fixed:
+                parts.append(self.timely.take_part(part, due_ns, part.items))
+            elif places and part.query.request.strict and (part.items == 1 or part.may_be_cut):
+                piece = self.timely.take_part(part, due_ns, min(places, part.items))
+                places -= piece.items
+                parts.append(piece)
+            if not places and not any(part.queued for part in fixed):
+                break
+        return parts
+
     def discard(self, part: Part) -> None:
         if part.due_ns is None:
             self.open.remove(part, 0)
+        elif part.late:
+            self.late.remove(part, limit_ns(part))
         else:
-            (self.late if part.late else self.timely).remove(part, part.due_ns)
+            self.timely.remove(part, part.due_ns)
 
     def drain(self) -> list[Part]:
         self._largest.clear()
         return self.timely.drain() + self.late.drain() + self.open.drain()
 
 
-def take_efficient(line: Line, index: int, most: int, table: BatchTable) -> list[Part]:
+def slo_of(part: Part) -> int:
+    assert part.due_ns is not None
+    return max(part.due_ns - part.query.arrived_ns, 1)
+
+
+def limit_ns(part: Part) -> int:
+    """When late work is to have ended."""
+    assert part.due_ns is not None
+    return part.due_ns + (LATEST - 1) * slo_of(part)
+
+
+def take_efficient(line: Line, index: int, most: int, table: BatchTable, least: int = 0) -> list[Part]:
     """Of at most `most` items from the `index`-th part on those that make the most items per time of one batch.
 
-    The batch ends with a whole query where that costs next to nothing; else its last query is cut. What runs by itself
-    does so.
+    The batch ends with a whole query where that costs next to nothing; else its last query is cut. It has `least` items
+    or more. What runs by itself does so.
     """
     if line.entries[index][3].company[1]:
         return line.take(0, index)
@@ -164,9 +215,17 @@ def take_efficient(line: Line, index: int, most: int, table: BatchTable) -> list
         total += entry[3].items
         if total > most:
             break
-        if total >= wanted * table.ns[total]:
+        if total >= max(wanted * table.ns[total], least):
             whole = total
-    return line.take(whole or batch, index)
+    return line.take(whole or max(batch, least), index)
+
+
+def _items_until(line: Line, until_ns: float) -> float:
+    """Of those whose key is no later: estimated, as if all parts were of one size."""
+    entries = line.entries
+    if not entries or entries[-1][0] <= until_ns:
+        return line.items
+    return line.items * bisect.bisect_right(entries, (until_ns, math.inf)) / len(entries)
 
 
 def _by_size(part: Part) -> tuple[int, int, int, Part]:

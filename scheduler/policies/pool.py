@@ -18,15 +18,14 @@ Rules:
 4. A timely batch ends before its first query is due, with the spread of the estimates as margin (`BatchTable.guard`),
    and is the one with the most items per time. Of the free slices it goes to the one that it uses best. Queries are
    cut freely where that gains more than 2 %; a batch cuts one query at most, the last. Where the timely lane is
-   empty then, late and open items fill the batch up, as far as its due time allows.
+   empty then, late and open items and shorter ones of the model fill the batch up, as far as that costs nobody time.
 5. Late batches may take one and a half SLOs; open ones go up to the knee, or the peak where much waits.
 6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them.
 7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, by the
    weights of the models that have work.
 8. The late lane takes no more than it can serve within the bound, by what timely work, and late work that had to go
-   first, have left of the slices lately. What finds it full is refused, and so is a strict query that would be late,
-   by rule 1 or by a forecast in which the slice that is free first goes on with what is due first. What was accepted
-   is never refused, and a strict query never put back for the sake of others.
+   first, have left of the slices lately. What finds it full is refused, and so is a strict query that would be late.
+   What was accepted is never refused, and a strict query never late for the sake of others.
 
 docs/scheduling.md has a picture, the figures, and what was tried and dropped.
 """
@@ -40,11 +39,11 @@ from collections.abc import Iterator
 from scheduler.batching import Entry
 from scheduler.domain import BatchTable, Kind, Part, Pool, Worker, models_of
 from scheduler.policies import Start
-from scheduler.policies.lanes import Decayed, Lanes, LanesKey, key_of, take_efficient
+from scheduler.policies.admission import Admission, pressing
+from scheduler.policies.lanes import Decayed, Lanes, LanesKey, key_of, slo_of, take_efficient
+from scheduler.policies.promises import Promises, is_fixed
 from scheduler.policies.rates import RateBook
 
-# Rule 3a, in SLOs since it came. The core refuses what would end later than ten.
-LATE_FIRST = 8.0
 # Rule 3b: relative laxity that is little.
 PRESSING = 0.2
 # Rule 3d.
@@ -60,8 +59,7 @@ TAU_NS = 2e9
 # Rule 7: less of the pool's time than this is none.
 IDLE_USE = 0.02
 BUSY_USE = 0.9
-# Rule 8: of all slices' best, what late work gets at least; and how many SLOs it looks back.
-LEAST_LATE = 0.05
+# Rule 8 looks back so many SLOs.
 USE_TAU = 4.0
 # Free slices that are looked at, where these can do it.
 ENOUGH = 8
@@ -77,6 +75,8 @@ class OnePool:
         self._rates = RateBook(pool)
         self._lanes: dict[LanesKey, Lanes] = {}
         self._waiting: dict[LanesKey, Lanes] = {}  # those where something waits
+        self._promises = Promises()
+        self._admission = Admission(pool, self._waiting.values(), self._promises)
         self._use: dict[str, Decayed] = {}  # pool time by model
         self._open_first_ns: dict[int, int] = {}  # by worker: when open work may go first again
 
@@ -92,64 +92,15 @@ class OnePool:
             lanes.open.push(part, 0)
             self._waiting[key] = lanes
             return 0
-        lanes.arrived(now_ns, part.items, max(part.due_ns - part.query.arrived_ns, 1))
+        lanes.arrived(now_ns, part.items, slo_of(part))
         lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
         lanes.timely_use.tau_ns = USE_TAU * lanes.slo_ns
-        retry_ns = self._admit(now_ns, lanes, part, part.due_ns, bound_ns)
+        retry_ns = self._admission.admit(now_ns, lanes, part, part.due_ns, bound_ns)
         if lanes:
             self._waiting[key] = lanes
+        elif len(self._lanes) > KEPT:
+            del self._lanes[key]
         return retry_ns
-
-    def _admit(self, now_ns: int, lanes: Lanes, part: Part, due_ns: int, bound_ns: int | None) -> int:
-        """Rules 1 and 8. 0, or in how many ns a new try has a chance."""
-        rates = lanes.rates
-        lanes.push_timely(part)
-        late_ns = now_ns + rates.least_of(part) - due_ns
-        if late_ns > 0:
-            return self._make_late(now_ns, lanes, part, bound_ns, late_ns)
-        if self._fits(now_ns, lanes, due_ns):
-            return 0
-        if bound_ns == 0 and not rates.forecast(now_ns, lanes.timely.entries):
-            return self._make_late(now_ns, lanes, part, bound_ns, int(lanes.timely.items / rates.pool_per_ns) + 1)
-        room = rates.theta(lanes.mean, lanes.square) * rates.items_until(now_ns, due_ns)
-        while lanes.timely.items > room:
-            excess_ns = int((lanes.timely.items - room) / rates.pool_per_ns) + 1
-            victim = lanes.largest()
-            if victim is None or (bound_ns is not None and not self._takes_late(now_ns, lanes, victim, bound_ns)):
-                victim = part
-            if victim is part:
-                return self._make_late(now_ns, lanes, part, bound_ns, excess_ns)
-            lanes.put_back(victim)
-        return 0
-
-    def _fits(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
-        """Whether the next batches could do all that is timely: of free slices, or of any if only one query waits."""
-        alone = len(lanes.timely.entries) == 1
-        room = 0
-        for worker in lanes.rates.workers if alone else self._ready(lanes.kind):
-            table = worker.tables[lanes.kind]
-            fitting = table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
-            room = max(room, fitting) if alone else room + fitting
-            if room >= lanes.timely.items:
-                return True
-        return False
-
-    def _make_late(self, now_ns: int, lanes: Lanes, part: Part, bound_ns: int | None, late_ns: int) -> int:
-        if bound_ns is None or (bound_ns and self._takes_late(now_ns, lanes, part, bound_ns)):
-            lanes.put_back(part)
-            return 0
-        lanes.discard(part)
-        return late_ns if bound_ns == 0 else max(lanes.slo_ns, 1)
-
-    def _takes_late(self, now_ns: int, lanes: Lanes, part: Part, bound_ns: int) -> bool:
-        pool_per_ns = lanes.rates.pool_per_ns
-        left_per_ns = max(pool_per_ns - lanes.timely_use.per_ns(now_ns), LEAST_LATE * pool_per_ns)
-        late = part.items + pool_per_ns * sum(
-            other.late.items / other.rates.pool_per_ns
-            for other in self._waiting.values()
-            if other.late.entries and not other.rates.ids.isdisjoint(lanes.rates.ids)
-        )
-        return late <= max(bound_ns - lanes.slo_ns, 0) * left_per_ns
 
     # ---- batches ----
 
@@ -185,19 +136,18 @@ class OnePool:
             or self._timely(now_ns, group, over)
             or self._first(now_ns, [lanes for lanes in group if lanes.late.entries], late=True)
             or self._first(now_ns, [lanes for lanes in group if lanes.open.entries], late=False)
+            or self._promised(now_ns, group[0].priority)
         )
 
     def _put_back_the_hopeless(self, now_ns: int, lanes: Lanes) -> None:
         entries = lanes.timely.entries
         while entries and entries[0][0] < now_ns + lanes.rates.least_of(entries[0][3]):
+            self._promises.forget(entries[0][3])
             lanes.put_back(entries[0][3])
 
     def _overdue(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
         """Rules 3a, and 3d's second half."""
-        for lanes in group:
-            entries = lanes.late.entries
-            if not entries or now_ns - entries[0][0] < (LATE_FIRST - 1) * lanes.slo_ns:
-                continue
+        for lanes in pressing(now_ns, group):
             if lanes.kind[0] in over and any(other.timely.entries for other in group if other is not lanes):
                 continue
             start = self._bulk(now_ns, lanes, late=True, forced=True)
@@ -226,7 +176,7 @@ class OnePool:
                 start = self._timely_batch(now_ns, lanes)
                 if start is not None:
                     return start
-                if any(worker.in_flight for worker in lanes.rates.workers):
+                if self._promises or any(worker.in_flight for worker in lanes.rates.workers):
                     break  # one that is busy may still be quick enough
                 lanes.put_back(lanes.timely.entries[0][3])
         return None
@@ -234,7 +184,7 @@ class OnePool:
     def _timely_batch(self, now_ns: int, lanes: Lanes) -> Start | None:
         """Rule 4."""
         kind, rates, entries = lanes.kind, lanes.rates, lanes.timely.entries
-        best: tuple[float, Worker, int, int] | None = None
+        best: tuple[float, Worker, int, int, int] | None = None
         for looked_at, worker in enumerate(self._ready(kind)):
             if looked_at >= ENOUGH and best is not None:
                 break
@@ -245,22 +195,66 @@ class OnePool:
             if index == len(entries):
                 continue  # another slice may still be quick enough
             due_ns, _, _, head = entries[index]
-            most = max(bisect.bisect_right(table.ns, (due_ns - start_ns) / table.guard) - 1, 1)
+            most = max(table.largest_within((due_ns - start_ns) / table.guard), 1)
             most = self._cap(now_ns, worker, kind, min(most, lanes.timely.items, fit.cap))
             if not head.may_be_cut:  # it goes as it is or never
                 most = min(max(most, head.items), table.max_batch)
+            least = 0
+            if self._promises:
+                most, least = self._room(now_ns, worker, lanes, index, most)
+                if not most or (head.items > most and not head.may_be_cut):
+                    continue
             value = table.best_per_ns[most] / fit.items_per_ns
             if best is None or value > best[0]:
-                best = value, worker, index, most
+                best = value, worker, index, most, least
         if best is None:
             return None
-        _, worker, index, most = best
+        _, worker, index, most, least = best
         due_ns = entries[index][0]
-        parts = take_efficient(lanes.timely, index, most, worker.tables[kind])
+        parts = take_efficient(lanes.timely, index, most, worker.tables[kind], least)
+        if self._promises:
+            self._promises.started(worker, lanes, parts, first=index == 0)
         if not entries and not lanes.lone:
             self._fill_up(now_ns, worker, lanes, parts, due_ns)
         self._count_use(now_ns, worker, worker.tables[kind].time_ns(sum(part.items for part in parts)))
         return self._start(now_ns, worker, kind, parts)
+
+    def _room(self, now_ns: int, worker: Worker, lanes: Lanes, index: int, most: int) -> tuple[int, int]:
+        """How many items a batch from the `index`-th timely part on may have by what is promised, and must have."""
+        room = self._promises.room(now_ns, worker, lanes)
+        best = worker.tables[lanes.kind].best[most]
+        if room >= best or index:
+            return min(room, most), 0
+        strict = total = 0
+        for entry in lanes.timely.entries:
+            items = min(entry[3].items, best - total)
+            total += items
+            if entry[3].query.request.strict and not is_fixed(entry[3]):
+                strict += items
+            if total >= best:
+                break
+        if strict and self._promises.room(now_ns, worker, lanes, strict) >= best:
+            return best, best
+        return room, 0
+
+    def _promised(self, now_ns: int, priority: int) -> Start | None:
+        """What is planned first on a slice that is still free, and must not wait."""
+        if not self._promises:
+            return None
+        for worker in self._pool.ready.values():
+            while (planned := self._promises.planned(worker, priority)) is not None:
+                key, places, fixed = planned
+                lanes = self._lanes.get(key)
+                parts = []
+                if lanes is not None:
+                    time_ns = worker.tables[lanes.kind].time_ns(places + sum(part.items for part in fixed))
+                    parts = lanes.take_strict(places, fixed, max(now_ns, worker.free_at_ns) + time_ns)
+                if lanes is not None and parts:
+                    self._promises.started(worker, lanes, parts, first=True)
+                    self._count_use(now_ns, worker, worker.tables[lanes.kind].time_ns(sum(p.items for p in parts)))
+                    return self._start(now_ns, worker, lanes.kind, parts)
+                self._promises.drop_first(worker, key)
+        return None
 
     def _count_use(self, now_ns: int, worker: Worker, time_ns: int) -> None:
         """For rule 8: what each kind of work here could have had of that time."""
@@ -276,6 +270,7 @@ class OnePool:
         most = min(
             table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard),
             lanes.rates.fit(worker).cap,
+            self._promises.room(now_ns, worker, lanes),
         )
         most = min(most, self._cap(now_ns, worker, lanes.kind, most))
         for line in (lanes.late, lanes.open):
@@ -302,18 +297,26 @@ class OnePool:
         """Rule 5, on the fastest slice that is free."""
         kind, rates = lanes.kind, lanes.rates
         ready = [w for w in self._ready(kind) if late or not forced or now_ns >= self._open_first_ns.get(w.id, 0)]
+        line = lanes.late if late else lanes.open
+        if self._promises:
+            head = line.entries[0][3]
+            least = 1 if head.may_be_cut else head.items
+            ready = [w for w in ready if self._promises.room(now_ns, w, lanes) >= min(least, w.tables[kind].max_batch)]
         if not ready:
             return None
         worker = max(ready, key=lambda w: rates.fit(w).items_per_ns)
         table = worker.tables[kind]
         if late:
-            line = lanes.late
-            most = min(line.items, rates.fit(worker).late_cap)
+            most = min(line.items, rates.fit(worker).late_cap, self._promises.room(now_ns, worker, lanes))
             parts = take_efficient(line, 0, self._cap(now_ns, worker, kind, most), table)
         else:
-            line = lanes.open
             most = table.peak if line.items > 2 * table.knee else table.knee
-            parts = line.take(0) if lanes.lone else line.take_whole(self._cap(now_ns, worker, kind, most))
+            room = self._promises.room(now_ns, worker, lanes)
+            most = self._cap(now_ns, worker, kind, min(most, room))
+            if lanes.lone:
+                parts = line.take(0)
+            else:
+                parts = line.take(most) if line.entries[0][3].items > room else line.take_whole(most)
         start = self._start(now_ns, worker, kind, parts)
         time_ns = table.time_ns(sum(part.items for part in parts))
         if forced and late:
@@ -342,7 +345,7 @@ class OnePool:
                 continue
             limit_ns = BLOCKING_SHARE * other.slo_ns
             if table.ns[most] > limit_ns and not self._carried(now_ns, worker, other, limit_ns):
-                most = max(table.largest_within(max(limit_ns, BLOCKED_ANYWAY * table.ns[1])), 1)
+                most = max(min(table.largest_within(max(limit_ns, BLOCKED_ANYWAY * table.ns[1])), most), 1)
         return most
 
     def _carried(self, now_ns: int, worker: Worker, other: Lanes, limit_ns: float) -> bool:
@@ -374,16 +377,18 @@ class OnePool:
     # ---- leaving ----
 
     def discard(self, part: Part) -> None:
+        if not part.late:
+            self._promises.forget(part)
         self._lanes[key_of(part)].discard(part)
 
     def evict(self, worker: Worker, model: str | None = None) -> list[Part]:
+        self._promises.drop(worker, model)
         models = models_of(worker) if model is None else [model]
         parts: list[Part] = []
         for key in [key for key in self._lanes if key[1][0] in models]:
             if self._pool.serving.get(key[1]) == [worker]:
                 parts += self._lanes.pop(key).drain()
                 self._waiting.pop(key, None)
-                self._use.pop(key[1][0], None)
         if model is None:
             self._open_first_ns.pop(worker.id, None)
         return parts

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import bisect
-import heapq
 import math
-from collections.abc import Sequence
-from itertools import islice
 from typing import NamedTuple
 
-from scheduler.batching import Entry
 from scheduler.domain import BatchTable, Kind, Part, Pool, Worker
 
 # The queue never holds less or more than these shares of what the pool can do until a query is due.
@@ -52,7 +48,6 @@ class Rates:
         cap = max(table.largest_within(self.slo_ns), 1)
         rate = table.best_per_ns[cap]
         efficient_ns = table.ns[bisect.bisect_left(table.best_per_ns, EFFICIENT * rate)]
-        # An SLO that no batch meets says nothing of what good batches are.
         late_cap = table.largest_within(LATE_SHARE * self.slo_ns) if table.ns[1] <= self.slo_ns else table.knee
         return Fit(table, cap, late_cap, rate, efficient_ns)
 
@@ -84,36 +79,6 @@ class Rates:
                 items += fits[worker.id].items_per_ns * left_ns
         return items
 
-    def forecast(self, now_ns: int, entries: Sequence[Entry]) -> bool:
-        """Whether all of these, in order of due time, end in time if the slice that is free first goes on with them."""
-        free = [(max(worker.free_at_ns, now_ns), index) for index, worker in enumerate(self.workers)]
-        heapq.heapify(free)
-        index, started = 0, 0  # the first part that is not done, and its items that are
-        while index < len(entries):
-            if not free:
-                return False
-            start_ns, number = heapq.heappop(free)
-            fit = self._fits[self.workers[number].id]
-            table = fit.table
-            left_ns = (entries[index][0] - start_ns) / table.guard
-            if left_ns < table.ns[1]:
-                continue  # nor can it end what is due later before that, in this order
-            most = min(table.largest_within(left_ns), fit.cap)
-            waiting = -started
-            for entry in islice(entries, index, index + most):
-                waiting += entry[3].items
-                if waiting >= most:
-                    break
-            batch = room = table.best[min(most, waiting)]
-            while room:
-                taken = min(entries[index][3].items - started, room)
-                room -= taken
-                started += taken
-                if started == entries[index][3].items:
-                    index, started = index + 1, 0
-            heapq.heappush(free, (start_ns + table.ns[batch], number))
-        return True
-
     def theta(self, mean: float, square: float) -> float:
         """How much of that may be promised to waiting queries, by the means of their items and of those squared.
 
@@ -137,12 +102,12 @@ class RateBook:
         self._served = -1
 
     def of(self, kind: Kind, slo_ns: int) -> Rates:
-        """SLOs are told apart to an eighth of them; 0 is none at all."""
+        """SLOs are told apart to a 32nd of them; 0 is none at all."""
         pool = self._pool
         if self._served != pool.changes:
             self._served = pool.changes
             self._rates.clear()
-        steps = max(slo_ns.bit_length() - 4, 0)
+        steps = max(slo_ns.bit_length() - 6, 0)
         key = (kind, slo_ns >> steps << steps)
         rates = self._rates.get(key)
         if rates is None:

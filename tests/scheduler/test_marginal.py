@@ -201,6 +201,9 @@ class Exact:
     requests: dict[int, Request] = field(default_factory=dict)
     late: list[Request] = field(default_factory=list)
     answered: int = 0
+    refused: int = 0
+    asked_ns: dict[int, int] = field(default_factory=dict)
+    ended_ns: dict[int, int] = field(default_factory=dict)
     free_ns: dict[int, int] = field(default_factory=dict)
     heap: list[tuple[int, int, AnyEvent]] = field(default_factory=list)
 
@@ -234,7 +237,11 @@ class Exact:
                 case Answer():
                     ended = [self.requests[number] for number in command.request_ids]
                     self.answered += len(ended)
+                    self.ended_ns |= dict.fromkeys(command.request_ids, self.now_ns)
                     self.late += [each for each in ended if each.due_ns is not None and each.due_ns < self.now_ns]
+
+                case Refuse():
+                    self.refused += 1
 
     def run(self, run: Run) -> None:
         length = max(self.requests[piece.request_id].length for piece in run.pieces)
@@ -251,6 +258,7 @@ class Exact:
         self.until(at_ns)
         self.now_ns = at_ns
         uncut = ask.how in ("whole", "alone")
+        self.asked_ns[number] = at_ns
         self.requests[number] = request = Request(
             number,
             str(ask.model),
