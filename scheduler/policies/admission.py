@@ -12,7 +12,7 @@ from scheduler.policies.lanes import Lanes, limit_ns, slo_of
 from scheduler.policies.promises import Promises
 
 # So many SLOs before it is to have ended, late work goes first.
-PRESSES = 2.0
+PRESSES = 2.5
 # Of all slices' best, what late work gets at least.
 LEAST_LATE = 0.05
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from scheduler.core import SchedulerCore
 from scheduler.domain import Worker
-from scheduler.policies import admission, lanes, pool, promises
+from scheduler.policies import admission, lanes, promises
 from scheduler.policies.lanes import LATEST
 from scheduler.policies.pool import OnePool
 from tests.scheduler.test_marginal import ASKS, ROWS, SLICES, Ask, Exact, Slice
@@ -131,10 +131,8 @@ PROMISES: list[tuple[object, str, object]] = [
     (promises, "_give_up", give_up_too_much),
 ]
 BOUNDS: list[tuple[object, str, object]] = [
-    (pool, "pressing", lambda now_ns, group: []),
     (admission.Admission, "_late_excess_ns", lambda self, now_ns, of, part: 0.0),
     (admission.Admission, "_beside", lambda self, of: [of]),
-    (pool, "BLOCKED_ANYWAY", 0.0),
 ]
 
 
