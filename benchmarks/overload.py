@@ -44,6 +44,7 @@ NOISE = Noise()
 # A run has at least so many queries, and lasts for at least so many SLOs; one of W-slo, where SLOs are from a tenth of
 # a second to six, for so many seconds, under overload for half of that.
 QUERIES, SLOS, SECONDS = 15_000, 150, 10.0
+NOTES: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ def main(
             and case.arrivals in (arrivals or [case.arrivals])
         ]
         measure_all(wanted, kept, lambda case: partial(measure, case, queries), jobs, until, what)
-    page = overload_text.text(kept.rows(), (__doc__ or "").partition("\n\n")[2].strip())
+    page = overload_text.text(kept.rows(), (__doc__ or "").partition("\n\n")[2].strip(), NOTES)
     print(page)
     if write:
         (RESULTS / "overload.md").write_text(page)

@@ -14,12 +14,19 @@ from server.charts import Series
 
 OVERLOADS = ("w-paper resnet50", "w-paper bert", "S3", "w-length")
 SCENARIOS = ("S1", "S2", "S3", "S4", "S5", "S6")
-IN_TIME, GOODPUT = 0.99, 0.95
+IN_TIME, GOODPUT, TWICE = 0.99, 0.95, 2.0
 STATED = 0.0  # the load of a scenario at its stated rates
 
 
-def text(rows: Sequence[Row], about: str) -> str:
-    parts = ["# Mixes, bursts and overload\n", about + "\n", "## Goals\n", "\n".join(_goals(rows)) + "\n"]
+def text(rows: Sequence[Row], about: str, notes: Sequence[str]) -> str:
+    parts = [
+        "# Mixes, bursts and overload\n",
+        "## Goals\n",
+        "\n".join(_goals(rows)) + "\n",
+        *notes,
+        "## How\n",
+        about + "\n",
+    ]
     parts += [
         "## W-slo at its stated rates\n",
         "The worst model's share within its SLO (all models together).\n",
@@ -56,10 +63,13 @@ def _goals(rows: Sequence[Row]) -> Iterator[str]:
         for policy, strict in _policies(rows, workload):
             if policy == "pool":
                 good = _curve(rows, workload, policy, strict)
-                peak = max(good.values())
-                if 2.0 in good:
-                    kept = good[2.0] / peak
-                    goal = f"overload, {workload}, {_name(policy, strict)}: at twice the capacity 95 % of the peak"
+                # Beyond it: the more there are to choose from, the more small queries are answered in time.
+                peak = max(share for load, share in good.items() if load <= TWICE)
+                if TWICE in good:
+                    kept = good[TWICE] / peak
+                    goal = (
+                        f"overload, {workload}, {_name(policy, strict)}: at load 2 at least 95 % of the peak up to it"
+                    )
                     yield _verdict(goal, kept >= GOODPUT, f"{kept:.1%} of {peak:.3f}")
     waited = [row["waited_ms"] for row in rows if row["policy"] == "pool" and row["refused"]]
     if waited:
