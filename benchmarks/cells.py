@@ -37,8 +37,9 @@ NOISE = Noise(0.05, 0.01, 0.25)
 SHARES = {"p95": 0.95, "p99": 0.99}
 # Up to this share of the fluid bound, and from this on: less is 0.
 HIGHEST, LEAST = 1.2, 0.1
-# How finely the highest rate is looked for, as shares of the fluid bound: ours to the half per cent.
-STEPS = {"pool": 0.005}
+# How finely the highest rate is looked for, as shares of the fluid bound: ours to the half per cent, and so is ELSA's,
+# of which ours is to be a multiple.
+STEPS = {"pool": 0.005, "elsa": 0.005}
 STEP = 0.02
 # The first guess is made with runs that are shorter by this.
 SHORTER = 5

@@ -29,7 +29,7 @@ def text(rows: Sequence[Row], about: str, notes: Sequence[str]) -> str:
     ]
     parts += [
         "## W-slo at its stated rates\n",
-        "The worst model's share within its SLO (all models together).\n",
+        "Within their SLO, in per cent: of the worst model / of all together.\n",
         _slo_table(rows),
     ]
     parts += ["Models below 99 % with pool: share in time, late, refused.\n", "\n".join(_below(rows)) + "\n"]
@@ -106,7 +106,7 @@ def _shares(found: Sequence[Row]) -> str:
     if not found:
         return ""
     worst = statistics.median(_worst_share(row) for row in found)
-    return f"{worst:.2%} ({statistics.median(row['in_time'] for row in found):.2%})"
+    return f"{100 * worst:.1f} / {100 * statistics.median(row['in_time'] for row in found):.1f}"
 
 
 def _below(rows: Sequence[Row]) -> Iterator[str]:
