@@ -12,7 +12,7 @@ GPU := $(wildcard /dev/nvidiactl)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(if $(GPU),,-c constraints-cpu.txt $(shell curl -fsIm 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX)))
 
-.PHONY: help serve test check models test-models bench-overhead bench-preprocess system-tools check-gpu clean
+.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-policies bench-overload system-tools check-gpu clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -42,6 +42,12 @@ bench-overhead: $(VENV)/dev test-models ## what a request costs, beside a bare u
 
 bench-preprocess: $(VENV)/dev ## pictures: images a second of a core, beside torchvision's way with Pillow
 	$(BIN)/python -m benchmarks.preprocess $(ARGS)
+
+bench-policies: $(VENV)/dev ## all scheduling policies in the simulator: hours the first time, may be stopped (ARGS=--quick)
+	$(BIN)/python -m benchmarks.policies $(ARGS)
+
+bench-overload: $(VENV)/dev ## mixes, bursts and overload in the simulator
+	$(BIN)/python -m benchmarks.overload $(ARGS)
 
 check-gpu: $(VENV)/dev test-models ## the checks that need a GPU with CUDA
 	$(BIN)/pytest tests/gpu -m gpu $(ARGS)

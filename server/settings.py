@@ -128,8 +128,8 @@ class Settings(BaseSettings):
         "pool",
         "operation",
         "pool: a request waits in its model's queue until a slice is free, which takes what is most urgent. elsa: it "
-        "is bound on arrival to the smallest slice that meets its target, as published. The others are there to compare "
-        "with; docs/scheduling.md and migserve simulate tell what each costs.",
+        "is bound on arrival to the smallest slice that meets its target, as published. The others are there to "
+        "compare with; docs/scheduling.md and migserve simulate tell what each costs.",
     )
     strict_readiness: bool = _setting(True, "operation", "Ready only if every model is served.")
     drain_delay_secs: float = _setting(1.0, "operation", "On SIGTERM: unready, but serving on, for so long.", ge=0)
