@@ -217,8 +217,7 @@ def can(
 
 
 def _row(model: str, point: Point, ms: float) -> Measurement:
-    name = model if point.seq_len is None else f"{model}, {point.seq_len}"
-    return Measurement(name, point.mig_profile, point.gpcs, point.batch, point.processes, ms)
+    return Measurement(model, point.mig_profile, point.gpcs, point.batch, point.processes, ms, seq_len=point.seq_len)
 
 
 def headroom(slices: Mapping[int, int], possible: Capacities) -> float:
