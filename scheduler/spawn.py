@@ -1,4 +1,4 @@
-"""Starting worker processes, from a fork server: never by a plain fork, which torch's threads do not survive.
+"""Starting worker processes and such as measure, from a fork server: torch's threads do not survive a plain fork.
 
 The fork server has torch imported and has run nothing, so a worker starts in milliseconds and shares its memory.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
@@ -20,10 +20,10 @@ _context = get_context("forkserver")
 _starting = threading.Lock()
 
 
-def start(*arguments: Any) -> ForkServerProcess:
-    """A new process that runs `worker.main`. Blocking, for a second the first time. Raises OSError."""
+def start(*arguments: Any, target: Callable[..., None] = worker.main) -> ForkServerProcess:
+    """A new process that runs `target`. Blocking, for a second the first time. Raises OSError."""
     _context.set_forkserver_preload(["scheduler.preload"])
-    process = _context.Process(target=worker.main, args=arguments, daemon=True)
+    process = _context.Process(target=target, args=arguments, daemon=True)
     with _starting, _without_main_module():
         process.start()
     return process
