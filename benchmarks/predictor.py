@@ -8,9 +8,10 @@ What is known is every row of the table, and of the one that comes along, whose 
 of a seed is drawn, the others are chosen by `partitioner.sampling` within a tenth of the points and 13 % of the time.
 Time is that of the batches themselves: every point is run as often as every other.
 
-Layouts are judged on the real table, once with all its points and once without the suspect ones (`trusted`); goals
-are set for the second: a single wrong point, such as a time copied from one process less, can decide a layout alone.
-What is measured, learned from and predicted is never cleaned.
+Layouts are chosen for each model alone on one GPU, and for all models at once on four; the goal is for the mean of the
+models alone, and for all at once. They are judged on the real table, once with all its points and once without the
+suspect ones (`trusted`); goals are set for the second: a single wrong point, such as a time copied from one process
+less, can decide a layout alone. What is measured, learned from and predicted is never cleaned.
 
 Baselines: linear interpolation of the logarithms between measured points (the nearest one outside of them); and a ridge
 regression on the logarithms, their squares and products, and the known models' mean time at the point.
@@ -18,7 +19,6 @@ regression on the logarithms, their squares and products, and the known models' 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,26 +34,22 @@ from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import PolynomialFeatures
 
-from partitioner import capacity, gangs, latency, sampling
-from partitioner.capacity import Capacities
-from partitioner.catalog import GPU_MODELS
-from partitioner.cuts import layout_counts, slice_profiles
-from partitioner.geometry import GpuModel
+from benchmarks.layout_loss import Times, alone, gpu_of, lost, slo_ms, trusted
+from partitioner import latency, sampling
 from partitioner.latency import LatencyTableError, Measurement
 from partitioner.performance import Point, Vector, features, point_of
-from partitioner.plans import ModelDemand
 from partitioner.predictor import Estimate, Knowledge, Predictor, learn
-from partitioner.programme import InfeasibleError, Programme
 from partitioner.sampling import Budget
 
 RESULTS = Path(__file__).parent / "results" / "predictor.md"
+PICTURE = RESULTS.with_suffix(".svg")
+PANEL_PX, GAP_PX = 200, 24
 SHARE, TIME_SHARE = 0.1, 0.13
 MEDIAN_GOAL, P90_GOAL, LOSS_GOAL, SAVED_GOAL = 0.08, 0.20, 0.03, 0.85
 SLO_FACTORS = (1.5, 2.0, 3.0)
 # Layouts for all models at once.
 GPUS = 4
 METHODS = ("interpolation", "ridge", "ours, drawn points", "ours")
-Times = dict[Point, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,103 +188,6 @@ def _plain(points: Sequence[Point]) -> Any:
     return np.log([(point.gpcs, point.batch, point.processes, point.seq_len or 1) for point in points])
 
 
-# ---- layouts ----
-
-
-def gpu_of(name: str) -> GpuModel:
-    return GPU_MODELS.get(name, GPU_MODELS["A100-80GB"])
-
-
-def slo_ms(truth: Times, factor: float) -> float:
-    """As W-paper has it: so many times the largest batch up to 32 on the largest slice, alone in it."""
-    largest = max(point.gpcs for point in truth)
-    alone = {point.batch: ms for point, ms in truth.items() if (point.gpcs, point.processes) == (largest, 1)}
-    return factor * alone[max((batch for batch in alone if batch <= 32), default=min(alone))]
-
-
-def can(
-    tables: Mapping[str, Times], slos_ms: Mapping[str, float], rates: Mapping[str, float], gpu: GpuModel
-) -> Capacities:
-    """What slices can do by these tables, batches within the SLO."""
-    rows = [_row(model, point, ms) for model, times in tables.items() for point, ms in times.items()]
-    classes = capacity.query_classes([ModelDemand(model, rates[model], slos_ms[model]) for model in tables])
-    sizes = [profile.gpcs for profile in slice_profiles(gpu)]
-    return capacity.capacities(classes, gangs.gang_tables(rows), sizes, 99, 1.0)
-
-
-def _row(model: str, point: Point, ms: float) -> Measurement:
-    return Measurement(model, point.mig_profile, point.gpcs, point.batch, point.processes, ms, seq_len=point.seq_len)
-
-
-def headroom(slices: Mapping[int, int], possible: Capacities) -> float:
-    """The factor by which all rates could grow on this layout: `slices` by GPCs, their time divided at will."""
-    programme = Programme()
-    factor = programme.variable(cost=-1.0)
-    times = {(each, gpcs): programme.variable() for each in possible.classes for gpcs in slices}
-    for gpcs, count in slices.items():
-        programme.constrain({times[each, gpcs]: 1.0 for each in possible.classes}, high=count)
-    for each in possible.classes:
-        served = {times[each, gpcs]: possible.rate_per_s(each, gpcs) for gpcs in slices}
-        programme.constrain({**served, factor: -each.rate_per_s}, low=0.0)
-    return programme.solve()[factor]
-
-
-def best_layout(possible: Capacities, gpu: GpuModel, gpus: int) -> dict[int, int]:
-    """Slices by GPCs of the layouts with the most headroom."""
-    found: dict[int, int] = {}
-    for layout, count in capacity.most_headroom(possible, gpu, gpus).layouts:
-        for gpcs, slices in layout_counts(layout):
-            found[gpcs] = found.get(gpcs, 0) + round(count) * slices
-    return found
-
-
-def lost(tables: Mapping[str, Times], truth: Mapping[str, Times], factor: float, gpu: GpuModel, gpus: int) -> float:
-    """The share of throughput within the SLO that the layout chosen from `tables` loses to the one from `truth`.
-
-    Several models have rates such that each alone would take as much of a GPU. 0 where no layout can serve them.
-    """
-    slos_ms = {model: slo_ms(times, factor) for model, times in truth.items()}
-    rates = dict.fromkeys(truth, 1.0)
-    for model in truth:
-        alone = can({model: truth[model]}, slos_ms, rates, gpu)
-        if not alone.gangs:
-            return 0.0
-        rates[model] = max(alone.rate_per_s(alone.classes[0], size) / size for _, size in alone.gangs)
-    real = can(truth, slos_ms, rates, gpu)
-    try:
-        best = headroom(best_layout(real, gpu, gpus), real)
-        return 1 - headroom(best_layout(can(tables, slos_ms, rates, gpu), gpu, gpus), real) / best
-    except InfeasibleError:
-        return 0.0
-
-
-def trusted(truth: Times) -> Times:
-    """Without what `latency.without_suspects` leaves out, and without times copied from fewer processes.
-
-    Copied: to the last digit the time of the same batch in fewer processes, though it is the work that takes the time
-    (it is twice that of the slice's quickest batch).
-    """
-    rows = {_row("model", point, ms): point for point, ms in truth.items()}
-    kept, _ = latency.without_suspects(rows)
-    quickest: dict[str, float] = {}
-    for point, ms in truth.items():
-        quickest[point.mig_profile] = min(ms, quickest.get(point.mig_profile, ms))
-
-    def copied(point: Point) -> bool:
-        ms = truth[point]
-        fewer = [truth.get(point._replace(processes=count), 0.0) for count in range(1, point.processes)]
-        return ms > 2 * quickest[point.mig_profile] and any(math.isclose(ms, other, rel_tol=1e-6) for other in fewer)
-
-    return {rows[each]: truth[rows[each]] for each in kept if not copied(rows[each])}
-
-
-def alone(times: Times) -> Times:
-    """Of a model with several lengths, those of the one with the most points."""
-    lengths = [point.seq_len for point in times]
-    common = max(set(lengths), key=lambda length: (lengths.count(length), length or 0))
-    return {point: ms for point, ms in times.items() if point.seq_len == common}
-
-
 # ---- tables ----
 
 
@@ -331,8 +230,10 @@ def _error_table(every: Sequence[Subject], trials: Trials, missed: list[str]) ->
 
 
 def _layout_table(every: Sequence[Subject], trials: Trials, missed: list[str], trust: bool) -> Table:
-    kept = {(each.model, each.gpu): trusted(each.truth) if trust else each.truth for each in every}
-    dropped = sum(len(each.truth) - len(kept[each.model, each.gpu]) for each in every)
+    kept = {(each.model, each.gpu): alone(each.truth) for each in every}
+    size = sum(map(len, kept.values()))
+    kept = {key: trusted(times) for key, times in kept.items()} if trust else kept
+    dropped = size - sum(map(len, kept.values()))
     title = "layouts chosen from predicted tables: loss, mean over seeds; judged on " + (
         f"the table without {dropped} suspect points" if trust else "all points"
     )
@@ -341,20 +242,29 @@ def _layout_table(every: Sequence[Subject], trials: Trials, missed: list[str], t
     )
     for gpu in sorted({each.gpu for each in every}):
         there = [each for each in every if each.gpu == gpu]
-        for group in ([each] for each in there):
-            _add_losses(shown, group, trials, kept, missed)
+        singles = [_add_losses(shown, [each], trials, kept) for each in there]
+        _judge("one model alone, mean of the models", gpu, np.mean(singles, axis=0), missed)
         if len(there) > 1:
-            _add_losses(shown, there, trials, kept, missed)
+            _judge("all models at once", gpu, np.array(_add_losses(shown, there, trials, kept)), missed)
+        for each in there:
+            saved = min(one.saved(each.truth) for one in trials[each.model, gpu])
+            if saved < SAVED_GOAL:
+                missed.append(f"{each.model}, {gpu}: {saved:.1%} of the time saved")
     return shown
 
 
+def _judge(who: str, gpu: str, losses: Vector, missed: list[str]) -> None:
+    if max(losses) > LOSS_GOAL:
+        missed.append(f"{who}, {gpu}: the layout loses {max(losses):.2%}")
+
+
 def _add_losses(
-    shown: Table, group: Sequence[Subject], trials: Trials, kept: Mapping[tuple[str, str], Times], missed: list[str]
-) -> None:
+    shown: Table, group: Sequence[Subject], trials: Trials, kept: Mapping[tuple[str, str], Times]
+) -> list[float]:
     """A row: one model on one GPU, or all models of a kind of GPU at once, all of them predicted."""
     gpu, name = group[0].gpu, group[0].model if len(group) == 1 else "all at once"
     gpus = 1 if len(group) == 1 else GPUS
-    truth = {each.model: alone(kept[each.model, gpu]) for each in group}
+    truth = {each.model: kept[each.model, gpu] for each in group}
     seeds = range(len(trials[group[0].model, gpu]))
     tables = [
         {
@@ -366,12 +276,43 @@ def _add_losses(
     by_factor = [[lost(table, truth, factor, gpu_of(gpu), gpus) for table in tables] for factor in SLO_FACTORS]
     means = [float(np.mean(losses)) for losses in by_factor]
     saved = min(one.saved(each.truth) for each in group for one in trials[each.model, gpu])
-    if saved < SAVED_GOAL:
-        missed.append(f"{name}, {gpu}: {saved:.1%} of the time saved")
-    if max(means) > LOSS_GOAL:
-        missed.append(f"{name}, {gpu}: the layout loses {max(means):.2%}")
     worst = f"{max(map(max, by_factor)):.2%}"
     shown.add_row(f"{gpus} {gpu}", name, f"{saved:.1%}", *(f"{mean:.2%}" for mean in means), worst)
+    return means
+
+
+def picture(every: Sequence[Subject]) -> str:
+    """Predicted against measured ms, both in logarithms, a panel a model; the points that were measured stand out."""
+    columns = 4
+    rows = -(-len(every) // columns)
+    width, height = columns * (PANEL_PX + GAP_PX) + GAP_PX, rows * (PANEL_PX + 2 * GAP_PX) + GAP_PX
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for index, subject in enumerate(every):
+        x = GAP_PX + index % columns * (PANEL_PX + GAP_PX)
+        y = 2 * GAP_PX + index // columns * (PANEL_PX + 2 * GAP_PX)
+        parts += [f'<g transform="translate({x} {y})">', *_panel(subject), "</g>"]
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _panel(subject: Subject) -> list[str]:
+    measured = chosen(subject, subject.points[0])
+    found = subject.predictor.given(measured).ms()
+    logs = np.log([*subject.truth.values(), *found.values()])
+    low, room = logs.min(), np.ptp(logs)
+    parts = [
+        f'<text y="-6">{subject.model}, {len(measured)} of {len(subject.truth)} measured</text>',
+        f'<path d="M0 0V{PANEL_PX}H{PANEL_PX}M0 {PANEL_PX}L{PANEL_PX} 0" fill="none" stroke="#bbbbbb"/>',
+    ]
+    for point in sorted(subject.truth, key=lambda each: each in measured):
+        across = (np.log(subject.truth[point]) - low) / room * PANEL_PX
+        up = PANEL_PX - (np.log(found[point]) - low) / room * PANEL_PX
+        radius, colour = (3.5, "#f28e2b") if point in measured else (2, "#4e79a7")
+        parts.append(f'<circle cx="{across:.1f}" cy="{up:.1f}" r="{radius}" fill="{colour}"/>')
+    return parts
 
 
 def main(
@@ -394,10 +335,12 @@ def main(
     for each in shown:
         console.print(each)
     console.print(
-        f"Goals: median {MEDIAN_GOAL:.0%}, 90th percentile {P90_GOAL:.0%}, layout loss {LOSS_GOAL:.0%} in the mean, "
+        f"Goals: median {MEDIAN_GOAL:.0%}, 90th percentile {P90_GOAL:.0%}, layout loss {LOSS_GOAL:.0%} "
+        f"(mean of the models alone, and all at once), "
         f"{SAVED_GOAL:.0%} of the time saved. " + ("All met." if not missed else "MISSED:\n" + "\n".join(missed))
     )
     if write:
+        PICTURE.write_text(picture(every))
         RESULTS.write_text(f"# Predicted tables\n\n`make bench-predictor`\n\n```\n{console.export_text()}```\n")
     sys.exit(1 if missed else 0)
 

@@ -83,11 +83,11 @@ class Campaign:
         """The whole table, where there is a predictor and something was measured."""
         return self._predictor.given(self.measured) if self._predictor and self.measured else None
 
-    def rest(self, model: str, gpu: str) -> list[Measurement]:
-        """Predicted rows, of what was neither measured nor given up."""
+    def rest(self, model: str, gpu: str, quantile: float = 0.5) -> list[Measurement]:
+        """Predicted rows, of what was neither measured nor given up; see `Estimate.ms` for the quantile."""
         estimate = self.predicted()
         if estimate is None:
             return []
         skip = self.measured.keys() | self._given_up
-        rows = zip(estimate.points, estimate.rows(model, gpu, self.measured), strict=True)
+        rows = zip(estimate.points, estimate.rows(model, gpu, self.measured, quantile), strict=True)
         return [row for point, row in rows if point not in skip]

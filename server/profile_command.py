@@ -32,6 +32,8 @@ from server.plan_command import UsageError, complain, nearest
 from server.profile_file import PREDICTED, TableFile
 
 IMPOSSIBLE, USAGE, INTERRUPTED = 1, 2, 130
+# A predicted row holds what so large a share of measurements would lie below: the margin of plans made on it.
+QUANTILE = 0.75
 DEVICES = ("cpu", "cuda", "emulated")
 
 
@@ -296,7 +298,7 @@ class _Session:
 
     def end(self, path: Path) -> int:
         """Writes predictions, draws, and says what there is now."""
-        predicted = self._campaign.rest(self._source.name, self._machine.gpu)
+        predicted = self._campaign.rest(self._source.name, self._machine.gpu, QUANTILE)
         measured = self._campaign.measured
         for failure in self._failures:
             complain(failure, IMPOSSIBLE)

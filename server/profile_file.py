@@ -13,7 +13,7 @@ from partitioner.latency import LatencyTableError, Measurement, read_measurement
 from partitioner.performance import Point, point_of
 
 # What `partitioner/latency.py` reads, and what says how a row came to be. `within`: share of the median that it is
-# known to; empty for what was predicted, of which `within` is the spread.
+# known to.
 COLUMNS = (
     *Measurement.__dataclass_fields__, "items_per_s", "runs", "outliers", "within", "driver", "versions",
 )  # fmt: skip
