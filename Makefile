@@ -41,7 +41,7 @@ bench-overhead: $(VENV)/dev test-models ## what a request costs, beside a bare u
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
 bench-predictor: $(VENV)/dev ## latency tables predicted from a tenth of their points; TABLE=file.csv for another one
-	$(BIN)/python -m benchmarks.predictor $(if $(TABLE),--table $(TABLE)) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.predictor $(if $(TABLE),--table $(TABLE)) $(ARGS)
 
 check-gpu: $(VENV)/dev test-models ## the checks that need a GPU with CUDA
 	$(BIN)/pytest tests/gpu -m gpu $(ARGS)

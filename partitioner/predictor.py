@@ -87,6 +87,7 @@ def _learn_leftover(tables: Sequence[tuple[Vector, Vector]], fitted: Vector, gen
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+        from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise LatencyTableError(
             "the predictor needs scikit-learn; install it with: pip install 'migserve[predictor]'"
@@ -108,7 +109,8 @@ def _learn_leftover(tables: Sequence[tuple[Vector, Vector]], fitted: Vector, gen
     along = [DOUBLINGS] * 4
     kernel = part(0.003, *along, _TOGETHER) + part(LEAST_OWN, *along, _APART)
     kernel = kernel + part(LEAST_OWN, *BATCH_ONLY, _APART) + WhiteKernel(0.001, (1e-4, 0.1))
-    with warnings.catch_warnings():
+    # So small a matrix gains nothing from threads, and loses much where cores are shared.
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # a size at its bound is meant
         learned = GaussianProcessRegressor(kernel, alpha=1e-8).fit(*some(LEARNED_ROWS)).kernel_
     return GaussianProcessRegressor(learned, optimizer=None, alpha=1e-8).fit(*some(KEPT_ROWS))
