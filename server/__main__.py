@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server.profile_verb import profile
 from server.settings import Settings
 
 app = typer.Typer(
@@ -328,6 +329,9 @@ def simulate(
         strict=strict,
     )
     raise typer.Exit(do.run(do.Request(asked, policy or [], rate, find_max, seed, seeds, json, out)))
+
+
+app.command()(profile)
 
 
 @app.command()
