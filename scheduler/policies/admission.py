@@ -63,7 +63,7 @@ class Admission:
         if self._fits(now_ns, lanes, due_ns - int((taken + forced) / rates.pool_per_ns)):
             return 0
         items = lanes.timely.items
-        room = rates.theta(lanes.mean, lanes.square) * rates.items_until(now_ns, due_ns)
+        room = rates.room(now_ns, due_ns, lanes.sizes, max(len(beside), 1))
         excess = items + taken - room
         share = room / len({each.kind[0] for each in (*beside, lanes)})
         if excess > 0 and items <= share:
