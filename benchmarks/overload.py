@@ -25,7 +25,7 @@ import typer
 
 from benchmarks import overload_text
 from benchmarks.kept import Kept, Row, measure_all
-from benchmarks.overload_text import SCENARIOS
+from benchmarks.overload_text import LENGTH_LOADS, SCENARIOS
 from scheduler import search
 from scheduler.mix import ARRIVALS, Mix
 from scheduler.policies.named import POLICIES
@@ -38,7 +38,6 @@ RESULTS = Path(__file__).parent / "results"
 MIXED = ("pool", "elsa", "preba")
 # With what is asked to be strict.
 OVERLOADED = (("pool", False), ("pool", True), ("elsa", False), ("static", False))
-LENGTH_LOADS = (0.6, 0.8, 0.9)
 LOADS = (0.5, 0.75, 0.9, 1.0, 1.25, 1.5, 2.0, 3.0)
 NOISE = Noise()
 # A run has at least so many queries, and lasts for at least so many SLOs; one of W-slo, where SLOs are from a tenth of
@@ -156,7 +155,10 @@ def main(
             and case.arrivals in (arrivals or [case.arrivals])
         ]
         measure_all(wanted, kept, lambda case: partial(measure, case, queries), jobs, until, what)
-    page = overload_text.text(kept.rows(), (__doc__ or "").split("\n\n")[-1].strip(), NOTES)
+    everything = [*overloaded(range(seeds)), *mixed(range(seeds))]
+    missing = sum(case not in kept.by_case for case in everything)
+    state = f"**Not complete**: {missing} of {len(everything)} runs have not been made yet.\n" if missing else ""
+    page = overload_text.text(kept.rows(), (__doc__ or "").split("\n\n")[-1].strip(), [state, *NOTES])
     print(page)
     if write:
         (RESULTS / "overload.md").write_text(page)
