@@ -60,35 +60,29 @@ class Admission:
         beside = self._beside(lanes)
         taken = self._taken_until(beside, lanes, due_ns)
         forced = self._forced_until(beside, lanes, due_ns)
-        if self._fits(now_ns, lanes, due_ns - int((taken + forced) / rates.pool_per_ns)):
+        if not taken and not forced and self._fits(now_ns, lanes, due_ns):
             return 0
-        items = lanes.timely.items
-        room = rates.room(now_ns, due_ns, lanes.sizes, max(len(beside), 1))
-        excess = items + taken - room
-        share = room / len({each.kind[0] for each in (*beside, lanes)})
-        if excess > 0 and items <= share:
-            excess -= _displaced([each for each in beside if each.kind[0] != lanes.kind[0]], lanes, excess, share)
-        if excess <= 0 < excess + forced:
-            # Late work takes its place. It is not to go on like that.
+        left = rates.items_until(now_ns, due_ns) - forced
+        theta = rates.theta(lanes.mean, lanes.square)
+        excess = lanes.timely.items - min(theta * left, left - taken)
+        if forced and excess > 0 and lanes.timely.items <= min(theta * (left + forced), left + forced - taken):
+            # Late work has taken its place. It is not to go on like that.
             for each in beside:
                 each.timely_use.add(now_ns, part.items / rates.pool_per_ns * each.rates.pool_per_ns)
-        return (excess + forced) / rates.pool_per_ns
+        return excess / rates.pool_per_ns
 
     def _fits(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
         """Whether the next batches could do all that is timely: of free slices, or of any if only one query waits."""
-        kind, items = lanes.kind, lanes.timely.items
-        if len(lanes.timely.entries) == 1:
-            for worker in lanes.rates.workers:
-                table = worker.tables[kind]
-                if table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard) >= items:
-                    return True
+        alone = len(lanes.timely.entries) == 1
         room = 0
-        for worker in self._pool.ready.values():
-            if kind in worker.tables:
-                table = worker.tables[kind]
-                room += table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
-                if room >= items:
-                    return True
+        for worker in lanes.rates.workers if alone else self._pool.ready.values():
+            table = worker.tables.get(lanes.kind)
+            if table is None:
+                continue
+            fitting = table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
+            room = max(room, fitting) if alone else room + fitting
+            if room >= lanes.timely.items:
+                return True
         return False
 
     def _beside(self, lanes: Lanes) -> list[Lanes]:
@@ -113,11 +107,11 @@ class Admission:
         late = [each for each in beside if each.late.entries]
         if not late:
             return 0.0
-        work_ns = _late_ns(late, due_ns, presses=True)
+        from_ns = due_ns + int(PRESSES * lanes.slo_ns)
+        work_ns = _late_ns(late, from_ns)
         for each in late:
             for end_ns in each.late_marks():
-                begin_ns = end_ns - int(PRESSES * each.slo_ns)
-                work_ns = max(work_ns, _late_ns(late, end_ns) - max(begin_ns - due_ns, 0))
+                work_ns = max(work_ns, _late_ns(late, end_ns) - (end_ns - from_ns))
         return work_ns * lanes.rates.pool_per_ns
 
     def _late_excess_ns(self, now_ns: int, lanes: Lanes, part: Part) -> float:
@@ -155,25 +149,9 @@ def pressing(now_ns: int, group: list[Lanes]) -> list[Lanes]:
     return []
 
 
-def _displaced(others: list[Lanes], lanes: Lanes, items: float, share: float) -> float:
-    """Puts back what others have been promised beyond their share: the largest. Returns how much that is of `items`."""
-    freed = 0.0
-    for each in others:
-        scale = lanes.rates.pool_per_ns / each.rates.pool_per_ns
-        while freed < items and each.timely.items * scale > share:
-            victim = each.largest()
-            if victim is None:
-                break
-            each.put_back(victim)
-            freed += victim.items * scale
-    return freed
-
-
-def _late_ns(late: list[Lanes], until_ns: int, *, presses: bool = False) -> float:
-    """How long all slices take for what of it must end by then, or, with `presses`, goes first by then."""
-    return sum(
-        _batches_ns(lanes, until_ns + int(presses * PRESSES * lanes.slo_ns), lanes.rates.pool_per_ns) for lanes in late
-    )
+def _late_ns(late: list[Lanes], until_ns: int) -> float:
+    """How long all slices take for what of it must end by then."""
+    return sum(_batches_ns(lanes, until_ns, lanes.rates.pool_per_ns) for lanes in late)
 
 
 def _batches_ns(lanes: Lanes, until_ns: int, per_ns: float) -> float:

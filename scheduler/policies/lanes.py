@@ -8,7 +8,7 @@ import math
 
 from scheduler.batching import Line
 from scheduler.domain import BatchTable, Company, Kind, Part
-from scheduler.policies.rates import Rates, Sizes
+from scheduler.policies.rates import Rates
 
 LanesKey = tuple[int, Kind, Company]  # the first is the priority
 
@@ -65,11 +65,12 @@ class Lanes:
         "kind",
         "late",
         "lone",
+        "mean",
         "open",
         "priority",
         "rates",
-        "sizes",
         "slo_ns",
+        "square",
         "timely",
         "timely_use",
     )
@@ -85,8 +86,7 @@ class Lanes:
         self.slo_ns = 0
         self.arriving = Decayed(tau_ns)
         self.timely_use = Decayed(tau_ns)
-        self.sizes = Sizes(0.0, 0.0)
-        self._log_slo = 0.0
+        self.mean = self.square = self._log_slo = 0.0
         self._count = 0
         self._largest: list[tuple[int, int, int, Part]] = []  # heap of timely ones; may hold some that are gone
 
@@ -104,8 +104,8 @@ class Lanes:
         if slo_ns != self.slo_ns:
             self._log_slo += weight * (math.log(slo_ns) - self._log_slo)
             self.slo_ns = slo_ns if self._count == 1 else round(math.exp(self._log_slo))
-        mean, square = self.sizes
-        self.sizes = Sizes(mean + weight * (items - mean), square + weight * (items * items - square))
+        self.mean += weight * (items - self.mean)
+        self.square += weight * (items * items - self.square)
         self.arriving.add(now_ns, items)
 
     def late_items(self, until_ns: float) -> float:

@@ -148,6 +148,8 @@ class OnePool:
     def _overdue(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
         """Rules 3a, and 3d's second half."""
         for lanes in pressing(now_ns, group):
+            if lanes.kind[0] in over and any(other.timely.entries for other in group if other is not lanes):
+                continue
             start = self._bulk(now_ns, lanes, late=True, forced=True)
             if start is not None:
                 return start
@@ -194,7 +196,7 @@ class OnePool:
                 continue  # another slice may still be quick enough
             due_ns, _, _, head = entries[index]
             most = max(table.largest_within((due_ns - start_ns) / table.guard), 1)
-            most = self._cap(now_ns, worker, kind, min(most, lanes.timely.items, fit.late_cap))
+            most = self._cap(now_ns, worker, kind, min(most, lanes.timely.items, fit.cap))
             if not head.may_be_cut:  # it goes as it is or never
                 most = min(max(most, head.items), table.max_batch)
             least = 0
@@ -267,7 +269,7 @@ class OnePool:
         items = sum(part.items for part in parts)
         most = min(
             table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard),
-            lanes.rates.fit(worker).late_cap,
+            lanes.rates.fit(worker).cap,
             self._promises.room(now_ns, worker, lanes),
         )
         most = min(most, self._cap(now_ns, worker, lanes.kind, most))

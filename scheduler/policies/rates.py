@@ -26,13 +26,6 @@ class Fit(NamedTuple):
     efficient_ns: int
 
 
-class Sizes(NamedTuple):
-    """Means of the items of queries, and of their squares."""
-
-    mean: float
-    square: float
-
-
 class Rates:
     """Of one kind, within `slo_ns`. `pool_per_ns`: items of all slices at their best."""
 
@@ -75,32 +68,28 @@ class Rates:
             return self.least_ns
         return min(fit.table.time_ns(part.items) for fit in self._fits.values())
 
-    def room(self, now_ns: int, due_ns: int, sizes: Sizes, kinds: int) -> float:
-        """How many items of queries of such sizes may wait for what is due then; `kinds`: of work that wait."""
-        items, guard = 0.0, 1.0
+    def items_until(self, now_ns: int, due_ns: int) -> float:
+        """Items that the slices can do by then, each from when it is free."""
+        items = 0.0
         fits = self._fits
         for worker in self.workers:
-            fit = fits[worker.id]
             free_ns = worker.free_at_ns
             left_ns = due_ns - (free_ns if free_ns > now_ns else now_ns)
             if left_ns > 0:
-                items += fit.items_per_ns * left_ns
-            if fit.table.guard > guard:
-                guard = fit.table.guard
-        return self._theta(sizes, guard * (1 + kinds / len(self.workers))) * items
+                items += fits[worker.id].items_per_ns * left_ns
+        return items
 
-    def _theta(self, sizes: Sizes, longer: float) -> float:
-        """How much of what the slices can do may be promised to waiting queries.
+    def theta(self, mean: float, square: float) -> float:
+        """How much of that may be promised to waiting queries, by the means of their items and of those squared.
 
         Two standard deviations of the work that arrives within an SLO: its mean is at most R * SLO at full load, its
         variance R * SLO * square / mean (compound Poisson). What is left of the SLO is for batches of a good size;
-        where these are short beside the SLO, even with the wait for a slice that begins one (`longer`), the queue may
-        be longer.
+        where these are short beside the SLO, the queue may be longer.
         """
         within_slo = self.pool_per_ns * self.slo_ns
-        deviations = 2 * math.sqrt(sizes.square / (sizes.mean * within_slo))
+        deviations = 2 * math.sqrt(square / (mean * within_slo))
         floor = LEAST_THETA + self.largest_batch / within_slo
-        efficient: float = 1 - longer * self._efficient / self.pool_per_ns / self.slo_ns
+        efficient: float = 1 - self._efficient / self.pool_per_ns / self.slo_ns
         return max(min(max(deviations, floor), MOST_THETA), efficient)
 
 
