@@ -47,8 +47,9 @@ refused, as a share of the layout's fluid bound: every slice always at its best 
 above 1: late queries may take larger batches. Found in steps of 0.005 of the bound for pool and elsa, of 0.02 for the
 others, rounded down; ".1" is the least that was tried. A run has {length.queries} queries or more and lasts for
 {length.slos} SLOs or more. Service times are exact but where noise is said: log-normal, 5 %, and 1 % of the batches a
-quarter longer in the mean. Medians over the seeds, ± half of what lies between the highest and the lowest; without ± there was
-one seed. More than one seed, noise, p99 and loads were measured on the best layouts only, those of the first seed.
+quarter longer in the mean. Medians over the seeds, ± half of what lies between the highest and the lowest; without ±
+there was one seed. More than one seed, noise, p99 and loads were measured on the best layouts only, those of the
+first seed.
 static has its defaults: batches of up to half an SLO on the smallest slice, a delay of a tenth. The optimal planner's
 layout is that for SLO factor 3: with less it finds no plan, since it gives a batch at most 55 % of the SLO.
 """

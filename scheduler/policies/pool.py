@@ -10,7 +10,7 @@ Rules:
    or any for a query that is the only one, is never too much.
 2. What no slice could end in time, were it idle, goes to the late lane.
 3. A slice that is free serves the highest class that it can; within a class
-   a. a late lane whose first query is nearly ten SLOs old, unless its model has had more than its share (rule 7);
+   a. a late lane whose first query is 7.5 SLOs old, unless its model has had more than its share (rule 7);
    b. timely work: of models within their share whose first query has little time left, then of all, the one whose
       first query has the least relative laxity, (due - now - time) / SLO;
    c. late work, the oldest first; d. open work, the oldest first. Open work that has waited a second goes first, while
@@ -18,14 +18,15 @@ Rules:
 4. A timely batch ends before its first query is due, with the spread of the estimates as margin (`BatchTable.guard`),
    and is the one with the most items per time. Of the free slices it goes to the one that it uses best. Queries are
    cut freely where that gains more than 2 %; a batch cuts one query at most, the last. Where the timely lane is
-   empty then, late and open items and shorter ones of the model fill the batch up, as far as that costs nobody time.
+   empty then, late and open items fill the batch up, as far as its due time allows.
 5. Late batches may take one and a half SLOs; open ones go up to the knee, or the peak where much waits.
 6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them.
 7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, by the
    weights of the models that have work.
 8. The late lane takes no more than it can serve within the bound, by what timely work, and late work that had to go
    first, have left of the slices lately. What finds it full is refused, and so is a strict query that would be late.
-   What was accepted is never refused, and a strict query never late for the sake of others.
+   What was accepted is never refused, and a strict query never put back for the sake of others of its class; with
+   exact times it is in time (`promises.py`).
 
 docs/scheduling.md has a picture, the figures, and what was tried and dropped.
 """
@@ -86,7 +87,10 @@ class OnePool:
         key = key_of(part)
         lanes = self._lanes.get(key)
         if lanes is None:
-            lanes = self._lanes[key] = Lanes(key, self._rates.of(part.kind, 0), TAU_NS)
+            lanes = Lanes(key, self._rates.of(part.kind, 0), TAU_NS)
+        else:
+            del self._lanes[key]
+        self._lanes[key] = lanes  # the last one that was used, now
         if part.due_ns is None:
             lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
             lanes.open.push(part, 0)
@@ -99,7 +103,7 @@ class OnePool:
         if lanes:
             self._waiting[key] = lanes
         elif len(self._lanes) > KEPT:
-            del self._lanes[key]
+            self._forget_oldest()
         return retry_ns
 
     # ---- batches ----
@@ -123,7 +127,11 @@ class OnePool:
         for key in [key for key, lanes in self._waiting.items() if not lanes]:
             del self._waiting[key]
             if len(self._lanes) > KEPT:
-                del self._lanes[key]
+                self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        """Of the empty lanes that which no query came for the longest."""
+        del self._lanes[next(key for key, lanes in self._lanes.items() if not lanes)]
 
     def _next_of(self, now_ns: int, group: list[Lanes]) -> Start | None:
         """Of one class."""
@@ -351,7 +359,7 @@ class OnePool:
     def _carried(self, now_ns: int, worker: Worker, other: Lanes, limit_ns: float) -> bool:
         """Whether the slices that are left carry the other's load; those that are busy for longer than that do not."""
         arriving = other.arriving.per_ns(now_ns)
-        rates = other.rates
+        rates = self._rates.of(other.kind, other.slo_ns)  # its own may be of slices that are no more
         if not other and arriving < IDLE_USE * rates.pool_per_ns:
             return True
         taken = rates.fit(worker).items_per_ns
@@ -367,6 +375,8 @@ class OnePool:
             return set()
         uses = {model: use.per_ns(now_ns) for model, use in self._use.items()}
         weights = self._pool.weights
+        for model in uses.keys() - weights.keys():
+            del self._use[model]
         active = models | {model for model, use in uses.items() if use > IDLE_USE and model in weights}
         per_weight = max(sum(uses.values()), BUSY_USE) / sum(weights.get(model, 1.0) for model in active)
         return {model for model in models if uses.get(model, 0.0) > weights.get(model, 1.0) * per_weight}
