@@ -278,7 +278,8 @@ class Pool:
 
     def forget_old(self, now_ns: int, kind: Kind) -> bool:
         """Corrections of idle workers fade, or what they refuse by them would never be tried again."""
-        faded = [worker.forget_old(now_ns, kind[0]) for worker in self.serving[kind]]
+        idle = [worker for worker in self.ready.values() if kind in worker.tables]
+        faded = [worker.forget_old(now_ns, kind[0]) for worker in idle]
         self.corrections += any(faded)
         return any(faded)
 

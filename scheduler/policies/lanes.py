@@ -20,7 +20,7 @@ WHOLE_SHARE = 0.98
 # Arriving queries whose sizes are remembered, about.
 SIZES_KEPT = 256
 # Parts of a late lane that are looked at, about.
-MARKS = 8
+MARKS = 4
 # Late work ends within so many SLOs of its own; the core asks for that where it sets a bound.
 LATEST = 10
 
