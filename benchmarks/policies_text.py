@@ -133,7 +133,7 @@ def _elsa(figures: Figures) -> Iterator[str]:
     ):
         for which, value in (("median", _median(times)), ("every model", min(times.values(), default=None))):
             goal = f"2 GPUs: {TIMES_ELSA} times ELSA, each at its own best layout, {what}, {which}"
-            yield _verdict(goal, value, value is not None and value >= TIMES_ELSA, f"{value or 0:.2f}", _each(times, 2))
+            yield _verdict(goal, value, value is not None and value >= TIMES_ELSA, f"{value or 0:.3f}", _each(times, 2))
 
 
 def _each(figures: dict[str, float], digits: int) -> str:
