@@ -62,6 +62,9 @@ NOTES = (
   batches are nearly as good as large ones. 1.4 times ELSA would be above the bound there.
 - Large queries: 2 GPUs do 15 to 20 queries within an SLO, so at load 0.8 Poisson arrivals often bring more than they
   can do; somebody must be late, and a large query late makes room for several small ones. Fewer are late in all.
+- No goal, but weak: p99 with noise on small slices (8 GPUs of 7x1g: resnet50, densenet121, vgg16), where it fails at
+  any load. Probably this: a large query is cut into several batches that each take most of the SLO, as those make
+  the most items per time, also where nothing else waits; 1 % of the batches take a quarter longer, and one is enough.
 """,
 )
 
