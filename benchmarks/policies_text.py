@@ -69,8 +69,8 @@ class Figures:
     def factors(self) -> list[float]:
         return sorted({float(str(of[2])) for of in self._rows})
 
-    def numbers_of_gpus(self) -> list[int]:
-        return sorted({int(str(of[1])) for of in self._rows})
+    def numbers_of_gpus(self, factor: float) -> list[int]:
+        return sorted({int(str(of[1])) for of in self._rows if of[2] == factor})
 
 
 # ---- the goals ----
@@ -133,7 +133,7 @@ def _elsa(figures: Figures) -> Iterator[str]:
     ):
         for which, value in (("median", _median(times)), ("every model", min(times.values(), default=None))):
             goal = f"2 GPUs: {TIMES_ELSA} times ELSA, each at its own best layout, {what}, {which}"
-            yield _verdict(goal, value, value is not None and value >= TIMES_ELSA, f"{value or 0:.2f}", _each(times, 2))
+            yield _verdict(goal, value, value is not None and value >= TIMES_ELSA, f"{value or 0:.3f}", _each(times, 2))
 
 
 def _each(figures: dict[str, float], digits: int) -> str:
@@ -176,7 +176,7 @@ def leads(figures: Figures) -> list[Lead]:
     """Of every cell that has both, the least first."""
     found = []
     for factor in figures.factors():
-        for gpus in figures.numbers_of_gpus():
+        for gpus in figures.numbers_of_gpus(factor):
             for model in MODELS:
                 for layout in layouts(model, gpus):
                     ours = figures.ratio(model, gpus, factor, OURS, False, layout)
@@ -307,7 +307,7 @@ def text(figures: Figures, about: str, notes: Sequence[str]) -> str:
     """`about`: what was measured, and how; `notes`: what is known of why a goal is missed."""
     parts = ["# Policies on W-paper\n", "## Goals\n", "\n".join(goals(figures)) + "\n", *notes, "## How\n", about]
     for factor in sorted(figures.factors(), key=lambda each: (each != GOAL_FACTOR, each)):
-        for gpus in figures.numbers_of_gpus():
+        for gpus in figures.numbers_of_gpus(factor):
             parts.append(f"## {gpus} GPUs, SLO factor {factor:g}\n")
             parts.append(best_table(figures, gpus, factor))
             if factor == GOAL_FACTOR:
