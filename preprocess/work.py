@@ -57,5 +57,5 @@ def read_item(pipeline: PipelineFile, data: bytes) -> Item:
     else:
         assert pipeline.audio is not None
         item = read_clip(data, pipeline.audio)
-    pipeline.bucket(item.length)
+    pipeline.check_length(item.length)
     return item

@@ -290,7 +290,7 @@ class SchedulerCore:
     def _start(self, now_ns: int, worker: Worker, kind: Kind, parts: list[Part]) -> None:
         batch_id = self._next_batch_id
         self._next_batch_id += 1
-        items = 0
+        items = length = 0
         pieces = []
         for part in parts:
             part.batch_id = batch_id
@@ -301,12 +301,14 @@ class SchedulerCore:
             if not query.unstarted:
                 self._waiting[kind[0]] -= 1
             pieces.append(part.piece())
+            length = max(length, query.request.length)
         worker.start(now_ns, batch_id, Batch(parts, kind, worker.tables[kind].time_ns(items), now_ns))
         del self._pool.ready[worker.id]
         self._staging.pop(worker.id, None)
         if worker.has_room():
             self._staging[worker.id] = worker
-        self._commands.append(Run(worker.id, batch_id, kind[0], tuple(pieces)))
+        padded = self._pool.padded(kind[0], length) if length else 0
+        self._commands.append(Run(worker.id, batch_id, kind[0], tuple(pieces), padded))
 
     def _finish(self, now_ns: int, worker_id: int, batch_id: int) -> Batch:
         worker = self._pool.workers[worker_id]

@@ -20,9 +20,11 @@ from partitioner.geometry import Slice
 from partitioner.tenants import TenantsError
 from scheduler import channel, spawn
 from scheduler.arena import Arena, Descriptor, SharedMemory
+from scheduler.buckets import Costs
 from scheduler.channel import Done, Failed, Loaded, LoadFailed, ModelSource, Ready, RunBatch
 from scheduler.failures import Failures
-from scheduler.loading import LOAD_TIMEOUT_S, LoadedModel, Loader, Points
+from scheduler.lengths import Points
+from scheduler.loading import LOAD_TIMEOUT_S, LoadedModel, Loader
 from scheduler.staff import CRASH_WINDOW_S, CRASHES, DiedError, Listener, State, Worker, resolve
 from scheduler.worker import WorkerStart
 
@@ -117,6 +119,18 @@ class Fleet:
     def measured_ms(self, key: str) -> dict[str, Points]:
         """What was measured of a model, by kind of worker."""
         return self._loader.measured_ms(key)
+
+    def edges(self, key: str) -> tuple[int, ...]:
+        """What batches of a model are padded to; empty where it has no lengths, or is not loaded."""
+        return self._loader.edges(key)
+
+    def item_costs(self, key: str) -> Costs:
+        """What an item of a model with lengths costs, by its length."""
+        return self._loader.item_costs(key)
+
+    def set_edges(self, key: str, edges: tuple[int, ...]) -> None:
+        """From now on its batches are padded to these."""
+        self._loader.set_edges(key, edges, self.workers)
 
     def serving(self, key: str) -> list[Worker]:
         return [each for each in self.workers if key in each.serving and each.state == State.READY]

@@ -138,12 +138,13 @@ class Command(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Run(Command, frozen=True):
-    """Send these pieces, as one batch, to this worker."""
+    """Send these pieces, as one batch, to this worker. `length`: what they are padded to, 0 where there is none."""
 
     worker_id: int
     batch_id: int
     model: str
     pieces: tuple[Piece, ...]
+    length: int = 0
 
 
 class Answer(Command, frozen=True):

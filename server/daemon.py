@@ -38,6 +38,7 @@ from server.gpus import StartError, open_gpus
 from server.http_protocol import HttpProtocol
 from server.infer import InferRoute
 from server.layouts import Layouts
+from server.lengths import LengthWatch
 from server.metrics import Metrics
 from server.repository import ModelState, Repository
 from server.service import InferenceService
@@ -193,6 +194,9 @@ class Daemon:
         gc.set_threshold(*GC_THRESHOLDS)
         self._started = True
         self._background.append(asyncio.create_task(GpuWatch(self._door, self.layouts, self.metrics).run()))
+        self._background.append(
+            asyncio.create_task(LengthWatch(self.driver, self.fleet, self.repository.lengths).run())
+        )
         if self.settings.replan != "off":
             self.driver.counts_arrivals = True
             sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -16,10 +16,11 @@ from preprocess.pipeline import PipelineFile
 from preprocess.pool import Job, PoolFullError, PreprocessPool
 from scheduler.arena import Arena, ArenaFullError
 from scheduler.driver import Driver, Pending, now_ns
-from scheduler.messages import Reason
+from scheduler.messages import Reason, Request
 from server import codec
 from server.codec import Checked, Tensor
 from server.errors import Fault, ServeError, from_refusal, internal, invalid
+from server.lengths import length_of
 from server.repository import Model
 from server.terms import Terms
 
@@ -29,6 +30,12 @@ log = structlog.get_logger(__name__)
 BRIEFLY_S = 1.0
 
 OnError = Callable[[ServeError], None]
+
+
+def sized(request: Request, model: Model, checked: Checked) -> Request:
+    """With its dims, or its length, which decide with what it may share a batch. Raises ServeError."""
+    length = length_of(model.lengths, checked)
+    return msgspec.structs.replace(request, dims=() if length else checked.dims, length=length)
 
 
 def allocate(arena: Arena, nbytes: int) -> int:
@@ -141,13 +148,13 @@ class _Preparation:
             return
         try:
             items = job.result()
-            length = self._pipeline.bucket(max(item.length for item in items))
+            length = max(item.length for item in items)
             checked = self._checked(length)
             places = self._take_slot(checked)
         except Exception as error:
             self._fail(error)
             return
-        self._pending.request = msgspec.structs.replace(self._pending.request, dims=checked.dims)
+        self._pending.request = sized(self._pending.request, self._model, checked)
         self._job = self._pool.place(self._pipeline, items, length, places)
         self._job.future.add_done_callback(self._written)
 

@@ -7,7 +7,7 @@ What Triton has no words for stands in an optional `serving.yaml` beside it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +20,8 @@ from preprocess.pool import PreprocessPool
 from scheduler.channel import ModelSource
 from scheduler.driver import Driver
 from scheduler.fleet import Fleet
-from scheduler.loading import ModelUnservableError, Points
+from scheduler.lengths import Lengths, Points, shortest
+from scheduler.loading import ModelUnservableError
 from scheduler.staff import Worker
 from scheduler.tensors import InputLayout, Signature
 from server.config_pbtxt import ModelFileError
@@ -73,6 +74,10 @@ class Model:
     @property
     def key(self) -> str:
         return self.source.key if self.source is not None else ""
+
+    @property
+    def lengths(self) -> Lengths | None:
+        return self.source.lengths if self.source is not None else None
 
     @property
     def backend(self) -> str:
@@ -150,6 +155,12 @@ class Repository:
     def measured_ms(self, model: Model) -> dict[str, Points]:
         """What was measured of it, by kind of worker; also on slices that came after it was loaded."""
         return self._fleet.measured_ms(model.key)
+
+    def lengths(self) -> Iterator[tuple[str, Lengths, int]]:
+        """Of ready models whose length buckets are to be learned: key, lengths, and the shortest that they take."""
+        for model in self.models():
+            if model.state == ModelState.READY and model.lengths is not None and not model.lengths.edges:
+                yield model.key, model.lengths, shortest(model.signature)
 
     def not_ready(self) -> list[str]:
         """Why some models that should be served are not, one sentence each."""

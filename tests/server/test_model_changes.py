@@ -13,7 +13,8 @@ from structlog.testing import capture_logs
 
 from preprocess.pool import PreprocessPool
 from scheduler.channel import ModelSource
-from scheduler.loading import LoadedModel, Points
+from scheduler.lengths import Points
+from scheduler.loading import LoadedModel
 from scheduler.messages import Request
 from scheduler.tensors import Signature
 from server.errors import Fault, ServeError
