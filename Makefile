@@ -12,7 +12,7 @@ GPU := $(wildcard /dev/nvidiactl)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(if $(GPU),,-c constraints-cpu.txt $(shell curl -fsIm 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX)))
 
-.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-policies bench-overload bench-predictor system-tools check-gpu clean
+.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-pictures peers bench-policies bench-overload bench-predictor system-tools check-gpu clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -42,6 +42,16 @@ bench-overhead: $(VENV)/dev test-models ## what a request costs, beside a bare u
 
 bench-preprocess: $(VENV)/dev ## pictures: images a second of a core, beside torchvision's way with Pillow
 	$(BIN)/python -m benchmarks.preprocess $(ARGS)
+
+bench-pictures: $(VENV)/dev ## JPEGs over HTTP through preprocessing and a small CNN, beside the peers that make peers installs (needs wrk)
+	$(BIN)/python -m benchmarks.pictures $(ARGS)
+
+# Apart, since they want other versions of what migserve is built on; torch they share with it, so the same Python.
+# nvidia-pytriton 0.7 carries a Python of its own, and does not start beside a 3.11 from 3.11.7 on: PYTHON=/usr/bin/python3.
+peers: $(VENV)/dev ## install other servers for bench-pictures, in .peers
+	$(PYTHON) -m venv .peers
+	cd .peers/lib/python3.*/site-packages && realpath $(CURDIR)/$(VENV)/lib/python3.*/site-packages > migserve.pth
+	.peers/bin/pip install -q --disable-pip-version-check mosec litserve mlserver nvidia-pytriton 'uvloop<0.22'
 
 bench-policies: $(VENV)/dev ## all scheduling policies in the simulator: hours the first time, may be stopped (ARGS=--quick)
 	$(BIN)/python -m benchmarks.policies $(ARGS)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import structlog
 
+from preprocess import stages
 from preprocess.errors import BadInputError
 from preprocess.items import Item
 from preprocess.pipeline import PipelineError, PipelineFile
@@ -101,7 +102,8 @@ class Worker:
             self._connection.send_bytes(pickle.dumps((len(data), number, new)))
         except OSError as error:
             raise self._died() from error
-        wrong, failed, shape, length = self._answer(ELEMENT_TIMEOUT_S)
+        wrong, failed, shape, length, took_ns = self._answer(ELEMENT_TIMEOUT_S)
+        stages.note(took_ns)
         if failed:
             raise RuntimeError(failed)
         if wrong:
@@ -248,7 +250,7 @@ def main(connection: Connection[Any, Any], memory_fd: int, decoder: str, environ
         if new is not None:
             pipelines[number] = new
         answer = _element(local, pipelines[number], bytes(memory[:nbytes]), memory[ELEMENT_BYTES:])
-        connection.send_bytes(pickle.dumps(answer))
+        connection.send_bytes(pickle.dumps((*answer, stages.take())))
 
 
 def _element(local: Any, pipeline: PipelineFile, data: bytes, result: memoryview) -> Any:

@@ -16,7 +16,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from preprocess import glance
+from preprocess import glance, stages
 from preprocess.cost import CostModel, Effort
 from preprocess.errors import BadInputError
 from preprocess.items import Item
@@ -51,7 +51,7 @@ class Job(Generic[Result]):
     StoppedError.
     """
 
-    __slots__ = ("estimate_ns", "future", "results", "stopped", "took_ns")
+    __slots__ = ("begun_ns", "estimate_ns", "future", "made_ns", "results", "stages_ns", "stopped", "took_ns")
 
     future: asyncio.Future[list[Result]]
 
@@ -60,6 +60,16 @@ class Job(Generic[Result]):
         self.stopped = False
         self.results: dict[int, Result] = {}
         self.took_ns: dict[int, int] = {}  # by element
+        self.stages_ns: dict[int, dict[str, int]] = {}  # by element and stage
+        self.made_ns = self.begun_ns = time.perf_counter_ns()  # begun: its first element
+
+    def times_ns(self) -> dict[str, int]:
+        """By stage, over all its elements; `queue`: until the first one was begun."""
+        times = {"queue": self.begun_ns - self.made_ns}
+        for stages_ns in self.stages_ns.values():
+            for stage, ns in stages_ns.items():
+                times[stage] = times.get(stage, 0) + ns
+        return times
 
     def stop(self) -> None:
         """Nobody waits for it any more: no further element is begun."""
@@ -121,6 +131,10 @@ class PreprocessPool:
 
                     self._runner = Local(self._decoder)
             return self._runner
+
+    @property
+    def threads(self) -> int:
+        return self._threads
 
     @property
     def waiting(self) -> int:
@@ -226,6 +240,9 @@ def _work_off(job: Job[Result], name: str, indexes: Iterator[int], work: Callabl
         if job.stopped:
             raise StoppedError("nobody waits for it any more")
         begin_ns = time.perf_counter_ns()
+        if not index:
+            job.begun_ns = begin_ns
+        stages.take()
         try:
             result = work(index)
         except BadInputError as error:
@@ -235,6 +252,7 @@ def _work_off(job: Job[Result], name: str, indexes: Iterator[int], work: Callabl
             job.stop()
             raise
         job.took_ns[index] = time.perf_counter_ns() - begin_ns
+        job.stages_ns[index] = stages.take()
         job.results[index] = result
 
 

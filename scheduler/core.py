@@ -122,17 +122,18 @@ class SchedulerCore:
                 self._commands.append(Refuse(request.id, Reason.EXPIRED))
                 return
             heapq.heappush(self._expiries, (request.expires_ns, request.id))
-        query = self._queries[request.id] = Query(request, now_ns)
+        arrived_ns = now_ns if request.arrived_ns is None else request.arrived_ns
+        query = self._queries[request.id] = Query(request, arrived_ns)
         self._waiting[model] += 1
-        self._place(now_ns, query.parts[0], self._bound_ns(now_ns, request))
+        self._place(now_ns, query.parts[0], self._bound_ns(arrived_ns, request))
 
-    def _bound_ns(self, now_ns: int, request: Request) -> int | None:
+    def _bound_ns(self, arrived_ns: int, request: Request) -> int | None:
         """How long after its due time a new request may end."""
         if request.due_ns is None:
             return None
         if request.strict:
             return 0
-        return (LATEST - 1) * max(request.due_ns - now_ns, 0) if self._bounded else None
+        return (LATEST - 1) * max(request.due_ns - arrived_ns, 0) if self._bounded else None
 
     def _cancelled(self, event: Cancelled) -> None:
         query = self._queries.get(event.request_id)

@@ -113,6 +113,7 @@ class Daemon:
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
         self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver)
         self.service = InferenceService(self.driver, self.arena, self._pool)
+        self.metrics.add(self.service.preprocess_stats)
         self.metrics.watch(
             self.fleet, lambda: self.layouts.gpus, self._models_now, lambda: (self.arena.used, self.arena.size)
         )

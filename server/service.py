@@ -23,6 +23,7 @@ from server.codec import Checked, OutputChoice, OutputData, Tensor
 from server.errors import Fault, ServeError, from_refusal, invalid
 from server.lengths import completed, length_of
 from server.preparing import Preparer, allocate
+from server.preprocess_stats import PreprocessStats
 from server.repository import Model
 from server.terms import Terms, read_terms
 
@@ -37,7 +38,8 @@ class InferenceService:
     def __init__(self, driver: Driver, arena: Arena, pool: PreprocessPool) -> None:
         self._driver = driver
         self._arena = arena
-        self._preparer = Preparer(driver, arena, pool)
+        self.preprocess_stats = PreprocessStats(lambda: pool.waiting, pool.threads)
+        self._preparer = Preparer(driver, arena, pool, self.preprocess_stats)
         self._ids = itertools.count(1)
 
     def submit(
@@ -103,6 +105,7 @@ class InferenceService:
             terms.strict,
             model.signature.max_batch == 0 or not model.serving.split,
             length,
+            terms.arrival_ns,
         )
 
         def on_end(end: Answered | RefusedError) -> None:

@@ -19,6 +19,8 @@ from preprocess.steps import AudioSteps
 from scheduler.answers import Answered
 from scheduler.lengths import Lengths
 from server.codec import Tensor
+from server.errors import ServeError
+from server.preprocess_stats import REASONS
 from server.service import Outcome
 from tests.preprocess.sounds import speech_like, wav
 from tests.preprocess.test_text import make_tokenizer
@@ -118,12 +120,69 @@ def test_one_bad_element_ends_its_request_by_name_and_no_other(threads: int) -> 
     on(lambda: Served(make_model(pictures=True), threads=threads), story)
 
 
-def test_what_preprocessing_alone_makes_late_is_refused_before_it_is_begun() -> None:
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"slo_ms": 0.01, "strict": True}, b"cannot answer in time: slo_ms of the request is 0.01 ms"),
+        ({"deadline_ms": 0.01}, b"cannot answer in time: deadline_ms of the request is 0.01 ms"),
+        ({"slo_ms": 0.01}, b"cannot answer even in ten times what it may take: slo_ms of the request is 0.01 ms"),
+    ],
+)
+def test_what_preprocessing_alone_makes_too_late_is_refused_before_it_is_begun(
+    terms: dict[str, Any], message: bytes
+) -> None:
     async def story(stage: Served) -> None:
-        (reply,) = stage.post(json_request(FILES, slo_ms=0.01))
-        assert (reply.status, b"cannot answer in time: slo_ms of the request is 0.01 ms" in reply.body) == (429, True)
+        (reply,) = stage.post(json_request(FILES, **terms))
+        assert (reply.status, message in reply.body) == (429, True)
         assert stage.post(json_request(FILES, slo_ms=60_000)) == []
         assert stage.driver.unfinished() == 1
+
+    on(pictures, story)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_preprocessing_alone_makes_late_is_served_late_unless_it_is_strict(strict: bool) -> None:
+    """Due times count from the arrival: this one has passed before anything is begun."""
+
+    async def story(stage: Served) -> None:
+        outcomes: list[Outcome] = []
+        encoded = Tensor("image", "BYTES", (1,), [FILES[0]])
+        parameters, arrival_ns = {"slo_ms": 3000.0, "strict": strict}, time.monotonic_ns() - 4_000_000_000
+        if strict:
+            with pytest.raises(ServeError, match="cannot answer in time"):
+                stage.service.submit(stage.model, [encoded], parameters, arrival_ns, outcomes.append)
+            return
+        stage.service.submit(stage.model, [encoded], parameters, arrival_ns, outcomes.append)
+        await until(lambda: bool(stage.sent))
+        stage.finish(0)
+        (outcome,) = outcomes
+        assert isinstance(outcome, Answered)
+        assert outcome.late_ns >= 1_000_000_000
+
+    on(pictures, story)
+
+
+def test_preprocessing_is_counted_by_stage_and_errors_by_reason() -> None:
+    async def story(stage: Served) -> None:
+        stage.post(json_request(FILES))
+        bad = stage.post(json_request([b"text"]))
+        stage.post(json_request(FILES, deadline_ms=0.01))
+        await until(lambda: bool(stage.sent and bad))
+        samples = {
+            (sample.name, *sample.labels.values()): sample.value
+            for metric in stage.service.preprocess_stats.collect()
+            for sample in metric.samples
+        }
+        assert samples["migserve_preprocess_elements_total", "m", "1"] == 4
+        errors = [samples["migserve_preprocess_errors_total", "m", "1", reason] for reason in REASONS]
+        assert dict(zip(REASONS, errors, strict=True)) == {
+            **dict.fromkeys(REASONS, 0.0),
+            "bad_input": 1.0,
+            "unreachable": 1.0,
+        }
+        for each in ("queue", "gate", "decode", "transform"):
+            assert samples["migserve_preprocess_seconds_count", "m", "1", each] == 1
+            assert samples["migserve_preprocess_seconds_sum", "m", "1", each] > 0
 
     on(pictures, story)
 
