@@ -12,7 +12,7 @@ GPU := $(wildcard /dev/nvidiactl)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(if $(GPU),,-c constraints-cpu.txt $(shell curl -fsIm 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX)))
 
-.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-pictures peers bench-policies bench-overload bench-predictor system-tools check-gpu clean
+.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-pictures bench-preba peers bench-policies bench-overload bench-predictor system-tools check-gpu clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -45,6 +45,9 @@ bench-preprocess: $(VENV)/dev ## pictures: images a second of a core, beside tor
 
 bench-pictures: $(VENV)/dev ## JPEGs over HTTP through preprocessing and a small CNN, beside the peers that make peers installs (needs wrk)
 	$(BIN)/python -m benchmarks.pictures $(ARGS)
+
+bench-preba: $(VENV)/dev ## what preprocessing costs seven slices: on the CPU, on an emulated accelerator, for nothing
+	$(BIN)/python -m benchmarks.preba $(ARGS)
 
 # Apart, since they want other versions of what migserve is built on; torch they share with it, so the same Python.
 # nvidia-pytriton 0.7 carries a Python of its own, and does not start beside a 3.11 from 3.11.7 on: PYTHON=/usr/bin/python3.

@@ -12,7 +12,7 @@ import pickle
 import queue
 import signal
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -23,7 +23,7 @@ import numpy as np
 import structlog
 
 from preprocess import stages
-from preprocess.errors import BadInputError
+from preprocess.errors import BadInputError, ClosedError
 from preprocess.items import Item
 from preprocess.pipeline import PipelineError, PipelineFile
 from preprocess.places import Places, array
@@ -138,17 +138,19 @@ class Worker:
 
 
 class Isolated:
-    """As `work.Local`, in `count` processes. `environment`: theirs, beside the daemon's own; `start`: how they are."""
+    """As `work.Local`, in `count` processes. `environments`: theirs in turn, beside the daemon's own; `start`: how they
+    are.
+    """
 
     def __init__(
-        self, count: int, decoder: str, environment: Mapping[str, str] | None = None, start: Start = start
+        self, count: int, decoder: str, environments: Sequence[Mapping[str, str]] = (), start: Start = start
     ) -> None:
         """Raises PipelineError where the decoder cannot be had."""
         self._decoder = decoder
-        self._environment = environment or {}
+        self._environments = environments or ({},)
         self._start = start
         self._closed = False
-        self._all = [self._new() for _ in range(count)]
+        self._all = [self._new(index) for index in range(count)]
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         try:
             for worker in self._all:
@@ -165,8 +167,8 @@ class Isolated:
     def pids(self) -> list[int]:
         return [worker.pid for worker in self._all]
 
-    def _new(self) -> Worker:
-        worker = Worker(self._decoder, self._environment, self._start)
+    def _new(self, index: int) -> Worker:
+        worker = Worker(self._decoder, self._environments[index % len(self._environments)], self._start)
         log.info("preprocessing process started", pid=worker.pid)
         return worker
 
@@ -199,6 +201,8 @@ class Isolated:
                 made = worker.run(pipeline, data)
             take(*made)
         except DiedError as error:
+            if self._closed:
+                raise ClosedError("its decoders were ended") from None
             worker = self._replaced(worker)
             raise BadInputError(f"its decoder died of it twice ({error})") from error
         finally:
@@ -209,8 +213,8 @@ class Isolated:
         if self._closed:
             return worker
         log.warning("a preprocessing process died", pid=worker.pid)
-        new = self._new()
-        self._all[self._all.index(worker)] = new
+        index = self._all.index(worker)
+        new = self._all[index] = self._new(index)
         return new
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ In serving.yaml:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -29,6 +30,7 @@ class PipelineFile(BaseModel):
 
     `length`: the model's INT64 input that is told how much of each item is no padding. `mask`: that which has a 1 for
     each token and a 0 for padding. `longest`: longer items are refused; set by the model's `lengths`.
+    `device`: where pictures are decoded, see devices.py.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +40,7 @@ class PipelineFile(BaseModel):
     length: str | None = None
     mask: str | None = None
     longest: int | None = Field(None, ge=1)
+    device: Literal["auto", "cpu", "slice", "dedicated"] = "auto"
     image: ImageSteps | None = None
     audio: AudioSteps | None = None
     text: TextSteps | None = None

@@ -10,7 +10,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from preprocess import glance, stages
 from preprocess.cost import CostModel, Effort
-from preprocess.errors import BadInputError
+from preprocess.devices import Target
+from preprocess.errors import BadInputError, ClosedError
 from preprocess.items import Item
 from preprocess.pipeline import PipelineError, PipelineFile
 from preprocess.places import Places, write_items
@@ -92,18 +93,23 @@ class PreprocessPool:
         threads = threads or os.cpu_count() or 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
         self._threads = threads
-        self._decoder = decoder
+        self._own = Target(decoder)
         self._isolated = isolated
         self._start = start  # of processes
-        self._runner: Local | Isolated | None = None
+        self._runners: dict[Target, Local | Isolated] = {}
+        self._targets: dict[PipelineFile, Target] = {}  # of pipelines whose target is not the pool's own
         self._starting = threading.Lock()
         self._limit = threads * (1 + QUEUE_PER_THREAD)
         self._jobs: set[Job[Any]] = set()
         self._queued_ns = 0  # estimate of what is not done yet
         self._costs: dict[tuple[PipelineFile, str], CostModel] = {}
 
-    async def prepare(self, pipeline: PipelineFile) -> None:
-        """Gets ready what pipelines need, before the first request. Raises PipelineError if that cannot be had."""
+    async def prepare(self, pipeline: PipelineFile, target: Target | None = None) -> None:
+        """Gets ready what a pipeline needs, before its first request. Raises PipelineError if that cannot be had.
+
+        `target`: who decodes its pictures from now on; None: the pool's own decoder.
+        """
+        self._targets[pipeline] = self._own if target is None else target
         try:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._prepare, pipeline)
         except ImportError as error:
@@ -111,26 +117,54 @@ class PreprocessPool:
                 f"preprocess needs a package that is not there: {error}; pip install 'migserve[torch,text]'"
             ) from error
 
+    def leave(self, uuids: Collection[str]) -> None:
+        """Ends all processes that hold one of these devices; what they did is done by the CPU from now on. Blocks."""
+        for pipeline, target in list(self._targets.items()):
+            if not set(uuids).isdisjoint(target.uuids):
+                self._targets[pipeline] = Target()
+        for target in [each for each in self._runners if not set(uuids).isdisjoint(each.uuids)]:
+            self._runners.pop(target).close()
+
+    def pids(self, device_uuid: str | None = None) -> list[int]:
+        """Of its processes, all or those on one device."""
+        return [
+            pid
+            for target, runner in list(self._runners.items())
+            if device_uuid is None or device_uuid in target.uuids
+            for pid in getattr(runner, "pids", ())
+        ]
+
     def _prepare(self, pipeline: PipelineFile) -> None:
-        self._ready()
+        self._ready(self._targets.get(pipeline, self._own))
         if pipeline.text is not None:  # also where processes have it: its file is looked at here
             from preprocess import text
 
             text.load(pipeline.text)
 
-    def _ready(self) -> Local | Isolated:
+    def _ready(self, target: Target) -> Local | Isolated:
         """In a thread: torch takes a second to import, a process as long to start."""
         with self._starting:
-            if self._runner is None:
-                if self._isolated:
-                    from preprocess import isolated
+            if target not in self._runners:
+                self._runners[target] = self._new_runner(target)
+            return self._runners[target]
 
-                    self._runner = isolated.Isolated(self._threads, self._decoder, start=self._start or isolated.start)
-                else:
-                    from preprocess.work import Local
+    def _new_runner(self, target: Target) -> Local | Isolated:
+        if self._isolated:
+            from preprocess import isolated
 
-                    self._runner = Local(self._decoder)
-            return self._runner
+            seen = [{"CUDA_VISIBLE_DEVICES": uuid} for uuid in target.uuids]
+            return isolated.Isolated(self._threads, target.decoder, seen, self._start or isolated.start)
+        from preprocess.work import Local
+
+        return Local(target.decoder)
+
+    def _do(self, pipeline: PipelineFile, element: Callable[[Local | Isolated], Result]) -> Result:
+        """By whoever is to; by the CPU where that one has had to go meanwhile."""
+        runner = self._ready(self._targets.get(pipeline, self._own))
+        try:
+            return element(runner)
+        except ClosedError:
+            return element(self._ready(self._targets.get(pipeline, self._own)))
 
     @property
     def threads(self) -> int:
@@ -153,7 +187,7 @@ class PreprocessPool:
         """
 
         def work(index: int) -> None:
-            self._ready().write_item(pipeline, elements[index], index, len(elements), places)
+            self._do(pipeline, lambda by: by.write_item(pipeline, elements[index], index, len(elements), places))
 
         return self._begin_all(pipeline, elements, work)
 
@@ -161,7 +195,7 @@ class PreprocessPool:
         """For what varies in length: the elements in memory of their own. Raises PoolFullError."""
 
         def work(index: int) -> Item:
-            return self._ready().read_item(pipeline, elements[index])
+            return self._do(pipeline, lambda by: by.read_item(pipeline, elements[index]))
 
         return self._begin_all(pipeline, elements, work)
 
@@ -217,8 +251,8 @@ class PreprocessPool:
             job.stop()
             job.future.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
-        if self._runner is not None:
-            self._runner.close()
+        for runner in list(self._runners.values()):
+            runner.close()
 
 
 def _efforts(pipeline: PipelineFile, elements: Sequence[bytes]) -> list[Effort]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from multiprocessing.context import ForkServerProcess
@@ -48,6 +49,14 @@ class Listener(Protocol):
     def stops_serving(self, worker_id: int, key: str) -> None: ...
     def batch_done(self, worker_id: int, done: Done, outbox: memoryview) -> None: ...
     def batch_failed(self, worker_id: int, failed: Failed) -> None: ...
+
+
+class Lodger(Protocol):
+    """Somebody beside the workers who has processes on slices."""
+
+    def pids(self, device_uuid: str | None = None) -> list[int]: ...
+    async def leave(self, slices: Sequence[Slice]) -> None: ...
+    async def settle(self) -> None: ...
 
 
 @dataclass(eq=False)

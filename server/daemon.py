@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import signal
 import socket
@@ -39,7 +38,9 @@ from server.http_protocol import HttpProtocol
 from server.infer import InferRoute
 from server.layouts import Layouts
 from server.lengths import LengthWatch
+from server.listening import listen
 from server.metrics import Metrics
+from server.preprocess_places import PreprocessPlaces
 from server.repository import ModelState, Repository
 from server.service import InferenceService
 from server.settings import MIB, Settings
@@ -95,6 +96,7 @@ class Daemon:
             threads_per_worker=settings.threads_per_worker,
             batch_timeout_s=settings.batch_timeout_secs,
             load_timeout_s=settings.load_timeout_secs,
+            kept_slice=settings.preprocess_slice,
         )
         self._door = open_gpus(settings.gpu, settings.layout, settings.simulation_state, self.fleet.pids)
         self.metrics = Metrics()
@@ -108,9 +110,13 @@ class Daemon:
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
         isolated, decoder = settings.isolate_decoders, settings.preprocess_decoder
         self._pool = PreprocessPool(settings.preprocess_threads, decoder, isolated=isolated, start=start_other)
-        self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size, self._pool)
+        places = PreprocessPlaces(settings, self._pool, self.fleet.serving)
+        self.fleet.lodger = places
+        roots = settings.model_repository
+        self.repository = Repository(roots, self.fleet, self.driver, self.arena.size, places.prepare)
         self._state_dir = settings.state_dir.expanduser()
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
+        places.watch(lambda: self.layouts.gpus, self.repository.models)
         self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver)
         self.service = InferenceService(self.driver, self.arena, self._pool)
         self.metrics.add(self.service.preprocess_stats)
@@ -212,7 +218,11 @@ class Daemon:
             await self.layouts.recover()
         except (NvmlError, RefusedChangeError, ValueError, OSError) as error:
             raise StartError(f"a re-cut was cut off, and cannot be put right: {error}") from error
-        if not self._slices():
+        kept, names = self.settings.preprocess_slice, [each.name for each in self._slices()]
+        if kept and (kept not in names or len(names) == 1):
+            others = ", ".join(names) or "none"
+            raise StartError(f"--preprocess-slice {kept} must be one of several slices; there are {others}")
+        if not names:
             raise StartError("no slice to serve on: MIG is on, but there are no instances; see migserve layout apply")
 
     def _slices(self) -> list[Slice]:
@@ -295,7 +305,7 @@ class Daemon:
             )
             self._grpc = grpc_api.create_server(servicer, self, settings.http_max_input_size)
             # Tried before, since gRPC complains in lines of its own.
-            _listen("grpc", settings.grpc_address, settings.grpc_port).close()
+            listen("grpc", settings.grpc_address, settings.grpc_port).close()
             host = f"[{settings.grpc_address}]" if ":" in settings.grpc_address else settings.grpc_address
             self.ports["grpc"] = self._grpc.add_insecure_port(f"{host}:{settings.grpc_port}")
             await self._grpc.start()
@@ -313,7 +323,7 @@ class Daemon:
         await self._open_http("admin", settings.admin_address, settings.admin_port, guarded)
 
     async def _open_http(self, name: str, address: str, port: int, app: Any) -> None:
-        sock = _listen(name, address, port)
+        sock = listen(name, address, port)
         self.ports[name] = sock.getsockname()[1]
         config = uvicorn.Config(
             app,
@@ -375,24 +385,6 @@ class _HttpServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _listen(name: str, address: str, port: int) -> socket.socket:
-    """Raises StartError, naming the flag that is to be another."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        return socket.create_server((address, port), family=family, backlog=2048)
-    except OSError as error:
-        why = (error.strerror or str(error)).partition(" (while")[0]
-        if error.errno == errno.EADDRNOTAVAIL or (error.errno or 0) < 0:  # below 0: it is no address, or has none
-            raise StartError(
-                f"--{name}-address {address} is no address of this machine: {why}; use 127.0.0.1 for "
-                f"clients on it, 0.0.0.0 for all"
-            ) from error
-        raise StartError(
-            f"--{name}-port {port} on {address} cannot be used: {why}; stop what uses it, or choose "
-            f"another one (0: any that is free)"
-        ) from error
 
 
 def _version() -> str:

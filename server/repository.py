@@ -7,7 +7,7 @@ What Triton has no words for stands in an optional `serving.yaml` beside it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 import structlog
 
 from preprocess.pipeline import PipelineError
-from preprocess.pool import PreprocessPool
 from scheduler.channel import ModelSource
 from scheduler.driver import Driver
 from scheduler.fleet import Fleet
@@ -30,6 +29,7 @@ from server.model_files import ServingFile, read_model, versions_to_serve
 
 log = structlog.get_logger(__name__)
 
+Prepare = Callable[["Model"], Awaitable[None]]
 Progress = Callable[[str, str], None]  # model name, what has become of it
 
 
@@ -91,14 +91,13 @@ class Model:
 class Repository:
     """All models that were asked for, by name and version."""
 
-    def __init__(
-        self, roots: Sequence[Path], fleet: Fleet, driver: Driver, arena_bytes: int, pool: PreprocessPool
-    ) -> None:
+    def __init__(self, roots: Sequence[Path], fleet: Fleet, driver: Driver, arena_bytes: int, prepare: Prepare) -> None:
+        """`prepare`: gets ready what the preprocessing of a model needs, and raises PipelineError."""
         self._roots = list(roots)
         self._arena_bytes = arena_bytes
         self._fleet = fleet
         self._driver = driver
-        self._pool = pool
+        self.prepare = prepare
         self._models: dict[str, dict[int, Model]] = {}
         self._answering: dict[tuple[str, str | None], Model] = {}  # what `get` found, until anything changes
         self._generation = 0
@@ -251,8 +250,7 @@ class Repository:
             model.source, model.serving, model.version_policy = read_model(folder, number, self._generation)
             loaded = await self._fleet.load(model.source)
             model.serving.check(loaded.signature)
-            if model.serving.preprocess is not None:
-                await self._pool.prepare(model.serving.preprocess)
+            await self.prepare(model)
         except (ModelFileError, ModelUnservableError, PipelineError) as error:
             if model.source is not None:
                 self._fleet.unload(model.key)

@@ -131,9 +131,7 @@ def test_a_pool_that_is_closed_leaves_no_process() -> None:
 
     async def story(pool: PreprocessPool) -> None:
         await pool.prepare(PICTURES)
-        runner = pool._runner
-        assert isinstance(runner, Isolated)
-        pids.extend(runner.pids)
+        pids.extend(pool.pids())
 
     in_pool(story)
     assert len(pids) == 2
