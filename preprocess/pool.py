@@ -80,6 +80,7 @@ class Job(Generic[Result]):
 class PreprocessPool:
     """`threads`: cores that preprocessing may use, by default all. `decoder`: of pictures, see cards.py. `isolated`:
     each thread has a process that does its work, so that what a native decoder dies of costs no more than that.
+    `arena`: file descriptor and memory of where places mostly are: processes then write there themselves.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class PreprocessPool:
         *,
         isolated: bool = False,
         start: Callable[..., BaseProcess] | None = None,
+        arena: tuple[int, memoryview] | None = None,
     ) -> None:
         threads = threads or os.cpu_count() or 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
@@ -96,6 +98,7 @@ class PreprocessPool:
         self._own = Target(decoder)
         self._isolated = isolated
         self._start = start  # of processes
+        self._arena = arena
         self._runners: dict[Target, Local | Isolated] = {}
         self._targets: dict[PipelineFile, Target] = {}  # of pipelines whose target is not the pool's own
         self._starting = threading.Lock()
@@ -153,7 +156,8 @@ class PreprocessPool:
             from preprocess import isolated
 
             seen = [{"CUDA_VISIBLE_DEVICES": uuid} for uuid in target.uuids]
-            return isolated.Isolated(self._threads, target.decoder, seen, self._start or isolated.start)
+            arena = None if self._arena is None else isolated.Arena(*self._arena)
+            return isolated.Isolated(self._threads, target.decoder, seen, self._start or isolated.start, arena)
         from preprocess.work import Local
 
         return Local(target.decoder)

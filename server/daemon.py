@@ -109,7 +109,10 @@ class Daemon:
         core = SchedulerCore(settings.max_queue_size, POLICIES[settings.policy])
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
         isolated, decoder = settings.isolate_decoders, settings.preprocess_decoder
-        self._pool = PreprocessPool(settings.preprocess_threads, decoder, isolated=isolated, start=start_other)
+        memory = self.arena.fd, self.arena.memory
+        self._pool = PreprocessPool(
+            settings.preprocess_threads, decoder, isolated=isolated, start=start_other, arena=memory
+        )
         places = PreprocessPlaces(settings, self._pool, self.fleet.serving)
         self.fleet.lodger = places
         roots = settings.model_repository
