@@ -13,7 +13,7 @@ and policy. Emulated: the slices, seven 1g.10gb of an A100 with the measured lat
     free          emulated: nothing is decoded, and it takes no time
 
 Poisson arrivals, one picture each, open loop. p95 counts every request: one that was refused took for ever. The rates
-are shares of what the slices can do at best; for the CPU, of what the pool does by itself with eight requests waiting.
+are shares of what the slices can do at best; for the CPU they rise by a fifth until its p95 is above the SLO twice.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ SLO_MS = 138.0
 MODEL = "resnet50/1#1"
 ITEM_BYTES = 3 * 224 * 224 * 4
 ACCELERATOR_PER_S, ACCELERATOR_MS = 7800.0, 2.0
-LOADS = (0.1, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
-CPU_LOADS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.1)
+LOADS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.85, 0.9, 0.95, 1.0)
+CPU_FROM_PER_S, CPU_STEP, CPU_TRIES = 100.0, 1.2, 2
 
 
 class EmulatedSlices:
@@ -221,16 +221,17 @@ async def measure(seconds: float, report: Callable[[str, Run], None]) -> dict[st
     try:
         by_cpu = by_pool(pool, photograph(640, 480, SIZES[640, 480]))
         await server.run(by_cpu, 50, 1.0, 0)  # warms up
-        pool_per_s = await capacity(by_cpu, seconds)
-        ways: list[tuple[str, Callable[[], Prepare], list[float]]] = [
-            ("CPU", lambda: by_cpu, [load * pool_per_s for load in CPU_LOADS]),
-            ("accelerator", lambda: Accelerator().prepare, [load * bound_per_s for load in LOADS]),
-            ("free", lambda: free, [load * bound_per_s for load in LOADS]),
-        ]
         gc.freeze()
-        for name, make, rates in ways:
-            for seed, rate_per_s in enumerate(rates):
-                run = await server.run(make(), rate_per_s, seconds, seed)
+        runs, rate_per_s, over = found.setdefault("CPU", []), CPU_FROM_PER_S, 0
+        while over < CPU_TRIES and rate_per_s < bound_per_s:
+            runs.append(await server.run(by_cpu, rate_per_s, seconds, len(runs)))
+            report("CPU", runs[-1])
+            over += runs[-1].percentile_ms(0.95) > SLO_MS
+            rate_per_s *= CPU_STEP
+        ways: dict[str, Callable[[], Prepare]] = {"accelerator": lambda: Accelerator().prepare, "free": lambda: free}
+        for seed, load in enumerate(LOADS):
+            for name, make in ways.items():
+                run = await server.run(make(), load * bound_per_s, seconds, seed)
                 report(name, run)
                 found.setdefault(name, []).append(run)
     finally:
@@ -277,11 +278,16 @@ def main(
 
     def report(name: str, run: Run) -> None:
         print(f"{name}: {run.offered_per_s:.0f}/s done", flush=True)
+
+    def row(name: str, run: Run) -> None:
         figures = (run.offered_per_s, run.answered_per_s, run.percentile_ms(0.5), run.percentile_ms(0.95))
         cells = [f"{figure:.0f}" if figure < np.inf else "refused" for figure in figures]
         table.add_row(name if name.startswith("CPU") else f"{name} (emulated)", *cells, f"{run.in_time:.1%}")
 
     found = asyncio.run(measure(seconds, report))
+    for name, runs in found.items():
+        for run in runs:
+            row(name, run)
     console.print(f"{os.cpu_count()} cores; {seconds:g} s of each rate; {time.strftime('%Y-%m-%d')}")
     console.print(table)
     best = {name: best_per_s(runs) for name, runs in found.items()}
