@@ -6,7 +6,8 @@ import pytest
 
 from scheduler.core import SchedulerCore
 from scheduler.lengths import Lengths, batch_ms, first_edges, item_costs, latency_ns, stepped, table, to_measure
-from scheduler.messages import AnyCommand, Arrived, BatchDone, Request, Run, Serves, WorkerUp
+from scheduler.messages import Answer, AnyCommand, AnyEvent, Arrived, BatchDone, Request, Run, Serves, Tick, WorkerUp
+from scheduler.policies.named import POLICIES
 
 # At batches of 1 and 4; one item of the shorter length was measured too slow.
 BY_LENGTH = ((100, ((1, 4.5), (4, 5.0))), (200, ((1, 3.0), (4, 9.0))))
@@ -80,3 +81,39 @@ def test_edges_may_change_while_requests_wait() -> None:
     assert runs(core.handle(2, Serves(0, "m", (500, 600, 1000, 1100), (50, 200)))) == []
     batches = runs(core.handle(1000, BatchDone(0, 1))) + runs(core.handle(3000, BatchDone(0, 2)))
     assert sorted(batches) == [(50, [2]), (200, [3])]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("before", "after"), [((100, 200), (200,)), ((200,), (20, 90, 200)), ((50, 200), (150, 200))])
+def test_every_request_ends_once_while_edges_change_on_one_worker_after_the_other(
+    policy: str, before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    core, now_ns, running, ended = SchedulerCore(policy=POLICIES[policy]), 0, {}, []
+
+    def tell(event: AnyEvent) -> None:
+        for command in core.handle(now_ns, event):
+            if isinstance(command, Run):
+                longest = max(piece.request_id for piece in command.pieces)  # their number is their length
+                assert command.length >= longest
+                running[command.batch_id] = command.worker_id
+            elif isinstance(command, Answer):
+                ended.extend(command.request_ids)
+
+    for worker_id in (0, 1):
+        tell(WorkerUp(worker_id, 1, 1))
+        tell(Serves(worker_id, "m", (1000, 1500, 2000, 2500) * len(before), before))
+    for length in range(1, 201, 3):
+        tell(Arrived(Request(length, "m", 1, length=length)))
+        if length in (61, 121):
+            edges = after if length == 61 else before
+            for worker_id in (0, 1):
+                tell(Serves(worker_id, "m", (1000, 1500, 2000, 2500) * len(edges), edges))
+    while running:
+        now_ns += 2500
+        batch_id, worker_id = next(iter(running.items()))
+        del running[batch_id]
+        tell(BatchDone(worker_id, batch_id))
+        if not running:
+            now_ns += 1_000_000_000
+            tell(Tick())
+    assert sorted(ended) == list(range(1, 201, 3))
