@@ -77,7 +77,7 @@ system-tools: ## install what comes from Debian (as root): wrk, Prometheus, and 
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends wrk prometheus libb64-0d
 
 clean: ## remove everything that was made; your own models in models/ stay
-	rm -rf $(VENV) $(TOOLS) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TOOLS) .peers build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -rf $(addprefix models/,affine mlp digits resnet50)
 	@rmdir models 2>/dev/null || true
 

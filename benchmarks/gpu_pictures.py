@@ -49,7 +49,10 @@ KEPT = REPOSITORY / "build"
 EXAMPLES = REPOSITORY / "build" / "example-models"
 # Limits of the design: to be tightened once they were measured.
 MEAN_LEVELS, MOST_LEVELS = 0.6, 12
-WIDTHS = ((640, 480), (640, 427), (427, 640), (1920, 1080), (800, 600), (333, 500), (1001, 701), (256, 256), (224, 300))
+SIDES = (
+    *((640, 480), (640, 427), (427, 640), (1920, 1080), (800, 600)),
+    *((333, 500), (1001, 701), (256, 256), (224, 300), (2400, 1600)),
+)
 TRIES = 200
 SECONDS, CONNECTIONS = 8.0, 64
 
@@ -60,7 +63,7 @@ def files() -> list[bytes]:
     return [
         encoded(picture.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=90)
         for picture in photographs()
-        for size in (*WIDTHS, (2400, 1600))
+        for size in SIDES
     ]
 
 
