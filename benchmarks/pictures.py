@@ -9,7 +9,8 @@ so. Each runs the same exported CNN on what torchvision's evaluation transform m
 or more where it has such, and in batches where it has those. The daemon has one slice, so one worker, and the pool of
 its defaults.
 
-"of the best peer": by the ratios of each round, so that a slow moment of the machine counts for both.
+Beside the best peer: by the ratios of each round, so that a slow moment of the machine counts for both; and by
+processor time, which what else runs on the machine falsifies less.
 """
 
 from __future__ import annotations
@@ -207,9 +208,16 @@ def verdict(seen: Seen, connections: int) -> str:
         return f"{connections} connections: no peer to compare with"
     best = max(peers, key=lambda name: peers[name])
     ratios = sorted(ours / theirs for ours, theirs in zip(rates["migserve"], rates[best], strict=True))
+    cpu_ms = {
+        name: statistics.median(window.cpu_ms for window in windows)
+        for (name, each), windows in seen.items()
+        if each == connections
+    }
+    ours_ms, thrifty = cpu_ms["migserve"], min(peers, key=lambda name: cpu_ms[name])
     return (
         f"{connections} connections: migserve does {statistics.median(ratios):.2f} times {best}, the best peer "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds)"
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds); with a second of a core "
+        f"{cpu_ms[best] / ours_ms:.2f} times it, and {cpu_ms[thrifty] / ours_ms:.2f} times {thrifty}"
     )
 
 
