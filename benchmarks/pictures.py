@@ -131,6 +131,7 @@ def main(
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is missing; install it with: sudo make system-tools")
     picture = photograph(640, 480, SIZES[640, 480])
+    loaded = os.getloadavg()[2]
     missing = [name for name in PEERS if not is_there(name)]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
         model = make_model(Path(folder))
@@ -149,6 +150,7 @@ def main(
         seen, failed = measure(sides, rounds, seconds)
     console = Console(record=True, width=110)
     console.print(f"{os.cpu_count()} cores, wrk on the same; {rounds} rounds of {seconds} s; medians")
+    console.print(f"load average of 15 min before: {loaded:.1f}: what is more than 0 was other work on these cores")
     console.print(table(seen, idle))
     for connections in CONNECTIONS:
         console.print(verdict(seen, connections))

@@ -284,11 +284,13 @@ def main(
         cells = [f"{figure:.0f}" if figure < np.inf else "refused" for figure in figures]
         table.add_row(name if name.startswith("CPU") else f"{name} (emulated)", *cells, f"{run.in_time:.1%}")
 
+    loaded = os.getloadavg()[2]
     found = asyncio.run(measure(seconds, report))
     for name, runs in found.items():
         for run in runs:
             row(name, run)
     console.print(f"{os.cpu_count()} cores; {seconds:g} s of each rate; {time.strftime('%Y-%m-%d')}")
+    console.print(f"load average of 15 min before: {loaded:.1f}: what is more than 0 was other work on these cores")
     console.print(table)
     best = {name: best_per_s(runs) for name, runs in found.items()}
     for name, per_s in best.items():
