@@ -13,6 +13,8 @@ from scheduler.policies.promises import Promises
 
 # So many SLOs before it is to have ended, late work goes first.
 PRESSES = 2.5
+# What of the slices' time may be promised to all models together; each may have its share.
+ALL_THETA = 0.6
 # Of all slices' best, what late work gets at least.
 LEAST_LATE = 0.05
 
@@ -58,16 +60,16 @@ class Admission:
         if short_ns > 0:
             return short_ns
         beside = self._beside(lanes)
-        taken = self._taken_until(beside, lanes, due_ns)
+        taken = self._taken_until(now_ns, beside, lanes, due_ns)
         forced = self._forced_until(beside, lanes, due_ns)
         if self._fits(now_ns, lanes, due_ns - int((taken + forced) / rates.pool_per_ns)):
             return 0
         items = lanes.timely.items
-        room = rates.room(now_ns, due_ns, lanes.sizes, max(len(beside), 1))
-        excess = items + taken - room
-        share = room / len({each.kind[0] for each in (*beside, lanes)})
-        if excess > 0 and items <= share:
-            excess -= _displaced([each for each in beside if each.kind[0] != lanes.kind[0]], lanes, excess, share)
+        room, left = rates.room(now_ns, due_ns, lanes.sizes)
+        share = ALL_THETA * left / len({each.kind[0] for each in (*beside, lanes)})
+        excess = items - room
+        if items > share:
+            excess = max(excess, items + taken - ALL_THETA * left)
         if excess <= 0 < excess + forced:
             # Late work takes its place. It is not to go on like that.
             for each in beside:
@@ -99,13 +101,13 @@ class Admission:
             if each is lanes or (each.priority <= priority and not ids.isdisjoint(each.rates.ids))
         ]
 
-    def _taken_until(self, beside: list[Lanes], lanes: Lanes, due_ns: int) -> float:
-        """What of their time others have been promised by then, in items of these lanes."""
-        taken_ns = sum(
-            each.timely_items(due_ns) / each.rates.pool_per_ns
-            for each in beside
-            if each.timely.entries and each is not lanes
-        )
+    def _taken_until(self, now_ns: int, beside: list[Lanes], lanes: Lanes, due_ns: int) -> float:
+        """What others have been promised of their time by then, and could not do elsewhere: in items of these lanes."""
+        taken_ns = 0.0
+        for each in beside:
+            if each.timely.entries and each is not lanes:
+                needed_ns = each.timely_items(due_ns) / each.rates.pool_per_ns
+                taken_ns += max(needed_ns - each.rates.elsewhere(lanes.rates) * (due_ns - now_ns), 0.0)
         return taken_ns * lanes.rates.pool_per_ns
 
     def _forced_until(self, beside: list[Lanes], lanes: Lanes, due_ns: int) -> float:
@@ -153,20 +155,6 @@ def pressing(now_ns: int, group: list[Lanes]) -> list[Lanes]:
             if min(lanes.late.entries[0][0], end_ns - _late_ns(late, end_ns)) - now_ns <= PRESSES * lanes.slo_ns:
                 return late
     return []
-
-
-def _displaced(others: list[Lanes], lanes: Lanes, items: float, share: float) -> float:
-    """Puts back what others have been promised beyond their share: the largest. Returns how much that is of `items`."""
-    freed = 0.0
-    for each in others:
-        scale = lanes.rates.pool_per_ns / each.rates.pool_per_ns
-        while freed < items and each.timely.items * scale > share:
-            victim = each.largest()
-            if victim is None:
-                break
-            each.put_back(victim)
-            freed += victim.items * scale
-    return freed
 
 
 def _late_ns(late: list[Lanes], until_ns: int, *, presses: bool = False) -> float:

@@ -61,6 +61,8 @@ IDLE_USE = 0.02
 BUSY_USE = 0.9
 # Rule 8 looks back so many SLOs.
 USE_TAU = 4.0
+# Rule 4: a batch with less than this share of the items per time of the best one.
+CROWDED = 0.5
 # Free slices that are looked at, where these can do it.
 ENOUGH = 8
 # Empty lanes that are kept, with what they know of sizes and rates.
@@ -207,8 +209,10 @@ class OnePool:
                 best = value, worker, index, most, least
         if best is None:
             return None
-        _, worker, index, most, least = best
+        value, worker, index, most, least = best
         due_ns = entries[index][0]
+        if value < CROWDED and self._gives_up(now_ns, worker, lanes, due_ns):
+            return self._timely_batch(now_ns, lanes) if entries else None
         parts = take_efficient(lanes.timely, index, most, worker.tables[kind], least)
         if self._promises:
             self._promises.started(worker, lanes, parts, first=index == 0)
@@ -216,6 +220,18 @@ class OnePool:
             self._fill_up(now_ns, worker, lanes, parts, due_ns)
         self._count_use(now_ns, worker, worker.tables[kind].time_ns(sum(part.items for part in parts)))
         return self._start(now_ns, worker, kind, parts)
+
+    def _gives_up(self, now_ns: int, worker: Worker, lanes: Lanes, due_ns: int) -> bool:
+        """The last of rule 4: puts those back that leave no time for a good batch, if there would be enough for two."""
+        fit = lanes.rates.fit(worker)
+        if lanes.timely.items < 2 * fit.table.best[fit.cap]:
+            return False
+        enough_ns = max(now_ns, worker.free_at_ns) + fit.table.guard * fit.efficient_ns
+        hurried = [each[3] for each in lanes.timely.entries if each[0] < enough_ns]
+        for part in hurried:
+            if not part.query.request.strict:
+                lanes.put_back(part)
+        return due_ns < enough_ns and any(part.late for part in hurried)
 
     def _room(self, now_ns: int, worker: Worker, lanes: Lanes, index: int, most: int) -> tuple[int, int]:
         """How many items a batch from the `index`-th timely part on may have by what is promised, and must have."""

@@ -36,7 +36,18 @@ class Sizes(NamedTuple):
 class Rates:
     """Of one kind, within `slo_ns`. `pool_per_ns`: items of all slices at their best."""
 
-    __slots__ = ("_efficient", "_fits", "_kind", "ids", "largest_batch", "least_ns", "pool_per_ns", "slo_ns", "workers")
+    __slots__ = (
+        "_efficient",
+        "_elsewhere",
+        "_fits",
+        "_kind",
+        "ids",
+        "largest_batch",
+        "least_ns",
+        "pool_per_ns",
+        "slo_ns",
+        "workers",
+    )
 
     def __init__(self, workers: list[Worker], kind: Kind, slo_ns: float) -> None:
         self.workers = workers
@@ -44,6 +55,7 @@ class Rates:
         self._kind = kind
         self._fits = {worker.id: self._fit(worker) for worker in workers}
         self.ids = frozenset(self._fits)
+        self._elsewhere: dict[Rates, float] = {}
         fits = self._fits.values()
         self.least_ns = min(fit.table.ns[1] for fit in fits)
         self.largest_batch = max(fit.table.best[fit.cap] for fit in fits)
@@ -75,8 +87,8 @@ class Rates:
             return self.least_ns
         return min(fit.table.time_ns(part.items) for fit in self._fits.values())
 
-    def room(self, now_ns: int, due_ns: int, sizes: Sizes, kinds: int) -> float:
-        """How many items of queries of such sizes may wait for what is due then; `kinds`: of work that wait."""
+    def room(self, now_ns: int, due_ns: int, sizes: Sizes) -> tuple[float, float]:
+        """How many items of queries of such sizes may wait for what is due then; and what the slices can do by then."""
         items, guard = 0.0, 1.0
         fits = self._fits
         for worker in self.workers:
@@ -87,7 +99,15 @@ class Rates:
                 items += fit.items_per_ns * left_ns
             if fit.table.guard > guard:
                 guard = fit.table.guard
-        return self._theta(sizes, guard * (1 + kinds / len(self.workers))) * items
+        return self._theta(sizes, guard * (1 + 1 / len(self.workers))) * items, items
+
+    def elsewhere(self, other: Rates) -> float:
+        """Which share of these slices, by what they do, is not among the others."""
+        share = self._elsewhere.get(other)
+        if share is None:
+            items = sum(fit.items_per_ns for worker_id, fit in self._fits.items() if worker_id not in other.ids)
+            share = self._elsewhere[other] = items / self.pool_per_ns
+        return share
 
     def _theta(self, sizes: Sizes, longer: float) -> float:
         """How much of what the slices can do may be promised to waiting queries.
