@@ -68,7 +68,7 @@ class Admission:
         room, left = rates.room(now_ns, due_ns, lanes.sizes)
         share = ALL_THETA * left / len({each.kind[0] for each in (*beside, lanes)})
         excess = items - room
-        if items > share:
+        if taken and items > share:
             excess = max(excess, items + taken - ALL_THETA * left)
         if excess <= 0 < excess + forced:
             # Late work takes its place. It is not to go on like that.

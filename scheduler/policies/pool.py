@@ -178,7 +178,8 @@ class OnePool:
                     return start
                 if self._promises or any(worker.in_flight for worker in lanes.rates.workers):
                     break  # one that is busy may still be quick enough
-                lanes.put_back(lanes.timely.entries[0][3])
+                if lanes.timely.entries:
+                    lanes.put_back(lanes.timely.entries[0][3])
         return None
 
     def _timely_batch(self, now_ns: int, lanes: Lanes) -> Start | None:
