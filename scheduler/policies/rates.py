@@ -67,8 +67,9 @@ class Rates:
         cap = max(table.largest_within(self.slo_ns), 1)
         rate = table.best_per_ns[cap]
         efficient_ns = table.ns[bisect.bisect_left(table.best_per_ns, EFFICIENT * rate)]
-        late_cap = table.largest_within(LATE_SHARE * self.slo_ns) if table.ns[1] <= self.slo_ns else table.knee
-        return Fit(table, cap, late_cap, rate, efficient_ns)
+        if table.ns[1] > self.slo_ns:  # all that it does is late
+            return Fit(table, cap, table.knee, table.best_per_ns[table.knee], efficient_ns)
+        return Fit(table, cap, table.largest_within(LATE_SHARE * self.slo_ns), rate, efficient_ns)
 
     def fit(self, worker: Worker) -> Fit:
         """As its table is now: where that has been corrected, so are the sums, when somebody looks."""
@@ -95,7 +96,7 @@ class Rates:
             fit = fits[worker.id]
             free_ns = worker.free_at_ns
             left_ns = due_ns - (free_ns if free_ns > now_ns else now_ns)
-            if left_ns > 0:
+            if left_ns >= fit.table.ns[1]:
                 items += fit.items_per_ns * left_ns
             if fit.table.guard > guard:
                 guard = fit.table.guard

@@ -165,7 +165,7 @@ def test_late_work_that_is_nearly_ten_slos_old_goes_first() -> None:
     started = flooded(400)
     assert 2 in started
     begin_ms = 10 * len(started)
-    assert 7 * 25 <= begin_ms <= 10 * 25 - 30
+    assert 125 <= begin_ms <= 190  # by 250, less two and a half SLOs and what it takes
 
 
 def test_open_work_gets_a_turn_after_a_second_but_no_more_than_its_share() -> None:
@@ -260,8 +260,8 @@ def test_lone_queries_and_other_shapes_are_not_mixed() -> None:
     core = busy(ONE)
     core.ask(0, due_ms=200, dims=(16,))
     core.ask(0, due_ms=210, dims=(32,))
-    core.ask(0, due_ms=220, dims=(16,), alone=True)
-    core.ask(0, due_ms=230, dims=(16,), alone=True)
+    core.ask(0, due_ms=300, dims=(16,), alone=True)
+    core.ask(0, due_ms=310, dims=(16,), alone=True)
     core.ask(0, due_ms=240, dims=(16,))
     assert core.at(10, BatchDone(0, 1)) == [(0, [(2, 1), (6, 1)])]
     assert core.at(21, BatchDone(0, 2)) == [(0, [(3, 1)])]
@@ -291,8 +291,10 @@ def test_length_buckets_are_batched_apart_each_by_its_own_times() -> None:
     core.ask(0, 3, due_ms=61, length=5)
     assert core.at(10, BatchDone(0, 1)) == [(0, [(3, 3), (4, 3)])]
     assert core.at(25, BatchDone(0, 2)) == [(0, [(2, 12)])]
-    core.ask(25, due_ms=25 + 42 + 19, length=16, strict=True)  # 42 ms, and 20 for one more
-    assert [(number, retry_ms) for number, _, retry_ms in refusals(core)][:1] == [(5, pytest.approx(1, abs=1))]
+    core.ask(25, due_ms=25 + 42 + 19, length=16, strict=True)  # 42 ms for those, and 20 for one more
+    ((number, _, retry_ms),) = refusals(core)
+    assert number == 5
+    assert 0 < retry_ms < 10
 
 
 # ---- 5: late and open batches ----
@@ -300,17 +302,15 @@ def test_length_buckets_are_batched_apart_each_by_its_own_times() -> None:
 
 def test_a_late_batch_may_take_one_and_a_half_slos() -> None:
     core = busy(ONE)
-    core.ask(0, 30, due_ms=9.9)  # late: of 14.85 ms five items take the most
-    ((_, pieces),) = core.at(10, BatchDone(0, 1))
-    assert pieces == [(2, 12)]  # nothing is in time within such an SLO: its knee
+    core.ask(0, 6, due_ms=11)
+    core.ask(0, 6, due_ms=11)
+    assert core.at(10, BatchDone(0, 1)) == [(0, [(2, 6), (3, 1)])]  # 16 of 16.5 ms
 
 
-def test_a_late_batch_within_its_cap() -> None:
+def test_where_no_slice_does_anything_within_the_slo_late_batches_go_up_to_the_knee() -> None:
     core = busy(ONE)
-    core.ask(0, 20, due_ms=11, whole=False)
-    core.ask(0, 20, due_ms=11)
-    ((_, pieces),) = core.at(10, BatchDone(0, 1))
-    assert sum(items for _, items in pieces) == 7  # 16 ms of 16.5
+    core.ask(0, 20, due_ms=9.9)
+    assert core.at(10, BatchDone(0, 1)) == [(0, [(2, 12)])]
 
 
 @pytest.mark.parametrize(("waiting", "batch"), [(3, 3), (20, 12), (30, 20)])
@@ -325,35 +325,32 @@ def test_open_batches_go_up_to_the_knee_and_to_the_peak_where_much_waits(waiting
 # ---- 6: nobody's batch blocks others for long ----
 
 
+def longest_batch(long_table: list[float], short_slo_ms: float) -> int:
+    """Items, of a model with a long SLO and much to do, beside one with a short SLO that takes a third of the time."""
+    slices = [SimSlice("one", 1, {"short": [1.0], "long": long_table})]
+    arrivals = merge([Arrival(3 * MS * n, "short") for n in range(700)], poisson("long", 500.0, 2.0, 1))
+    slo_ms = {"short": short_slo_ms, "long": 2000.0}
+    report = simulate(slices, arrivals, slo_ms=slo_ms, noise=EXACT, timeline=True)
+    # Until it is known what comes, and after it has gone, there is nobody to be blocked.
+    spans = [span for span in report.timeline if S // 2 < span.start_ns < 2 * S and span.model == "long"]
+    return max(span.items for span in spans)
+
+
 def test_beside_a_model_with_a_short_slo_batches_are_short() -> None:
-    core = busy((1, {"short": FLAT, "long": GROWS}), model="short")
-    core.ask(0, model="short", due_ms=30)  # so much is known of its SLO
-    for _ in range(20):
-        core.ask(0, model="long", due_ms=5000)
-    core.at(10, BatchDone(0, 1))
-    ((_, pieces),) = core.at(20, BatchDone(0, 2))
-    assert len(pieces) == 20  # nothing of the other comes any more, as far as anybody knows
-    core = busy((1, {"short": FLAT, "long": GROWS}), model="short")
-    for _ in range(60):
-        core.ask(0, model="short", due_ms=30)
-    for _ in range(20):
-        core.ask(0, model="long", due_ms=5000)
-    while core.commands == [] or not core.number:
-        break
-    started = [pieces for batch in range(1, 60) for _, pieces in core.at(10 * batch, BatchDone(0, batch))]
-    of_long = [pieces for pieces in started if pieces[0][0] > 61]
-    assert max(len(pieces) for pieces in of_long) == 10  # 19 ms of 0.65 * 30
+    assert longest_batch([9.0 + items for items in range(1, 21)], 30.0) == 10  # 19 ms of 0.65 * 30
 
 
 def test_where_one_item_is_too_long_already_as_many_go_as_take_no_longer() -> None:
     """Batches of one would block others as long, and do next to nothing."""
-    core = busy((1, {"short": FLAT, "long": LEVEL}), model="short")
-    for _ in range(30):
-        core.ask(0, model="short", due_ms=12)
+    assert longest_batch([10.0] * 20, 12.0) > 10
+
+
+def test_where_other_slices_carry_the_short_one_batches_are_as_long_as_is_good() -> None:
+    core = core_with(OnePool, (1, {"short": FLAT}), (1, {"short": FLAT, "long": GROWS}))
+    core.ask(0, model="short", due_ms=30)
     for _ in range(20):
-        core.ask(0, model="long", due_ms=5000)
-    started = [pieces for batch in range(1, 40) for _, pieces in core.at(10 * batch, BatchDone(0, batch))]
-    assert [len(pieces) for pieces in started if pieces[0][0] > 31] == [20]
+        core.ask(1, model="long", due_ms=2000)
+    assert [len(pieces) for _, pieces in core.at(10, BatchDone(1, 2))] in ([19], [20])
 
 
 # ---- 7: fairness ----
@@ -365,11 +362,13 @@ def test_a_model_that_floods_does_not_take_what_another_has_a_share_in() -> None
     slices = [SimSlice(f"slice {index}", 1, {"flood": table, "fair": table}) for index in range(4)]
     most_per_s = 4 * 32 / 21e-3
     arrivals = merge(poisson("flood", 1.5 * most_per_s, 6.0, 1), poisson("fair", 0.3 * most_per_s, 6.0, 2))
-    report = simulate(slices, arrivals, slo_ms={"flood": 60.0, "fair": 60.0}, max_queued=100_000)
+    report = simulate(slices, arrivals, slo_ms={"flood": 60.0, "fair": 60.0}, max_queued=100_000, timeline=True)
     fair, flood = report.models["fair"], report.models["flood"]
     assert fair.within_slo > 0.9
-    assert 0.3 < flood.within_slo < 0.75
-    assert min(report.utilisation.values()) > 0.9
+    assert 0.3 * fair.within_slo + 1.5 * flood.within_slo > 0.85  # of what the slices can do, in time
+    under_load = [span for span in report.timeline if S < span.start_ns < 6 * S]
+    time_ns = {model: sum(s.end_ns - s.start_ns for s in under_load if s.model == model) for model in report.models}
+    assert 0.27 < time_ns["fair"] / sum(time_ns.values()) < 0.37
 
 
 # ---- 8: refusals ----
@@ -416,7 +415,7 @@ def test_a_strict_query_is_not_late_for_the_sake_of_others() -> None:
     core.ask(1, model="b", due_ms=25)
     core.ask(1, model="b", due_ms=25, strict=True)
     assert [number for number, *_ in refusals(core)] == [4]
-    assert core.at(10, BatchDone(0, 1)) == [(0, [(2, 2)])]
+    assert core.at(10, BatchDone(0, 1)) + core.at(20, BatchDone(0, 2)) == [(0, [(2, 1)]), (0, [(2, 1)])]
 
 
 def test_what_leaves_the_time_that_is_promised_goes_beside_it() -> None:
@@ -447,7 +446,7 @@ def test_requests_that_run_alone_share_one_queue_and_one_bound() -> None:
     for _ in range(300):
         core.ask(0, due_ms=50, alone=True)
         refused += len(refusals(core))
-    assert 40 < 300 - refused < 60  # of 10 ms each, within 10 SLOs
+    assert 30 < 300 - refused < 50  # of 10 ms each, within 10 SLOs
     assert [core.at(10 * n, BatchDone(0, n))[0][1][0][1] for n in range(1, 6)] == [1] * 5
 
 
