@@ -210,9 +210,9 @@ class Worker:
     def _correct(self, kind: Kind, told: BatchTable, estimate: Estimate) -> None:
         """A new table where the times have changed, so that who knows the old one sees that it is old."""
         now = self.tables.get(kind)
-        if now is None or now.factor != estimate.factor:
+        if now is None or now.factor != estimate.factor or now.guard != estimate.guard:
             now = self.tables[kind] = told.scaled(estimate.factor)
-        now.guard = estimate.guard
+            now.guard = estimate.guard
 
 
 class Pool:

@@ -115,6 +115,8 @@ class Admission:
         late = [each for each in beside if each.late.entries]
         if not late:
             return 0.0
+        if len(late) == 1:
+            return _forced_of(late[0], due_ns) * lanes.rates.pool_per_ns
         work_ns = _late_ns(late, due_ns, presses=True)
         for each in late:
             for end_ns in each.late_marks():
@@ -155,6 +157,22 @@ def pressing(now_ns: int, group: list[Lanes]) -> list[Lanes]:
             if min(lanes.late.entries[0][0], end_ns - _late_ns(late, end_ns)) - now_ns <= PRESSES * lanes.slo_ns:
                 return late
     return []
+
+
+def _forced_of(lanes: Lanes, due_ns: int) -> float:
+    """How long late work of these lanes will have gone first by then, if there is no other."""
+    before_ns = int(PRESSES * lanes.slo_ns)
+    per_ns = lanes.rates.pool_per_ns
+    extra_ns = lanes.rates.least_ns / len(lanes.rates.workers)
+    most_ns = 0.0
+    for end_ns, items in lanes.late_profile():
+        work_ns = items / per_ns + extra_ns
+        later_ns = end_ns - before_ns - due_ns
+        if later_ns > 0:
+            work_ns -= later_ns
+        if work_ns > most_ns:
+            most_ns = work_ns
+    return most_ns
 
 
 def _late_ns(late: list[Lanes], until_ns: int, *, presses: bool = False) -> float:

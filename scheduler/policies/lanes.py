@@ -6,7 +6,7 @@ import bisect
 import heapq
 import math
 
-from scheduler.batching import Line
+from scheduler.batching import Entry, Line
 from scheduler.domain import BatchTable, Company, Kind, Part
 from scheduler.policies.rates import Rates, Sizes
 
@@ -60,6 +60,8 @@ class Lanes:
         "_count",
         "_largest",
         "_log_slo",
+        "_profile",
+        "_profiled",
         "arriving",
         "key",
         "kind",
@@ -87,6 +89,8 @@ class Lanes:
         self.timely_use = Decayed(tau_ns)
         self.sizes = Sizes(0.0, 0.0)
         self._log_slo = 0.0
+        self._profile: list[tuple[int, float]] = []
+        self._profiled = 0, 0
         self._count = 0
         self._largest: list[tuple[int, int, int, Part]] = []  # heap of timely ones; may hold some that are gone
 
@@ -121,6 +125,14 @@ class Lanes:
         entries = self.late.entries
         step = max(len(entries) // MARKS, 1)
         return [entry[0] for entry in entries[len(entries) - 1 :: -step]]
+
+    def late_profile(self) -> list[tuple[int, float]]:
+        """The marks, and how many items must have ended by then."""
+        seen = self.late.items, len(self.late.entries)
+        if seen != self._profiled:
+            self._profiled = seen
+            self._profile = [(end_ns, self.late_items(end_ns)) for end_ns in self.late_marks()]
+        return self._profile
 
     def push_timely(self, part: Part) -> None:
         assert part.due_ns is not None
@@ -218,6 +230,20 @@ def take_efficient(line: Line, index: int, most: int, table: BatchTable, least: 
         if total >= max(wanted * table.ns[total], least):
             whole = total
     return line.take(whole or max(batch, least), index)
+
+
+def first_in_time(entries: list[Entry], start_ns: int, table: BatchTable) -> int:
+    """The first part that a batch which starts then could end in time; their number if none."""
+    index, guard = 0, table.guard
+    least_ns = start_ns + guard * table.ns[1]
+    if entries[0][0] < least_ns:
+        index = bisect.bisect_left(entries, (math.ceil(least_ns),))
+    while index < len(entries):
+        due_ns, _, _, part = entries[index]
+        if part.items == 1 or part.may_be_cut or start_ns + guard * table.time_ns(part.items) <= due_ns:
+            break
+        index += 1
+    return index
 
 
 def _items_until(line: Line, until_ns: float) -> float:

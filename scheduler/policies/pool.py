@@ -1,16 +1,19 @@
 """One pool, late binding, a late lane: nothing is bound to a slice before that slice is free. Our own. Pure.
 
 What waits of one kind (model and length bucket), company and class has three lanes: timely, late, and open for what
-has no due time. Timely and late lanes are in order of due time, open ones in order of arrival.
+has no due time. Timely lanes are in order of due time, late ones of when they must have ended, open ones of arrival.
+What runs by itself shares lanes with its like. SLOs are the geometric means of those of the last queries.
 
 Rules:
 1. A new query is timely, unless the timely lane then holds more than theta times the items that the slices can do
    until the query is due (`rates.Rates`). Then the largest ones waiting go to the late lane until it fits: one late
    query is one late query, however much room it gives to others. What slices could do in their next batches, free ones
-   or any for a query that is the only one, is never too much.
-2. What no slice could end in time, were it idle, goes to the late lane.
+   or any for a query that is the only one, is never too much. Of what the slices can do ALL_THETA is promised to all
+   models together; what is within its model's part of that is let in whatever others have. Late work that will have
+   gone first by then (3a) counts too. (`admission.py`)
+2. What no slice could end in time, were it idle, goes to the late lane; all of what must not be cut has to be in time.
 3. A slice that is free serves the highest class that it can; within a class
-   a. a late lane whose first query is nearly ten SLOs old, unless its model has had more than its share (rule 7);
+   a. late work, where in order of their bounds all slices would end some of it less than PRESSES SLOs before its bound;
    b. timely work: of models within their share whose first query has little time left, then of all, the one whose
       first query has the least relative laxity, (due - now - time) / SLO;
    c. late work, the oldest first; d. open work, the oldest first. Open work that has waited a second goes first, while
@@ -19,29 +22,32 @@ Rules:
    and is the one with the most items per time. Of the free slices it goes to the one that it uses best. Queries are
    cut freely where that gains more than 2 %; a batch cuts one query at most, the last. Where the timely lane is
    empty then, late and open items and shorter ones of the model fill the batch up, as far as that costs nobody time.
+   Where much waits, those that leave time for less than half a good batch become late: or all would, one by one.
 5. Late batches may take one and a half SLOs; open ones go up to the knee, or the peak where much waits.
-6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them.
+6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them, or
+   one item takes as long. (`blocking.py`)
 7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, which all
    models that have work share equally.
-8. The late lane takes no more than it can serve within the bound, by what timely work, and late work that had to go
-   first, have left of the slices lately. What finds it full is refused, and so is a strict query that would be late.
-   What was accepted is never refused, and a strict query never late for the sake of others.
+8. The late lanes take no more than ends within its bound in what timely work has left of the slices lately, late work
+   that had to go first, and timely work that it displaced, not being left. What finds them full is refused, and so is
+   a strict query that would be late. What was accepted is never refused.
+9. For every strict query that waits there is a plan in which it ends in time, and nothing is started that does not
+   leave one. (`promises.py`)
 
 docs/scheduling.md has a picture, the figures, and what was tried and dropped.
 """
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Iterator
 
-from scheduler.batching import Entry
-from scheduler.domain import BatchTable, Kind, Part, Pool, Worker, models_of
+from scheduler.domain import Kind, Part, Pool, Worker, models_of
 from scheduler.policies import Start
 from scheduler.policies.admission import Admission, pressing
-from scheduler.policies.lanes import Decayed, Lanes, LanesKey, key_of, slo_of, take_efficient
-from scheduler.policies.promises import Promises, is_fixed
+from scheduler.policies.blocking import IDLE_USE, unblocking
+from scheduler.policies.lanes import Decayed, Lanes, LanesKey, first_in_time, key_of, slo_of, take_efficient
+from scheduler.policies.promises import Promises
 from scheduler.policies.rates import RateBook
 
 # Rule 3b: relative laxity that is little.
@@ -49,15 +55,9 @@ PRESSING = 0.2
 # Rule 3d.
 PATIENCE_NS = 1_000_000_000
 OPEN_SHARE = 0.05
-# Rule 6. MARGIN: how much more than the other models' load must be left.
-BLOCKING_SHARE = 0.65
-MARGIN = 1.1
-# A batch that is longer than a single item by no more than that may always be.
-BLOCKED_ANYWAY = 1.25
 # Rules 6 and 7 look back about so far.
 TAU_NS = 2e9
-# Rule 7: less of the pool's time than this is none.
-IDLE_USE = 0.02
+# Rule 7.
 BUSY_USE = 0.9
 # Rule 8 looks back so many SLOs.
 USE_TAU = 4.0
@@ -192,7 +192,7 @@ class OnePool:
             fit = rates.fit(worker)
             table = fit.table
             start_ns = worker.free_at_ns if worker.free_at_ns > now_ns else now_ns
-            index = _first_in_time(entries, start_ns, table)
+            index = first_in_time(entries, start_ns, table)
             if index == len(entries):
                 continue  # another slice may still be quick enough
             due_ns, _, _, head = entries[index]
@@ -202,7 +202,7 @@ class OnePool:
                 most = min(max(most, head.items), table.max_batch)
             least = 0
             if self._promises:
-                most, least = self._room(now_ns, worker, lanes, index, most)
+                most, least = self._promises.timely_room(now_ns, worker, lanes, index, most)
                 if not most or (head.items > most and not head.may_be_cut):
                     continue
             value = table.best_per_ns[most] / fit.items_per_ns
@@ -233,24 +233,6 @@ class OnePool:
             if not part.query.request.strict:
                 lanes.put_back(part)
         return due_ns < enough_ns and any(part.late for part in hurried)
-
-    def _room(self, now_ns: int, worker: Worker, lanes: Lanes, index: int, most: int) -> tuple[int, int]:
-        """How many items a batch from the `index`-th timely part on may have by what is promised, and must have."""
-        room = self._promises.room(now_ns, worker, lanes)
-        best = worker.tables[lanes.kind].best[most]
-        if room >= best or index:
-            return min(room, most), 0
-        strict = total = 0
-        for entry in lanes.timely.entries:
-            items = min(entry[3].items, best - total)
-            total += items
-            if entry[3].query.request.strict and not is_fixed(entry[3]):
-                strict += items
-            if total >= best:
-                break
-        if strict and self._promises.room(now_ns, worker, lanes, strict) >= best:
-            return best, best
-        return room, 0
 
     def _promised(self, now_ns: int, priority: int) -> Start | None:
         """What is planned first on a slice that is still free, and must not wait."""
@@ -351,29 +333,7 @@ class OnePool:
         return (worker for worker in self._pool.ready.values() if kind in worker.tables)
 
     def _cap(self, now_ns: int, worker: Worker, kind: Kind, most: int) -> int:
-        """Rule 6: the most items that a batch of up to `most` may have; at least one."""
-        if len(worker.tables) == 1:
-            return most
-        table = worker.tables[kind]
-        for other in self._lanes.values():
-            if other.kind[0] == kind[0] or not other.slo_ns or other.kind not in worker.tables:
-                continue
-            limit_ns = BLOCKING_SHARE * other.slo_ns
-            if table.ns[most] > limit_ns and not self._carried(now_ns, worker, other, limit_ns):
-                most = max(min(table.largest_within(max(limit_ns, BLOCKED_ANYWAY * table.ns[1])), most), 1)
-        return most
-
-    def _carried(self, now_ns: int, worker: Worker, other: Lanes, limit_ns: float) -> bool:
-        """Whether the slices that are left carry the other's load; those that are busy for longer than that do not."""
-        arriving = other.arriving.per_ns(now_ns)
-        rates = other.rates
-        if not other and arriving < IDLE_USE * rates.pool_per_ns:
-            return True
-        taken = rates.fit(worker).items_per_ns
-        for each in rates.workers:
-            if each.free_at_ns > now_ns + limit_ns:
-                taken += rates.fit(each).items_per_ns
-        return taken <= rates.pool_per_ns - MARGIN * arriving
+        return most if len(worker.tables) == 1 else unblocking(now_ns, worker, kind, most, self._lanes.values())
 
     def _over_share(self, now_ns: int, group: list[Lanes]) -> set[str]:
         """Rule 7."""
@@ -415,17 +375,3 @@ class OnePool:
                 wait_ns += lanes.items / lanes.rates.pool_per_ns
                 free_ns = min(free_ns, *(worker.free_at_ns for worker in lanes.rates.workers))
         return int(wait_ns + (max(free_ns - now_ns, 0) if free_ns < math.inf else 0))
-
-
-def _first_in_time(entries: list[Entry], start_ns: int, table: BatchTable) -> int:
-    """The first part that a batch which starts then could end in time; their number if none."""
-    index, guard = 0, table.guard
-    least_ns = start_ns + guard * table.ns[1]
-    if entries[0][0] < least_ns:
-        index = bisect.bisect_left(entries, (math.ceil(least_ns),))
-    while index < len(entries):
-        due_ns, _, _, part = entries[index]
-        if part.items == 1 or part.may_be_cut or start_ns + guard * table.time_ns(part.items) <= due_ns:
-            break
-        index += 1
-    return index

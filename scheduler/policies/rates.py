@@ -26,6 +26,10 @@ class Fit(NamedTuple):
     efficient_ns: int
 
 
+def _row(fit: Fit) -> tuple[int, float]:
+    return fit.table.ns[1], fit.items_per_ns
+
+
 class Sizes(NamedTuple):
     """Means of the items of queries, and of their squares."""
 
@@ -40,7 +44,9 @@ class Rates:
         "_efficient",
         "_elsewhere",
         "_fits",
+        "_guard",
         "_kind",
+        "_rows",
         "ids",
         "largest_batch",
         "least_ns",
@@ -61,6 +67,8 @@ class Rates:
         self.largest_batch = max(fit.table.best[fit.cap] for fit in fits)
         self.pool_per_ns = sum(fit.items_per_ns for fit in fits)
         self._efficient = sum(fit.items_per_ns * fit.efficient_ns for fit in fits)
+        self._guard = max(fit.table.guard for fit in fits)
+        self._rows = [(worker, *_row(self._fits[worker.id])) for worker in workers]
 
     def _fit(self, worker: Worker) -> Fit:
         table = worker.tables[self._kind]
@@ -79,6 +87,8 @@ class Rates:
             self.pool_per_ns += new.items_per_ns - fit.items_per_ns
             self._efficient += new.items_per_ns * new.efficient_ns - fit.items_per_ns * fit.efficient_ns
             self.least_ns = min(each.table.ns[1] for each in self._fits.values())
+            self._guard = max(each.table.guard for each in self._fits.values())
+            self._rows[self.workers.index(worker)] = worker, *_row(new)
             return new
         return fit
 
@@ -90,17 +100,13 @@ class Rates:
 
     def room(self, now_ns: int, due_ns: int, sizes: Sizes) -> tuple[float, float]:
         """How many items of queries of such sizes may wait for what is due then; and what the slices can do by then."""
-        items, guard = 0.0, 1.0
-        fits = self._fits
-        for worker in self.workers:
-            fit = fits[worker.id]
+        items = 0.0
+        for worker, least_ns, items_per_ns in self._rows:
             free_ns = worker.free_at_ns
             left_ns = due_ns - (free_ns if free_ns > now_ns else now_ns)
-            if left_ns >= fit.table.ns[1]:
-                items += fit.items_per_ns * left_ns
-            if fit.table.guard > guard:
-                guard = fit.table.guard
-        return self._theta(sizes, guard * (1 + 1 / len(self.workers))) * items, items
+            if left_ns >= least_ns:
+                items += items_per_ns * left_ns
+        return self._theta(sizes, self._guard * (1 + 1 / len(self.workers))) * items, items
 
     def elsewhere(self, other: Rates) -> float:
         """Which share of these slices, by what they do, is not among the others."""
