@@ -79,17 +79,17 @@ class Admission:
     def _fits(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
         """Whether the next batches could do all that is timely: of free slices, or of any if only one query waits."""
         kind, items = lanes.kind, lanes.timely.items
+        room = 0
+        for worker in self._pool.ready.values():
+            table = worker.tables.get(kind)
+            if table is not None:
+                room += table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
+                if room >= items:
+                    return True
         if len(lanes.timely.entries) == 1:
             for worker in lanes.rates.workers:
                 table = worker.tables[kind]
                 if table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard) >= items:
-                    return True
-        room = 0
-        for worker in self._pool.ready.values():
-            if kind in worker.tables:
-                table = worker.tables[kind]
-                room += table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
-                if room >= items:
                     return True
         return False
 

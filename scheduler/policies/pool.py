@@ -63,8 +63,6 @@ BUSY_USE = 0.9
 USE_TAU = 4.0
 # Rule 4: a batch with less than this share of the items per time of the best one.
 CROWDED = 0.5
-# Free slices that are looked at, where these can do it.
-ENOUGH = 8
 # Empty lanes that are kept, with what they know of sizes and rates.
 KEPT = 64
 
@@ -186,9 +184,11 @@ class OnePool:
         """Rule 4."""
         kind, rates, entries = lanes.kind, lanes.rates, lanes.timely.entries
         best: tuple[float, Worker, int, int, int] | None = None
-        for looked_at, worker in enumerate(self._ready(kind)):
-            if looked_at >= ENOUGH and best is not None:
-                break
+        promised = bool(self._promises)
+        seen: set[int] = set()
+        for worker in self._pool.ready.values():
+            if worker.gpcs in seen or kind not in worker.tables:
+                continue
             fit = rates.fit(worker)
             table = fit.table
             start_ns = worker.free_at_ns if worker.free_at_ns > now_ns else now_ns
@@ -201,11 +201,12 @@ class OnePool:
             if not head.may_be_cut:  # it goes as it is or never
                 most = min(max(most, head.items), table.max_batch)
             least = 0
-            if self._promises:
+            if promised:
                 most, least = self._promises.timely_room(now_ns, worker, lanes, index, most)
                 if not most or (head.items > most and not head.may_be_cut):
                     continue
             value = table.best_per_ns[most] / fit.items_per_ns
+            seen.add(worker.gpcs)
             if best is None or value > best[0]:
                 best = value, worker, index, most, least
         if best is None:

@@ -139,7 +139,7 @@ class Promises:
         self._plans: dict[int, _Plan] = {}
 
     def __bool__(self) -> bool:
-        return any(plan.slots for plan in self._plans.values())
+        return bool(self._plans) and any(plan.slots for plan in self._plans.values())
 
     # ---- promising ----
 
