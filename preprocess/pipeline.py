@@ -1,65 +1,131 @@
-"""Declared preprocessing, checked against the model's input. Pure.
+"""Declared preprocessing, checked against the model's inputs. Pure.
 
 In serving.yaml:
 
     preprocess:
       input: image          # a BYTES input that clients may send, one element an item, instead of
       output: x             # this input of the model
-      image: {mode: L, size: [8, 8]}
+      image: {preset: imagenet-eval}
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from itertools import pairwise
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from preprocess.errors import BadInputError
+from preprocess.steps import AudioSteps, ImageSteps, TextSteps
+
+Inputs = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> datatype, dims of an item
 
 
 class PipelineError(ValueError):
     """A pipeline that does not fit the model. The message says what was expected."""
 
 
-class ImageSteps(BaseModel):
-    """Decode, convert to `mode`, resize to `size` (height, width) by area, divide by `divide_by`; FP32, CHW."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    mode: Literal["L", "RGB"] = "RGB"
-    size: tuple[int, int]
-    divide_by: float = Field(255.0, gt=0)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of one item: channels, height, width."""
-        return (1 if self.mode == "L" else 3, *self.size)
-
-
 class PipelineFile(BaseModel):
-    """The `preprocess` section of serving.yaml."""
+    """The `preprocess` section of serving.yaml.
+
+    `length`: the model's INT64 input that is told how much of each item is no padding. `mask`: that which has a 1 for
+    each token and a 0 for padding. `buckets`: lengths, ascending,
+    of the axis that varies; each request is filled up with zeros to the next one, so that more of them share a batch.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     input: str
     output: str
-    image: ImageSteps
+    length: str | None = None
+    mask: str | None = None
+    buckets: tuple[int, ...] = ()
+    image: ImageSteps | None = None
+    audio: AudioSteps | None = None
+    text: TextSteps | None = None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> PipelineFile:
+        if sum(steps is not None for steps in (self.image, self.audio, self.text)) != 1:
+            raise ValueError("give one of image, audio and text")
+        if self.image is not None and (self.length or self.buckets):
+            raise ValueError("length and buckets are for what varies in length, which pictures do not")
+        if self.text is None and self.mask:
+            raise ValueError("mask is for text; sound has length")
+        if self.buckets and not self.varies:
+            raise ValueError("buckets are for clips of different lengths, and seconds makes them all of one")
+        if self.buckets and (self.buckets[0] < 1 or any(low >= high for low, high in pairwise(self.buckets))):
+            raise ValueError("buckets must be lengths in ascending order")
+        return self
+
+    @property
+    def steps(self) -> ImageSteps | AudioSteps | TextSteps:
+        steps = self.image or self.audio or self.text
+        assert steps is not None
+        return steps
+
+    @property
+    def makes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The model's inputs that it fills: name -> datatype, dims of an item, -1 where they vary."""
+        made: dict[str, tuple[str, tuple[int, ...]]] = {self.output: (self.steps.dtype, self.steps.shape)}
+        if self.length is not None:
+            made[self.length] = ("INT64", ())
+        if self.mask is not None:
+            made[self.mask] = ("INT64", (-1,))
+        return made
+
+    @property
+    def varies(self) -> bool:
+        return -1 in self.steps.shape
+
+    def beside(self, folder: str) -> PipelineFile:
+        """The same, with files that are named by where they are in the model's folder."""
+        if self.text is None:
+            return self
+        text = self.text.model_copy(update={"tokenizer": f"{folder}/{self.text.tokenizer}"})
+        return self.model_copy(update={"text": text})
+
+    def bucket(self, length: int) -> int:
+        """The length that an item of `length` is filled up to. Raises BadInputError if it is longer than any."""
+        if not self.buckets:
+            return length
+        for bucket in self.buckets:
+            if length <= bucket:
+                return bucket
+        raise BadInputError(f"a length of {length}; at most {self.buckets[-1]} is taken")
 
 
-def checked(pipeline: PipelineFile, inputs: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Does the pipeline make what the model takes? `inputs`: name -> (datatype, dims of an item).
-
-    Raises PipelineError.
-    """
-    if set(inputs) != {pipeline.output}:
+def checked(pipeline: PipelineFile, inputs: Inputs) -> None:
+    """Does the pipeline make what the model takes? Raises PipelineError."""
+    made = pipeline.makes
+    if pipeline.input in inputs:
+        raise PipelineError(f"preprocess.input must have another name than the model's own input {pipeline.input!r}")
+    if set(inputs) != set(made):
         raise PipelineError(
-            f"preprocess.output is {pipeline.output!r}, but the model's inputs are {', '.join(inputs)}; "
-            f"a pipeline feeds a model of one input"
+            f"preprocess.output is {' and '.join(map(repr, made))}, but the model's inputs are {', '.join(inputs)}; "
+            f"a pipeline feeds all of a model's inputs"
         )
-    if pipeline.input == pipeline.output:
-        raise PipelineError(f"preprocess.input must have another name than the model's own input {pipeline.output!r}")
-    datatype, dims = inputs[pipeline.output]
-    made = pipeline.image.shape
-    if datatype != "FP32" or len(dims) != 3 or any(dim not in (-1, size) for dim, size in zip(dims, made, strict=True)):
-        raise PipelineError(
-            f"preprocess.image makes FP32 {list(made)}, input {pipeline.output} is {datatype} {list(dims)}"
-        )
+    for name, (datatype, dims) in made.items():
+        _check_input(pipeline, name, datatype, dims, inputs[name])
+
+
+def _check_input(
+    pipeline: PipelineFile, name: str, datatype: str, dims: tuple[int, ...], taken: tuple[str, tuple[int, ...]]
+) -> None:
+    if name == pipeline.length and taken == ("INT64", (1,)):
+        return
+    fits = len(dims) == len(taken[1]) and all(takes in (-1, size) for size, takes in zip(dims, taken[1], strict=True))
+    if datatype == taken[0] and fits:
+        return
+    kind = next(kind for kind in ("image", "audio", "text") if getattr(pipeline, kind) is not None)
+    raise PipelineError(
+        f"preprocess.{kind} makes {datatype} {list(dims)}, "
+        f"input {name} is {taken[0]} {list(taken[1])}{_hint(pipeline, taken[1])}"
+    )
+
+
+def _hint(pipeline: PipelineFile, taken: tuple[int, ...]) -> str:
+    image = pipeline.image
+    if image is None or image.layout != "CHW" or len(taken) != 3:
+        return ""
+    return "; did you mean layout: HWC?" if taken[2] == image.channels != taken[0] else ""

@@ -29,6 +29,7 @@ class ModelSource(msgspec.Struct, frozen=True):
     `key` names this load of it, so that a reload is another model. `inputs`, `outputs`, `max_batch`: as
     declared beside the model, None where the model file is to say. `latency_ms`: (batch, ms) points by
     compute slices, None where they are to be measured. `mig_profiles`: where it is served; empty: everywhere.
+    `weight`: its part of slices that it shares.
     """
 
     key: str
@@ -41,6 +42,7 @@ class ModelSource(msgspec.Struct, frozen=True):
     max_batch: int | None = None
     latency_ms: dict[int, tuple[tuple[int, float], ...]] | None = None
     mig_profiles: tuple[str, ...] = ()
+    weight: float = 1.0
 
 
 class ToWorker(msgspec.Struct, frozen=True, tag=True, array_like=True):

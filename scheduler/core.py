@@ -141,7 +141,8 @@ class SchedulerCore:
 
     def _batch_done(self, now_ns: int, event: BatchDone) -> None:
         batch = self._finish(now_ns, event.worker_id, event.batch_id)
-        self._pool.workers[event.worker_id].learn(now_ns, batch)
+        if self._pool.workers[event.worker_id].learn(now_ns, batch):
+            self._pool.corrections += 1
         answered = []
         for part in batch.parts:
             query = part.query
@@ -171,6 +172,7 @@ class SchedulerCore:
         worker = self._pool.workers[event.worker_id]
         evicted = self._policy.evict(worker, event.model) if event.model in models_of(worker) else []
         self._pool.serve(worker, event.model, event.latency_ns, event.lengths)
+        self._pool.weights[event.model] = event.weight
         self._forget_return(event.worker_id, event.model)
         self._place_again(now_ns, [*evicted, *self._parked.pop(event.model, ())])
 
@@ -229,6 +231,8 @@ class SchedulerCore:
         if request.model in self._pool.lengths:
             part.kind = self._pool.kind_of(request)
             retry_ns = self._policy.offer(now_ns, part, bound_ns)
+            if retry_ns and self._pool.forget_old(now_ns, part.kind):
+                retry_ns = self._policy.offer(now_ns, part, bound_ns)
             if retry_ns:
                 reason = Reason.SLO_UNREACHABLE if request.strict else Reason.OVERLOADED
                 self._refuse(part.query, reason, retry_ns)

@@ -11,6 +11,9 @@ from partitioner import latency
 from scheduler.estimates import Estimate
 from scheduler.messages import Piece, Request
 
+# What was learned so long before the last batch may be of another time.
+OLD_NS = 1_000_000_000
+
 # A model, and which of its length buckets: what has one latency table.
 Kind = tuple[str, int]
 # What may share a batch inside a kind: equal dims; and, where a part runs alone, its request and first item.
@@ -42,10 +45,11 @@ class BatchTable:
             self.best[batch] = batch if per_ns[batch] >= per_ns[below] else below
         self.peak = per_ns.index(self.best_per_ns[-1])
 
-    def scaled(self, factor: float) -> BatchTable:
+    def scaled(self, factor: float, guard: float) -> BatchTable:
         """One whose times are so many times as long; what is best stays the best."""
         table = copy(self)
         table.factor = factor
+        table.guard = guard
         if factor != 1:
             table.ns = (0, *(max(int(ns * factor), 1) for ns in self.ns[1:]))
             table.best_per_ns = [per_ns / factor for per_ns in self.best_per_ns]
@@ -136,7 +140,7 @@ class Part:
 
 
 class Batch:
-    """Parts that run together. `raw_ns`: what the table says, uncorrected; `sent_ns`: when it was sent."""
+    """Parts that run together. `estimate_ns`: by the table as it was corrected then; `sent_ns`: when it was sent."""
 
     __slots__ = ("estimate_ns", "kind", "parts", "sent_ns")
 
@@ -192,34 +196,46 @@ class Worker:
             self.free_at_ns += other.estimate_ns
         return batch
 
-    def learn(self, now_ns: int, batch: Batch) -> None:
-        """From a batch that is done now: how long its model takes here, against what the tables say."""
+    def learn(self, now_ns: int, batch: Batch) -> bool:
+        """From a batch that is done now: how long its model takes here. Whether its tables have changed by that."""
         took_ns = now_ns - max(batch.sent_ns, self.ended_ns)
         self.ended_ns = now_ns
         told = self._told.get(batch.kind)
         if told is None:
-            return  # no longer served
+            return False  # no longer served
         estimate = self._estimates[batch.kind[0]]
         items = sum(part.items for part in batch.parts)
         if not estimate.observe(took_ns / told.time_ns(max(items, 1))):
-            return
+            return False
         for kind, table in self._told.items():
             if kind[0] == batch.kind[0]:
                 self._correct(kind, table, estimate)
+        return True
+
+    def forget_old(self, now_ns: int, model: str) -> bool:
+        """What was learned of a model before a long pause is no reason to refuse. Whether its tables have changed."""
+        known = self._estimates.get(model)
+        if known is None or known.is_none() or self.in_flight or now_ns - self.ended_ns < OLD_NS:
+            return False
+        estimate = self._estimates[model] = Estimate()
+        for kind, table in self._told.items():
+            if kind[0] == model:
+                self._correct(kind, table, estimate)
+        return True
 
     def _correct(self, kind: Kind, told: BatchTable, estimate: Estimate) -> None:
         """A new table where the times have changed, so that who knows the old one sees that it is old."""
         now = self.tables.get(kind)
-        if now is None or now.factor != estimate.factor or now.guard != estimate.guard:
-            now = self.tables[kind] = told.scaled(estimate.factor)
-            now.guard = estimate.guard
+        if now is None or (now.factor, now.guard) != (estimate.factor, estimate.guard):
+            self.tables[kind] = told.scaled(estimate.factor, estimate.guard)
 
 
 class Pool:
     """Who is up and who serves what; `serving[kind]` runs from small slices to large ones.
 
     `ready`: workers that may be given a batch now. `lengths[model]`: upper ends of its length buckets, (0,) where
-    it has none. `changes` counts every change of what is served. `gpcs`: of all workers.
+    it has none. `weights[model]`: its part of slices that it shares. `gpcs`: of all workers. `changes` counts every
+    change of what is served, `corrections` of how fast.
     """
 
     def __init__(self) -> None:
@@ -228,6 +244,8 @@ class Pool:
         self.ready: dict[int, Worker] = {}
         self.lengths: dict[str, tuple[int, ...]] = {}
         self.changes = 0
+        self.corrections = 0
+        self.weights: dict[str, float] = {}
         self.gpcs = 0
 
     def add(self, worker: Worker) -> None:
@@ -258,6 +276,13 @@ class Pool:
             servers = [*self.serving.get(kind, ()), worker]
             self.serving[kind] = sorted(servers, key=lambda w: (w.gpcs, w.id))
 
+    def forget_old(self, now_ns: int, kind: Kind) -> bool:
+        """Corrections of idle workers fade, or what they refuse by them would never be tried again."""
+        idle = [worker for worker in self.ready.values() if kind in worker.tables]
+        faded = [worker.forget_old(now_ns, kind[0]) for worker in idle]
+        self.corrections += any(faded)
+        return any(faded)
+
     def withdraw(self, worker: Worker, model: str) -> None:
         for kind in worker.withdraw(model):
             self.changes += 1
@@ -265,6 +290,7 @@ class Pool:
             if not self.serving[kind]:
                 del self.serving[kind]
                 self.lengths.pop(model, None)
+                self.weights.pop(model, None)
 
 
 def models_of(worker: Worker) -> list[str]:

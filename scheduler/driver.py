@@ -258,8 +258,8 @@ class Driver:
     def drains(self, worker_id: int) -> None:
         self._feed(Drains(worker_id))
 
-    def serves(self, worker_id: int, key: str, latency_ns: tuple[int, ...]) -> None:
-        self._feed(Serves(worker_id, key, latency_ns))
+    def serves(self, worker_id: int, key: str, latency_ns: tuple[int, ...], weight: float) -> None:
+        self._feed(Serves(worker_id, key, latency_ns, weight=weight))
 
     def stops_serving(self, worker_id: int, key: str) -> None:
         self._feed(StopsServing(worker_id, key))

@@ -36,6 +36,10 @@ class Estimate:
         self._last: deque[float] = deque()
         self._sorted: list[float] = []
 
+    def is_none(self) -> bool:
+        """Whether the table is believed as it is."""
+        return self.factor == 1 and self.guard == 1
+
     def observe(self, ratio: float) -> bool:
         """A batch took `ratio` times what the table says. Whether `factor` or `guard` has changed by that."""
         ratio = min(max(ratio, LEAST), MOST)

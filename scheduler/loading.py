@@ -166,7 +166,7 @@ class Loader:
                 self._measured.setdefault((source.key, each.measured_as), result.latency_ms)
             each.serving.add(source.key)
             times = latency.per_batch(result.latency_ms, max(result.signature.max_batch, 1))
-            self._told.serves(each.id, source.key, tuple(int(ms * 1e6) for ms in times))
+            self._told.serves(each.id, source.key, tuple(int(ms * 1e6) for ms in times), source.weight)
         return result
 
     def _known_latency(self, source: ModelSource, each: Worker) -> Points | None:

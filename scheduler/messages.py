@@ -80,13 +80,15 @@ class WorkerUp(Event, frozen=True):
 class Serves(Event, frozen=True):
     """A worker has loaded a model; `latency_ns[b - 1]` is the estimated time of a batch of b items.
 
-    With `lengths` (ascending), `latency_ns` holds such a row for each: of batches padded to that length.
+    With `lengths` (ascending), `latency_ns` holds such a row for each: of batches padded to that length. `weight`:
+    the model's part of slices that it shares, beside those of the others.
     """
 
     worker_id: int
     model: str
     latency_ns: tuple[int, ...]
     lengths: tuple[int, ...] = ()
+    weight: float = 1.0
 
 
 class StopsServing(Event, frozen=True):

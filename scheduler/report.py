@@ -35,6 +35,7 @@ class Tally:
     items: list[int] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     refused_items: list[int] = field(default_factory=list)
+    refused_after_ns: int = 0  # the longest that one had waited
     late: int = 0  # answered after the SLO
     slo_ns: float = field(init=False)
 
@@ -47,9 +48,10 @@ class Tally:
         if latency_ns > self.slo_ns:
             self.late += 1
 
-    def refuse(self, reason: str, items: int) -> None:
+    def refuse(self, reason: str, items: int, waited_ns: int) -> None:
         self.refused[reason] += 1
         self.refused_items.append(items)
+        self.refused_after_ns = max(self.refused_after_ns, waited_ns)
 
 
 class LateShare(NamedTuple):
@@ -65,7 +67,7 @@ class LateShare(NamedTuple):
 class ModelReport:
     """Of one model. `within_slo`: share of what was sent that was answered in time (answered at all, without an SLO).
 
-    Latencies are of what was answered; NaN if nothing was.
+    Latencies are of what was answered; NaN if nothing was. `refused_after_ms`: the longest that a refused one waited.
     """
 
     sent: int
@@ -77,6 +79,7 @@ class ModelReport:
     p99_ms: float
     max_ms: float
     late_by_items: tuple[LateShare, ...]
+    refused_after_ms: float = 0.0
 
     @property
     def expired(self) -> int:
@@ -134,6 +137,7 @@ def _model_report(tally: Tally) -> ModelReport:
         p99,
         most,
         _late_by_items(items, late, np.array(tally.refused_items, dtype=int)),
+        tally.refused_after_ns / NS_PER_MS,
     )
 
 

@@ -337,7 +337,7 @@ class _Simulation:
                 self.tallies[arrival.model].answer(now_ns - arrival.at_ns, arrival.items)
         elif isinstance(command, Refuse):
             arrival = self._open.pop(command.request_id)
-            self.tallies[arrival.model].refuse(command.reason, arrival.items)
+            self.tallies[arrival.model].refuse(command.reason, arrival.items, self.now_ns - arrival.at_ns)
         elif isinstance(command, Wake):
             self._wake_ns = command.at_ns
             self._push(command.at_ns, Tick(), 0)

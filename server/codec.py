@@ -320,14 +320,14 @@ def _flatten(values: list[Any], name: str, shape: tuple[int, ...]) -> list[Any]:
 # ---- BYTES ----
 
 
-def byte_elements(tensor: Tensor) -> list[bytes]:
-    """The elements of a BYTES tensor: binary as <uint32 length><bytes>, in JSON as base64. Raises ServeError."""
+def byte_elements(tensor: Tensor, *, text: bool = False) -> list[bytes]:
+    """A BYTES tensor's: binary as <uint32 length><bytes>, in JSON as base64, or as it stands. Raises ServeError."""
     data = tensor.data
     count = math.prod(tensor.shape)
     if isinstance(data, msgspec.Raw):
         texts = _json_values(data, tensor.name, str, tensor.shape)
         try:
-            elements = [base64.b64decode(text, validate=True) for text in texts]
+            elements = [each.encode() if text else base64.b64decode(each, validate=True) for each in texts]
         except binascii.Error as error:
             raise invalid(f"input {tensor.name}: BYTES in JSON must be base64: {error}") from None
     elif data and isinstance(data[0], bytes):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
-import os
 import signal
 import socket
 import sys
@@ -29,6 +28,7 @@ from scheduler.driver import Driver
 from scheduler.fleet import Fleet
 from scheduler.journal import Header, JournalWriter
 from scheduler.policies.named import POLICIES
+from scheduler.spawn import start_other
 from scheduler.staff import State
 from server import admin, grpc_api, rest
 from server.app import create_app
@@ -105,11 +105,12 @@ class Daemon:
                 raise StartError(f"--journal {settings.journal} cannot be written: {error.strerror}") from error
         core = SchedulerCore(settings.max_queue_size, POLICIES[settings.policy])
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
-        self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size)
+        isolated, decoder = settings.isolate_decoders, settings.preprocess_decoder
+        self._pool = PreprocessPool(settings.preprocess_threads, decoder, isolated=isolated, start=start_other)
+        self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size, self._pool)
         self._state_dir = settings.state_dir.expanduser()
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
         self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver)
-        self._pool = PreprocessPool(settings.preprocess_threads or os.cpu_count() or 1)
         self.service = InferenceService(self.driver, self.arena, self._pool)
         self.metrics.watch(
             self.fleet, lambda: self.layouts.gpus, self._models_now, lambda: (self.arena.used, self.arena.size)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +18,56 @@ from rich.progress import Progress
 # A picture of a digit shown to people; the model's own pixels are 8 x 8.
 PICTURE_SCALE = 16
 MAX_BATCH = 64
+# Made by name only: they take longer to make, load or measure.
+MORE = ("photo", "tones", "sentences")
 
 
-def make_models(out: Path) -> None:
-    """Makes what is not there yet. A model appears whole or not at all."""
+def make_models(out: Path, more: Sequence[str] = ()) -> int:
+    """Makes what is not there yet, and `more` of them by name. A model appears whole or not at all.
+
+    Returns 1 if one could not be made, which is said.
+    """
     makers: dict[str, Callable[[Path], str]] = {
         "affine": _make_affine,
         "mlp": _make_mlp,
         "digits": _make_digits,
         "resnet50": _make_resnet50,
     }
-    out.mkdir(parents=True, exist_ok=True)
     console = Console()
+    for name in more:
+        if name not in MORE and name not in makers:
+            console.print(f"there is no demo model {name}; more there are: {', '.join(MORE)}", highlight=False)
+            return 1
+        makers.setdefault(name, partial(_make_one_of_more, name))
+    out.mkdir(parents=True, exist_ok=True)
     missing = {name: make for name, make in makers.items() if not (out / name).exists()}
+    failed = False
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("making models", total=len(missing))
         for name, make in missing.items():
             bar.update(task, description=f"making {name}")
-            with tempfile.TemporaryDirectory(dir=out, prefix=".making-") as folder:
-                Path(folder).chmod(0o755)  # a temporary folder is for its owner alone
-                told = make(Path(folder))
-                shutil.copytree(folder, out / name)
-            bar.console.print(f"{out / name}: {told}", highlight=False, soft_wrap=True)
+            try:
+                told = f"{out / name}: {_make(out, name, make)}"
+            except RuntimeError as error:
+                told, failed = f"{name} was not made: {error}", True
+            bar.console.print(told, highlight=False, soft_wrap=True)
             bar.advance(task)
     if not missing:
         console.print(f"{out}: {', '.join(makers)} are there", highlight=False, soft_wrap=True)
+    return int(failed)
+
+
+def _make(out: Path, name: str, make: Callable[[Path], str]) -> str:
+    with tempfile.TemporaryDirectory(dir=out, prefix=".making-") as folder:
+        Path(folder).chmod(0o755)  # a temporary folder is for its owner alone
+        told = make(Path(folder))
+        shutil.copytree(folder, out / name)
+    return told
+
+
+def _make_one_of_more(name: str, folder: Path) -> str:
+    made: str = import_module(f"server.demo_{name}").make(folder)
+    return made
 
 
 def digits_split() -> tuple[np.ndarray[Any, Any], ...]:
@@ -156,8 +183,8 @@ def _make_digits(folder: Path) -> str:
         raise RuntimeError(f"the digits model got only {right:.1%} of the held-out digits right, expected 97 %")
     _export(model, torch.zeros(2, 1, 8, 8), folder)
     (folder / "serving.yaml").write_text(
-        "# Clients may send a PNG or JPEG, as the BYTES input `image`, instead of the tensor `x`.\n"
-        "preprocess:\n  input: image\n  output: x\n  image: {mode: L, size: [8, 8]}\n"
+        "# Clients may send a picture, as the BYTES input `image`, instead of the tensor `x`.\n"
+        "preprocess:\n  input: image\n  output: x\n  image: {mode: L, size: [8, 8], interpolation: area}\n"
     )
     three = next(index for index in range(len(test_y)) if test_y[index] == predicted[index] == 3)
     picture_of(test_x[three]).save(folder / "three.png")

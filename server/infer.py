@@ -15,9 +15,10 @@ from urllib.parse import unquote
 
 import structlog
 
+from preprocess.pipeline import PipelineFile
 from scheduler.driver import now_ns
 from scheduler.staff import resolve
-from server import codec, compression, wire
+from server import codec, compression, multipart, wire
 from server.codec import DecodedRequest, Tensor
 from server.errors import Fault, ServeError, internal, invalid
 from server.http_protocol import LENGTH_DIGITS, Reply, announced_bytes
@@ -220,7 +221,7 @@ class InferRoute:
         if header_length is None:
             # Clients like curl send a file as it is. JSON always begins with a brace.
             if model.serving.preprocess is not None and chunks and chunks[0].lstrip()[:1] != b"{":
-                return _raw(model, chunks, binary_outputs=False)
+                return _raw_or_form(model, model.serving.preprocess, b"".join(chunks))
             return codec.decode_request(chunks, None)
         if not header_length.isdigit() or len(header_length) > LENGTH_DIGITS:
             text = header_length[:LENGTH_DIGITS].decode("latin-1")
@@ -236,11 +237,19 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+def _raw_or_form(model: Model, pipeline: PipelineFile, body: bytes) -> DecodedRequest:
+    """Files in a form are an item each; any other body is one file. Raises ServeError."""
+    if not multipart.is_form(body):
+        return _raw(model, [body], binary_outputs=False)
+    elements = multipart.files(body, pipeline.input)
+    return DecodedRequest([Tensor(pipeline.input, "BYTES", (len(elements),), elements)], None, False, None, None)
+
+
 def _raw(model: Model, chunks: list[bytes], *, binary_outputs: bool) -> DecodedRequest:
     """A raw body is the one input's data, of one item."""
     pipeline = model.serving.preprocess
     if pipeline is not None:
-        tensor = Tensor(pipeline.input, "BYTES", (1,), [b"".join(chunks)])
+        tensor = Tensor(pipeline.input, "BYTES", (1,), [b"".join(chunks)])  # an element, not a piece
     else:
         inputs = model.signature.inputs
         if len(inputs) != 1 or -1 in inputs[0].dims:

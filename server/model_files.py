@@ -36,7 +36,8 @@ class ServingFile(BaseModel):
     """`serving.yaml`. `mig_profiles`: where the model is served; empty means on every slice.
 
     `strict`: requests that cannot be served in time are refused, not served late. `split`: a request's items may
-    run in different batches, since none depends on another.
+    run in different batches, since none depends on another. `weight`: its part of slices that it shares with other
+    models, when there is not enough for all.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -44,6 +45,7 @@ class ServingFile(BaseModel):
     slo_ms: float | None = Field(None, gt=0, lt=MAX_SLO_MS)
     strict: bool = False
     split: bool = True
+    weight: float = Field(1.0, gt=0, le=1000)
     mig_profiles: list[str] = []
     latency_table: LatencyTableFile | None = None
     preprocess: PipelineFile | None = None
@@ -91,6 +93,7 @@ def read_model(folder: Path, version: int, generation: int) -> tuple[ModelSource
         max_batch=_max_batch(config, backend),
         latency_ms=_latency(folder, name, serving.latency_table),
         mig_profiles=tuple(serving.mig_profiles),
+        weight=serving.weight,
     )
     return source, serving, config_pbtxt.version_policy(config)
 
@@ -122,7 +125,10 @@ def _read_serving(folder: Path) -> ServingFile:
     if not isinstance(data, dict):
         raise ModelFileError(f"{path} must hold settings by their names, a line for each, such as `slo_ms: 50`")
     try:
-        return ServingFile.model_validate(data)
+        serving = ServingFile.model_validate(data)
+        if serving.preprocess is not None:
+            serving.preprocess = serving.preprocess.beside(str(folder))
+        return serving
     except ValidationError as error:
         reasons = "; ".join(_explain(each["loc"], each["type"], each["msg"]) for each in error.errors())
         raise ModelFileError(f"{path}: {reasons}") from error

@@ -182,6 +182,9 @@ def measured(table: Path | None, skip_suspects: bool, gpu: GpuModel) -> tuple[li
     if not of_gpu:
         measured = ", ".join(sorted({each.gpu for each in found}))
         notes.append(f"The latency table was measured on {measured}, by GPCs: a {gpu.name} will be faster or slower.")
+    predicted = sum(each.source == "predicted" for each in of_gpu or found)
+    if predicted:
+        notes.append(f"{predicted} of {len(of_gpu or found)} points of the latency table are predicted, not measured.")
     kept, suspect = latency.without_suspects(of_gpu or found)
     if skip_suspects:
         notes.append(f"{len(suspect)} suspect points of the latency table were left out.")

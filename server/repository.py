@@ -15,6 +15,8 @@ from typing import Any
 
 import structlog
 
+from preprocess.pipeline import PipelineError
+from preprocess.pool import PreprocessPool
 from scheduler.channel import ModelSource
 from scheduler.driver import Driver
 from scheduler.fleet import Fleet
@@ -84,11 +86,14 @@ class Model:
 class Repository:
     """All models that were asked for, by name and version."""
 
-    def __init__(self, roots: Sequence[Path], fleet: Fleet, driver: Driver, arena_bytes: int) -> None:
+    def __init__(
+        self, roots: Sequence[Path], fleet: Fleet, driver: Driver, arena_bytes: int, pool: PreprocessPool
+    ) -> None:
         self._roots = list(roots)
         self._arena_bytes = arena_bytes
         self._fleet = fleet
         self._driver = driver
+        self._pool = pool
         self._models: dict[str, dict[int, Model]] = {}
         self._answering: dict[tuple[str, str | None], Model] = {}  # what `get` found, until anything changes
         self._generation = 0
@@ -235,7 +240,9 @@ class Repository:
             model.source, model.serving, model.version_policy = read_model(folder, number, self._generation)
             loaded = await self._fleet.load(model.source)
             model.serving.check(loaded.signature)
-        except (ModelFileError, ModelUnservableError) as error:
+            if model.serving.preprocess is not None:
+                await self._pool.prepare(model.serving.preprocess)
+        except (ModelFileError, ModelUnservableError, PipelineError) as error:
             if model.source is not None:
                 self._fleet.unload(model.key)
             model.state, model.reason = ModelState.UNAVAILABLE, str(error)

@@ -9,27 +9,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import structlog
-
-from preprocess.cpu import BadInputError
-from preprocess.pipeline import PipelineFile
-from preprocess.pool import PoolFullError, PreprocessPool
-from scheduler.arena import Arena, ArenaFullError
+from preprocess.pool import PreprocessPool
+from scheduler.arena import Arena
 from scheduler.driver import Answered, Driver, Pending, RefusedError, Share
 from scheduler.messages import Request
 from scheduler.staff import resolve
 from scheduler.tensors import DATATYPES, TensorSpec
 from server import codec
 from server.codec import Checked, OutputChoice, OutputData, Tensor
-from server.errors import Fault, ServeError, from_refusal, internal, invalid
+from server.errors import Fault, ServeError, from_refusal, invalid
+from server.preparing import Preparer, allocate
 from server.repository import Model
 from server.terms import Terms, read_terms
-
-log = structlog.get_logger(__name__)
-
-# Where a slot, a place in the pool, or the daemon itself is only briefly not to be had.
-BRIEFLY_S = 1.0
-
 
 Outcome = Answered | ServeError
 OnOutcome = Callable[[Outcome], None]
@@ -42,7 +33,7 @@ class InferenceService:
     def __init__(self, driver: Driver, arena: Arena, pool: PreprocessPool) -> None:
         self._driver = driver
         self._arena = arena
-        self._pool = pool
+        self._preparer = Preparer(driver, arena, pool)
         self._ids = itertools.count(1)
 
     def submit(
@@ -65,9 +56,10 @@ class InferenceService:
         if pipeline is not None:
             tensors, encoded = _split(tensors, pipeline.input)
             if not tensors and encoded is not None:
-                return self._preprocess(model, pipeline, encoded, terms, on_outcome)
+                accept = partial(self._accept, model, terms, on_outcome)
+                return self._preparer.begin(model, pipeline, encoded, terms, accept, on_outcome)
         checked, offset = self._place(model, tensors)
-        pending = self._accept(model, checked, terms, on_outcome)
+        pending = self._accept(model, terms, on_outcome, checked)
         self._driver.start(pending, offset)
         return partial(self._driver.cancel, pending)
 
@@ -89,7 +81,7 @@ class InferenceService:
             cancel()
             raise
 
-    def _accept(self, model: Model, checked: Checked, terms: Terms, on_outcome: OnOutcome) -> Pending:
+    def _accept(self, model: Model, terms: Terms, on_outcome: OnOutcome, checked: Checked) -> Pending:
         """From here on the request is counted as unfinished."""
         request = Request(
             next(self._ids),
@@ -117,7 +109,7 @@ class InferenceService:
         """Inputs into the arena. Returns what they are, and the offset of their slot."""
         checked = codec.check_inputs(model.signature, tensors)
         slot = model.layout.slot(checked.items, checked.dims)
-        offset = self._allocate(slot.nbytes)
+        offset = allocate(self._arena, slot.nbytes)
         try:
             for tensor, spec, place in zip(checked.tensors, model.signature.inputs, slot.places, strict=True):
                 begin = offset + place.offset
@@ -126,61 +118,6 @@ class InferenceService:
             self._arena.free(offset)
             raise
         return checked, offset
-
-    def _preprocess(
-        self, model: Model, pipeline: PipelineFile, tensor: Tensor, terms: Terms, on_outcome: OnOutcome
-    ) -> Cancel:
-        """A BYTES input through the model's pipeline, straight into the arena."""
-        if tensor.datatype != "BYTES":
-            raise invalid(f"input {tensor.name} has datatype {tensor.datatype}, expected BYTES")
-        if tensor.shape[1:] not in ((), (1,)):
-            raise invalid(f"input {tensor.name} has shape {list(tensor.shape)}, expected [batch] or [batch, 1]")
-        made = Tensor(pipeline.output, "FP32", (math.prod(tensor.shape), *pipeline.image.shape), [])
-        checked = codec.check_inputs(model.signature, [made])
-        elements = codec.byte_elements(tensor)
-        nbytes = model.layout.slot(checked.items, checked.dims).nbytes
-        offset = self._allocate(nbytes)
-        try:
-            job = self._pool.submit(pipeline, elements, self._arena.memory[offset : offset + nbytes])
-        except PoolFullError as error:
-            self._arena.free(offset)
-            raise ServeError(Fault.REFUSED, str(error), reason="pool_full", retry_after_s=BRIEFLY_S) from None
-        pending = self._accept(model, checked, terms, on_outcome)
-        # A thread may be writing to the slot until the job is done, even if the request has ended before.
-        job.future.add_done_callback(partial(self._preprocessed, pending, offset, on_outcome))
-
-        def cancel() -> None:
-            job.stop()
-            self._driver.cancel(pending)
-
-        return cancel
-
-    def _preprocessed(self, pending: Pending, offset: int, on_outcome: OnOutcome, job: asyncio.Future[None]) -> None:
-        if job.cancelled():
-            return  # the pool is closed, and a thread may still be writing to the slot
-        error = job.exception()
-        if error is None:
-            self._driver.start(pending, offset)
-            return
-        self._arena.free(offset)
-        if not self._driver.withdraw(pending):
-            return
-        if isinstance(error, BadInputError):
-            on_outcome(invalid(f"{error}; expected a PNG or JPEG image"))
-        else:
-            log.error("preprocessing failed", model=pending.request.model, exc_info=error)
-            on_outcome(internal())
-
-    def _allocate(self, nbytes: int) -> int:
-        if nbytes > self._arena.size:
-            message = f"the inputs take {nbytes} bytes, the arena has {self._arena.size}; send fewer items at once"
-            raise ServeError(Fault.TOO_LARGE, message)
-        try:
-            return self._arena.allocate(nbytes)
-        except ArenaFullError as error:
-            raise ServeError(
-                Fault.REFUSED, f"the arena is full: {error}", reason="arena_full", retry_after_s=BRIEFLY_S
-            ) from None
 
 
 def _split(tensors: list[Tensor], encoded_name: str) -> tuple[list[Tensor], Tensor | None]:

@@ -80,6 +80,17 @@ class Settings(BaseSettings):
         None, "limits", "Threads that decode images; by default as many as there are cores.", ge=1
     )
 
+    preprocess_decoder: str = _setting(
+        "cpu",
+        "operation",
+        "What decodes JPEGs: cpu; nvimagecodec, on an NVIDIA GPU; or what an installed package adds by that name.",
+    )
+    isolate_decoders: bool = _setting(
+        True,
+        "operation",
+        "Preprocess in processes of their own: quicker, and what a decoder dies of costs one of them, not the daemon.",
+    )
+
     replan: Literal["auto", "propose", "off"] = _setting(
         "off",
         "planning",
@@ -113,11 +124,12 @@ class Settings(BaseSettings):
         Path("~/.local/state/migserve"), "gpus", "Where a re-cut is recorded while it lasts, and the token is."
     )
 
-    policy: Literal["pool", "elsa"] = _setting(
+    policy: Literal["pool", "elsa", "marginal", "preba", "static", "jsq", "fifs"] = _setting(
         "pool",
         "operation",
         "pool: a request waits in its model's queue until a slice is free, which takes what is most urgent. elsa: it "
-        "is bound on arrival to the smallest slice that meets its target, as published.",
+        "is bound on arrival to the smallest slice that meets its target, as published. The others are there to "
+        "compare with; docs/scheduling.md and migserve simulate tell what each costs.",
     )
     strict_readiness: bool = _setting(True, "operation", "Ready only if every model is served.")
     drain_delay_secs: float = _setting(1.0, "operation", "On SIGTERM: unready, but serving on, for so long.", ge=0)

@@ -10,8 +10,9 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from preprocess.pipeline import ImageSteps, PipelineFile
+from preprocess.pipeline import PipelineFile
 from preprocess.pool import PreprocessPool
+from preprocess.steps import AudioSteps, ImageSteps, TextSteps
 from scheduler.channel import ModelSource
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from server.errors import Fault, ServeError
@@ -43,6 +44,29 @@ def make_model(*, pictures: bool = False, output: str = "FP32") -> Model:
     )
 
 
+def make_sound_model(**more: Any) -> Model:
+    """Takes log-mel features of any length, and how long each is."""
+    pipeline = PipelineFile(input="sound", output="x", length="frames", audio=AudioSteps(preset="nemo-80"), **more)
+    inputs = (TensorSpec("frames", "INT64", ()), TensorSpec("x", "FP32", (80, -1)))
+    model = make_model()
+    model.serving = ServingFile(preprocess=pipeline)
+    model.signature = Signature(inputs, model.signature.outputs, 8)
+    model.layout = InputLayout(model.signature)
+    return model
+
+
+def make_text_model(tokenizer: str, **more: Any) -> Model:
+    """Takes ids of any length, and their mask."""
+    steps = TextSteps(tokenizer=tokenizer, max_tokens=6)
+    pipeline = PipelineFile(input="text", output="ids", mask="mask", text=steps, **more)
+    model = make_model()
+    model.serving = ServingFile(preprocess=pipeline)
+    inputs = (TensorSpec("ids", "INT64", (-1,)), TensorSpec("mask", "INT64", (-1,)))
+    model.signature = Signature(inputs, model.signature.outputs, 8)
+    model.layout = InputLayout(model.signature)
+    return model
+
+
 class OneModel:
     """A repository of one model."""
 
@@ -61,10 +85,12 @@ class OneModel:
 class Served(Stage):
     """A stage with all that stands before the driver."""
 
-    def __init__(self, model: Model, arena_bytes: int = 1 << 16, cut_to: int | None = None) -> None:
+    def __init__(
+        self, model: Model, arena_bytes: int = 1 << 16, cut_to: int | None = None, *, threads: int = 1
+    ) -> None:
         super().__init__(arena_bytes, cut_to)
         self.model = model
-        self.pool = PreprocessPool(1)
+        self.pool = PreprocessPool(threads)
         self.service = InferenceService(self.driver, self.arena, self.pool)
         repository: Any = OneModel(model)
         no_app: Any = None

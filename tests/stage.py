@@ -46,7 +46,7 @@ class Stage:
         core = SchedulerCore() if cut_to is None else SchedulerCore(policy=lambda pool: Cutter(pool, lambda: cut_to))
         self.driver = Driver(core, fleet, self.arena, self.seen)
         self.driver.worker_up(0, WHERE, 1)
-        self.driver.serves(0, KEY, tuple(range(1000, 1008)))
+        self.driver.serves(0, KEY, tuple(range(1000, 1008)), 1.0)
         self._ids = 0
 
     def send(self, worker_id: int, batch: RunBatch) -> None:

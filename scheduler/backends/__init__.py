@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +53,49 @@ def inference_mode() -> AbstractContextManager[object]:
     except ImportError:
         return nullcontext()
     return torch.inference_mode()
+
+
+def memory_mib(device: str) -> float | None:
+    """In use on the CUDA device, by all its processes; on the CPU this process's at its peak. None: unknown."""
+    if device == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        return float(total - free) / 2**20
+    lines = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return float(lines[0].split()[1]) / 1024 if lines else None
+
+
+def forget_memory(device: str) -> None:
+    """Frees what is kept for later, and forgets the peak."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how a runtime says that memory does not suffice; torch's CPU allocator says it in words only."""
+    words = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in words
+        or "out of memory" in words
+    )
+
+
+def versions(device: str) -> str:
+    """Of what computes, such as `torch 2.13.0+cpu`."""
+    try:
+        import torch
+    except ImportError:
+        return "without torch"
+    cuda = f", CUDA {torch.version.cuda}" if device == "cuda" else ""
+    return f"torch {torch.__version__}{cuda}"
 
 
 def load(message: Load, device: str) -> Backend:

@@ -66,7 +66,7 @@ class Admission:
             return 0
         items = lanes.timely.items
         room, left = rates.room(now_ns, due_ns, lanes.sizes)
-        share = ALL_THETA * left / len({each.kind[0] for each in (*beside, lanes)})
+        share = ALL_THETA * left * self._part({each.kind[0] for each in beside}, lanes.kind[0])
         excess = items - room
         if taken and items > share:
             excess = max(excess, items + taken - ALL_THETA * left)
@@ -75,6 +75,11 @@ class Admission:
             for each in beside:
                 each.timely_use.add(now_ns, part.items / rates.pool_per_ns * each.rates.pool_per_ns)
         return (excess + forced) / rates.pool_per_ns
+
+    def _part(self, models: set[str], own: str) -> float:
+        """By weight, of one model among those that have work."""
+        weight = self._pool.weights.get
+        return weight(own, 1.0) / sum(weight(model, 1.0) for model in sorted(models | {own}))
 
     def _fits(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
         """Whether the next batches could do all that is timely: of free slices, or of any if only one query waits."""

@@ -89,7 +89,7 @@ class Central(ABC):
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._queues: dict[Key, Queue] = {}
-        # Of the pool as it was at that count of changes.
+        # Of the pool as it was at that count of changes and corrections.
         self._known_at = -1
         self._work_of: dict[tuple[Kind, int], int] = {}
         self._sharing: dict[Kind, set[Kind]] = {}
@@ -111,7 +111,7 @@ class Central(ABC):
     # ---- the signature ----
 
     def offer(self, now_ns: int, part: Part, bound_ns: int | None) -> int:
-        if self._known_at != self._pool.changes:
+        if self._known_at != self._pool.changes + self._pool.corrections:
             self._forget()
         if bound_ns is not None:
             late_ns = self._late_ns(now_ns, part)
@@ -153,7 +153,7 @@ class Central(ABC):
         return parts
 
     def backlog_ns(self, now_ns: int, model: str) -> int:
-        if self._known_at != self._pool.changes:
+        if self._known_at != self._pool.changes + self._pool.corrections:
             self._forget()
         waits = [
             max(min(worker.free_at_ns for worker in workers) - now_ns, 0) + self._ahead_ns(kind)
@@ -200,7 +200,7 @@ class Central(ABC):
         return work_ns
 
     def _forget(self) -> None:
-        self._known_at = self._pool.changes
+        self._known_at = self._pool.changes + self._pool.corrections
         self._work_of.clear()
         self._sharing.clear()
 

@@ -137,7 +137,7 @@ class MarginalCost:
     # ---- the signature ----
 
     def offer(self, now_ns: int, part: Part, bound_ns: int | None) -> int:
-        if self._known_at != self._pool.changes:
+        if self._known_at != self._pool.changes + self._pool.corrections:
             self._recount()
         due_ns = NEVER if part.due_ns is None else part.due_ns
         ways = list(self._ways(now_ns, part, NEVER, cuts=False))
@@ -268,7 +268,7 @@ class MarginalCost:
 
     def _recount(self) -> None:
         """After tables have changed."""
-        self._known_at = self._pool.changes
+        self._known_at = self._pool.changes + self._pool.corrections
         for plan in self._plans.values():
             plan.tables_changed()
 

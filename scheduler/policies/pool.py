@@ -21,13 +21,13 @@ Rules:
 4. A timely batch ends before its first query is due, with the spread of the estimates as margin (`BatchTable.guard`),
    and is the one with the most items per time. Of the free slices it goes to the one that it uses best. Queries are
    cut freely where that gains more than 2 %; a batch cuts one query at most, the last. Where the timely lane is
-   empty then, late and open items and shorter ones of the model fill the batch up, as far as that costs nobody time.
+   empty then, late and open items fill the batch up, as far as its due time allows.
    Where much waits, those that leave time for less than half a good batch become late: or all would, one by one.
 5. Late batches may take one and a half SLOs; open ones go up to the knee, or the peak where much waits.
 6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them, or
    one item takes as long. (`blocking.py`)
-7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, which all
-   models that have work share equally.
+7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, by the
+   weights of the models that have work.
 8. The late lanes take no more than ends within its bound in what timely work has left of the slices lately, late work
    that had to go first, and timely work that it displaced, not being left. What finds them full is refused, and so is
    a strict query that would be late. What was accepted is never refused.
@@ -39,6 +39,7 @@ docs/scheduling.md has a picture, the figures, and what was tried and dropped.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator
 
@@ -86,7 +87,10 @@ class OnePool:
         key = key_of(part)
         lanes = self._lanes.get(key)
         if lanes is None:
-            lanes = self._lanes[key] = Lanes(key, self._rates.of(part.kind, 0), TAU_NS)
+            lanes = Lanes(key, self._rates.of(part.kind, 0), TAU_NS)
+        else:
+            del self._lanes[key]
+        self._lanes[key] = lanes  # the last one that was used, now
         if part.due_ns is None:
             lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
             lanes.open.push(part, 0)
@@ -99,7 +103,7 @@ class OnePool:
         if lanes:
             self._waiting[key] = lanes
         elif len(self._lanes) > KEPT:
-            del self._lanes[key]
+            self._forget_oldest()
         return retry_ns
 
     # ---- batches ----
@@ -123,7 +127,11 @@ class OnePool:
         for key in [key for key, lanes in self._waiting.items() if not lanes]:
             del self._waiting[key]
             if len(self._lanes) > KEPT:
-                del self._lanes[key]
+                self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        """Of the empty lanes that which no query came for the longest."""
+        del self._lanes[next(key for key, lanes in self._lanes.items() if not lanes)]
 
     def _next_of(self, now_ns: int, group: list[Lanes]) -> Start | None:
         """Of one class."""
@@ -132,7 +140,7 @@ class OnePool:
             self._put_back_the_hopeless(now_ns, lanes)
         over = self._over_share(now_ns, group)
         return (
-            self._overdue(now_ns, group, over)
+            self._overdue(now_ns, group)
             or self._timely(now_ns, group, over)
             or self._first(now_ns, [lanes for lanes in group if lanes.late.entries], late=True)
             or self._first(now_ns, [lanes for lanes in group if lanes.open.entries], late=False)
@@ -145,7 +153,7 @@ class OnePool:
             self._promises.forget(entries[0][3])
             lanes.put_back(entries[0][3])
 
-    def _overdue(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
+    def _overdue(self, now_ns: int, group: list[Lanes]) -> Start | None:
         """Rules 3a, and 3d's second half."""
         for lanes in pressing(now_ns, group):
             start = self._bulk(now_ns, lanes, late=True, forced=True)
@@ -212,9 +220,9 @@ class OnePool:
         if best is None:
             return None
         value, worker, index, most, least = best
-        due_ns = entries[index][0]
-        if value < CROWDED and self._gives_up(now_ns, worker, lanes, due_ns):
+        if value < CROWDED and self._gives_up(now_ns, worker, lanes, index):
             return self._timely_batch(now_ns, lanes) if entries else None
+        due_ns = entries[index][0]
         parts = take_efficient(lanes.timely, index, most, worker.tables[kind], least)
         if self._promises:
             self._promises.started(worker, lanes, parts, first=index == 0)
@@ -223,17 +231,17 @@ class OnePool:
         self._count_use(now_ns, worker, worker.tables[kind].time_ns(sum(part.items for part in parts)))
         return self._start(now_ns, worker, kind, parts)
 
-    def _gives_up(self, now_ns: int, worker: Worker, lanes: Lanes, due_ns: int) -> bool:
+    def _gives_up(self, now_ns: int, worker: Worker, lanes: Lanes, index: int) -> bool:
         """The last of rule 4: puts those back that leave no time for a good batch, if there would be enough for two."""
         fit = lanes.rates.fit(worker)
         if lanes.timely.items < 2 * fit.table.best[fit.cap]:
             return False
         enough_ns = max(now_ns, worker.free_at_ns) + fit.table.guard * fit.efficient_ns
-        hurried = [each[3] for each in lanes.timely.entries if each[0] < enough_ns]
+        end = bisect.bisect_left(lanes.timely.entries, (math.ceil(enough_ns),))
+        hurried = [each[3] for each in lanes.timely.entries[index:end] if not each[3].query.request.strict]
         for part in hurried:
-            if not part.query.request.strict:
-                lanes.put_back(part)
-        return due_ns < enough_ns and any(part.late for part in hurried)
+            lanes.put_back(part)
+        return bool(hurried)
 
     def _promised(self, now_ns: int, priority: int) -> Start | None:
         """What is planned first on a slice that is still free, and must not wait."""
@@ -334,7 +342,11 @@ class OnePool:
         return (worker for worker in self._pool.ready.values() if kind in worker.tables)
 
     def _cap(self, now_ns: int, worker: Worker, kind: Kind, most: int) -> int:
-        return most if len(worker.tables) == 1 else unblocking(now_ns, worker, kind, most, self._lanes.values())
+        return (
+            most
+            if len(worker.tables) == 1
+            else unblocking(now_ns, worker, kind, most, self._lanes.values(), self._rates)
+        )
 
     def _over_share(self, now_ns: int, group: list[Lanes]) -> set[str]:
         """Rule 7."""
@@ -342,9 +354,12 @@ class OnePool:
         if len(models) < 2:
             return set()
         uses = {model: use.per_ns(now_ns) for model, use in self._use.items()}
-        active = models | {model for model, use in uses.items() if use > IDLE_USE}
-        share = max(sum(uses.values()), BUSY_USE) / len(active)
-        return {model for model in models if uses.get(model, 0.0) > share}
+        weights = self._pool.weights
+        for model in uses.keys() - weights.keys():
+            del self._use[model]
+        active = models | {model for model, use in uses.items() if use > IDLE_USE and model in weights}
+        per_weight = max(sum(uses.values()), BUSY_USE) / sum(weights.get(model, 1.0) for model in active)
+        return {model for model in models if uses.get(model, 0.0) > weights.get(model, 1.0) * per_weight}
 
     def wake_ns(self, now_ns: int) -> int | None:
         return None

@@ -130,7 +130,7 @@ class Theatre:
             self.going.discard(worker)
             self.running[worker] = {}
             self.driver.worker_up(worker, WHERE, 2)
-            self.driver.serves(worker, KEY, TABLE_NS)
+            self.driver.serves(worker, KEY, TABLE_NS, 1.0)
 
     def end_batch(self, which: int, fails: bool) -> None:
         batches = [(worker, id) for worker, running in self.running.items() for id in running]

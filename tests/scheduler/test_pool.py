@@ -22,7 +22,7 @@ from scheduler.messages import (
     WorkerUp,
 )
 from scheduler.policies.pool import KEPT, OnePool
-from scheduler.simulator import EXACT, SimSlice, simulate
+from scheduler.simulator import EXACT, Change, SimSlice, SliceEvent, simulate
 from scheduler.workload import Arrival, merge, poisson
 from tests.scheduler.test_baselines import FLAT, GROWS, MS, Told, core_with
 
@@ -365,6 +365,7 @@ def test_a_model_that_floods_does_not_take_what_another_has_a_share_in() -> None
     report = simulate(slices, arrivals, slo_ms={"flood": 60.0, "fair": 60.0}, max_queued=100_000, timeline=True)
     fair, flood = report.models["fair"], report.models["flood"]
     assert fair.within_slo > 0.9
+    assert flood.max_ms < 10 * 60  # what was accepted
     assert 0.3 * fair.within_slo + 1.5 * flood.within_slo > 0.85  # of what the slices can do, in time
     under_load = [span for span in report.timeline if S < span.start_ns < 6 * S]
     time_ns = {model: sum(s.end_ns - s.start_ns for s in under_load if s.model == model) for model in report.models}
@@ -522,3 +523,39 @@ def test_shapes_and_classes_that_come_once_are_not_kept() -> None:
         if core.commands and isinstance(core.commands[-1], Run):
             core.at(100 * number + 20, BatchDone(0, core.commands[-1].batch_id))
     assert len(policies[0]._lanes) <= KEPT + 1
+
+
+def test_strict_queries_are_tried_again_after_a_slow_moment() -> None:
+    """What was learned while a slice was slow is no reason to refuse for ever: nothing would run to unlearn it."""
+    slices = [SimSlice("one", 1, {"m": [10.0 + batch for batch in range(1, 9)]})]
+    slow = [SliceEvent(0, "one", Change.SPEED, 3.0), SliceEvent(S // 5, "one", Change.SPEED, 1.0)]
+    arrivals = poisson("m", 50.0, 20.0, 1)
+    report = simulate(slices, arrivals, slo_ms={"m": 33.0}, noise=EXACT, strict=True, events=slow).models["m"]
+    assert report.answered > 0.9 * report.sent
+
+
+def test_a_model_that_has_been_idle_is_asked_for_its_slices_as_they_are_now() -> None:
+    """Rule 6 looks at what other models of a slice may need: of slices that came after their last query, too."""
+    table = tuple(MS * (9 + batch) for batch in range(1, 33))
+    core = SchedulerCore()
+    core.handle(0, WorkerUp(0, 1, 1))
+    core.handle(0, Serves(0, "idle", table))
+    core.handle(0, Arrived(Request(1, "idle", 1, due_ns=20 * MS)))
+    core.handle(10 * MS, BatchDone(0, 1))
+    core.handle(11 * MS, WorkerUp(1, 1, 1))
+    for model in ("idle", "busy"):
+        core.handle(11 * MS, Serves(1, model, table))
+    commands = core.handle(12 * MS, Arrived(Request(2, "busy", 32, due_ns=S)))
+    assert [command.worker_id for command in commands if isinstance(command, Run)] == [1]
+
+
+def test_a_crowded_model_gives_up_its_oldest_rather_than_its_efficiency() -> None:
+    core = busy(ONE)
+    for _ in range(5):
+        core.ask(0, due_ms=42)
+    for _ in range(60):
+        core.ask(1, due_ms=142)
+    core.ask(1, 1, due_ms=999)
+    # The slice is free much later than it said: there are 11 ms for the oldest, a batch of two, while 20 are due.
+    ((_, pieces),) = core.at(31, BatchDone(0, 1))
+    assert pieces == [(number, 1) for number in range(7, 27)]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from preprocess.pool import PreprocessPool
 from scheduler.channel import ModelSource
 from scheduler.loading import LoadedModel, Points
 from scheduler.messages import Request
@@ -54,7 +55,7 @@ class Place:
         self.workers = Workers()
         self.driver = Stage().driver
         fleet: Any = self.workers
-        self.repository = Repository([root], fleet, self.driver, arena_bytes)
+        self.repository = Repository([root], fleet, self.driver, arena_bytes, PreprocessPool(1))
 
     def state(self, name: str = "m") -> ModelState:
         (model,) = [each for each in self.repository.models() if each.name == name]

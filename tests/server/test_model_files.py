@@ -88,7 +88,7 @@ def test_an_emulated_model_needs_no_version_folder(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("slo: 5", "serving.yaml: unknown key slo; did you mean slo_ms?"),
-        ("zzz: 5", "unknown key zzz; there are slo_ms, strict, split, mig_profiles, latency_table, preprocess"),
+        ("zzz: 5", "unknown key zzz; there are slo_ms, strict, split, weight, mig_profiles, latency_table, preprocess"),
         ("latency_table: {fil: a}", "unknown key latency_table.fil; did you mean file?"),
         (
             "preprocess: {input: a, output: b, image: {size: [8, 8], mod: L}}",

@@ -158,3 +158,14 @@ def test_a_model_without_a_table_and_an_slo_out_of_reach(tmp_path: Path) -> None
     result = plan("--demand", path)
     assert result.exit_code == 1
     assert "resnet50 needs at least" in result.stderr
+
+
+def test_a_plan_on_predicted_latencies_says_so(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    rows = [f"resnet50,{gpcs}g.{gpcs}0gb,8,{40 / gpcs},{'predicted' if gpcs < 7 else ''}" for gpcs in (1, 2, 3, 4, 7)]
+    table.write_text("\n".join(["model,mig_profile,batch,latency_ms,source", *rows]))
+    path = tmp_path / "demand.csv"
+    path.write_text("model,rate_per_s,slo_ms\nresnet50,100,200\n")
+    result = plan("--demand", path, "--latency-table", table)
+    assert result.exit_code == 0, result.output
+    assert "4 of 5 points of the latency table are predicted" in " ".join(result.stdout.split())

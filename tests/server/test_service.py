@@ -377,7 +377,7 @@ def test_a_picture_that_is_none_ends_its_request_with_the_reason() -> None:
     async def story(stage: Served) -> None:
         outcomes, _ = submit(stage, b"no picture")
         await until(lambda: bool(outcomes))
-        assert "not a PNG or JPEG image" in getattr(outcomes[0], "message", "")
+        assert "not a JPEG, PNG, WebP or GIF image" in getattr(outcomes[0], "message", "")
         assert (stage.driver.unfinished(), stage.arena.used) == (0, 0)
 
     on(pictures, story)

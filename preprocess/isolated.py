@@ -1,0 +1,266 @@
+"""Elements done by processes of their own: what a native decoder dies of costs one of them, and not the daemon.
+
+A process is handed one element at a time, through memory that both map, and a message of a few bytes. One that dies, or
+that takes too long, is started anew, and its element tried once more.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import queue
+import signal
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import numpy as np
+import structlog
+
+from preprocess.errors import BadInputError
+from preprocess.items import Item
+from preprocess.pipeline import PipelineError, PipelineFile
+from preprocess.places import Places, array
+
+log = structlog.get_logger(__name__)
+
+# Room for an element, and behind it for what becomes of it. Sparse: only what is used takes memory.
+ELEMENT_BYTES = 64 << 20
+RESULT_BYTES = 1 << 30
+# No element that the gate lets through takes a tenth of it.
+ELEMENT_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
+
+
+class DiedError(RuntimeError):
+    """The process is no more."""
+
+
+Start = Callable[..., BaseProcess]
+
+
+def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A new process, from a fork server; the daemon has a way of its own, whose server has torch imported."""
+    process = get_context("forkserver").Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+class _Shared:
+    """A file descriptor, as an argument of a process that is being started."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
+        return _received, (DupFd(self._file),)
+
+
+def _received(duplicate: Any) -> int:
+    file: int = duplicate.detach()
+    return file
+
+
+class Worker:
+    """One of the processes."""
+
+    def __init__(self, decoder: str, environment: Mapping[str, str], start: Start = start) -> None:
+        file = os.memfd_create("preprocess", os.MFD_CLOEXEC)
+        os.truncate(file, ELEMENT_BYTES + RESULT_BYTES)
+        self._memory = memoryview(mmap.mmap(file, ELEMENT_BYTES + RESULT_BYTES))
+        self._connection, theirs = Pipe()
+        self._process = start(main, theirs, _Shared(file), decoder, dict(environment))
+        theirs.close()
+        os.close(file)
+        self._known: dict[PipelineFile, int] = {}  # those that the process knows by number
+        self._ready = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    def wait_until_ready(self) -> None:
+        """Raises PipelineError if it cannot start, DiedError if it does not."""
+        if not self._ready and (reason := self._answer(START_TIMEOUT_S)):
+            raise PipelineError(reason)
+        self._ready = True
+
+    def run(self, pipeline: PipelineFile, data: bytes) -> tuple[np.ndarray[Any, Any], int]:
+        """The item, in memory that the next call overwrites, and its length. Raises BadInputError, DiedError."""
+        self.wait_until_ready()
+        self._memory[: len(data)] = data
+        number = self._known.get(pipeline)
+        new = None if number is not None else pipeline
+        number = self._known.setdefault(pipeline, len(self._known))
+        try:
+            self._connection.send_bytes(pickle.dumps((len(data), number, new)))
+        except OSError as error:
+            raise self._died() from error
+        wrong, failed, shape, length = self._answer(ELEMENT_TIMEOUT_S)
+        if failed:
+            raise RuntimeError(failed)
+        if wrong:
+            raise BadInputError(wrong)
+        return array(self._memory[ELEMENT_BYTES:], pipeline.steps.dtype, shape), length
+
+    def _answer(self, timeout_s: float) -> Any:
+        try:
+            if self._connection.poll(timeout_s):
+                return pickle.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            pass
+        raise self._died()
+
+    def _died(self) -> DiedError:
+        self.kill()
+        self.wait()
+        return DiedError(f"exit code {self._process.exitcode}")
+
+    def kill(self) -> None:
+        """At once; does nothing to one that is dead."""
+        self._process.kill()
+
+    def wait(self) -> None:
+        """For its end, once it is killed."""
+        self._process.join()
+
+    def close(self) -> None:
+        self.kill()
+        self.wait()
+        self._connection.close()
+
+
+class Isolated:
+    """As `work.Local`, in `count` processes. `environment`: theirs, beside the daemon's own; `start`: how they are."""
+
+    def __init__(
+        self, count: int, decoder: str, environment: Mapping[str, str] | None = None, start: Start = start
+    ) -> None:
+        """Raises PipelineError where the decoder cannot be had."""
+        self._decoder = decoder
+        self._environment = environment or {}
+        self._start = start
+        self._closed = False
+        self._all = [self._new() for _ in range(count)]
+        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        try:
+            for worker in self._all:
+                worker.wait_until_ready()
+                self._free.put(worker)
+        except DiedError as error:
+            self.close()
+            raise PipelineError(f"a preprocessing process does not start: {error}") from error
+        except PipelineError:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.pid for worker in self._all]
+
+    def _new(self) -> Worker:
+        worker = Worker(self._decoder, self._environment, self._start)
+        log.info("preprocessing process started", pid=worker.pid)
+        return worker
+
+    def write_item(self, pipeline: PipelineFile, data: bytes, index: int, items: int, places: Places) -> None:
+        """As `work.Local`'s."""
+        whole = array(places[pipeline.output], pipeline.steps.dtype, (items, *pipeline.steps.shape))
+
+        def taken(item: np.ndarray[Any, Any], length: int) -> None:
+            whole[index] = item
+            if pipeline.length is not None:
+                array(places[pipeline.length], "INT64", (items,))[index] = length
+
+        self._run(pipeline, data, taken)
+
+    def read_item(self, pipeline: PipelineFile, data: bytes) -> Item:
+        """As `work.Local`'s."""
+        items: list[Item] = []
+        self._run(pipeline, data, lambda values, length: items.append(Item(values.copy(), length)))
+        return items[0]
+
+    def _run(self, pipeline: PipelineFile, data: bytes, take: Any) -> None:
+        if len(data) > ELEMENT_BYTES:
+            raise BadInputError(f"{len(data)} bytes; at most {ELEMENT_BYTES} are taken")
+        worker = self._free.get()
+        try:
+            try:
+                made = worker.run(pipeline, data)
+            except DiedError:
+                worker = self._replaced(worker)
+                made = worker.run(pipeline, data)
+            take(*made)
+        except DiedError as error:
+            worker = self._replaced(worker)
+            raise BadInputError(f"its decoder died of it twice ({error})") from error
+        finally:
+            self._free.put(worker)
+
+    def _replaced(self, worker: Worker) -> Worker:
+        worker.close()
+        if self._closed:
+            return worker
+        log.warning("a preprocessing process died", pid=worker.pid)
+        new = self._new()
+        self._all[self._all.index(worker)] = new
+        return new
+
+    def close(self) -> None:
+        """Kills them; who waits for one is told that it died."""
+        self._closed = True
+        for worker in self._all:
+            worker.kill()
+        for worker in self._all:
+            worker.wait()
+
+
+# ---- in the process ----
+
+
+def main(connection: Connection[Any, Any], memory_fd: int, decoder: str, environment: dict[str, str]) -> None:
+    """Until the daemon is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the daemon's, which ends this
+        signal.signal(number, signal.SIG_IGN)
+    os.environ.update(environment)
+    memory = memoryview(mmap.mmap(memory_fd, ELEMENT_BYTES + RESULT_BYTES))
+    os.close(memory_fd)
+    try:
+        from preprocess.work import Local  # torch, which the daemon itself does not need
+
+        local = Local(decoder)
+    except (PipelineError, ImportError) as error:
+        advice = "; pip install 'migserve[torch]'" if isinstance(error, ImportError) else ""
+        connection.send_bytes(pickle.dumps(f"{error}{advice}"))
+        return
+    connection.send_bytes(pickle.dumps(""))
+    pipelines: dict[int, PipelineFile] = {}
+    while True:
+        try:
+            nbytes, number, new = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            return
+        if new is not None:
+            pipelines[number] = new
+        answer = _element(local, pipelines[number], bytes(memory[:nbytes]), memory[ELEMENT_BYTES:])
+        connection.send_bytes(pickle.dumps(answer))
+
+
+def _element(local: Any, pipeline: PipelineFile, data: bytes, result: memoryview) -> Any:
+    """What is wrong with it, how this failed, shape, and length; its values are in `result`."""
+    try:
+        if pipeline.image is None:
+            item = local.read_item(pipeline, data)
+            array(result, pipeline.steps.dtype, item.values.shape)[:] = item.values
+            return "", "", item.values.shape, item.length
+        local.write_item(pipeline, data, 0, 1, {pipeline.output: result})
+        return "", "", pipeline.steps.shape, 0
+    except BadInputError as error:
+        return str(error), "", (), 0
+    except Exception:  # our own fault: the daemon says so in its log
+        return "", traceback.format_exc(), (), 0

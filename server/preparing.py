@@ -1,0 +1,208 @@
+"""A request's way through preprocessing: encoded bytes in, its inputs in the arena out, then the driver's."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import structlog
+
+from preprocess.errors import BadInputError
+from preprocess.items import Item
+from preprocess.pipeline import PipelineFile
+from preprocess.pool import Job, PoolFullError, PreprocessPool
+from scheduler.arena import Arena, ArenaFullError
+from scheduler.driver import Driver, Pending, now_ns
+from scheduler.messages import Reason
+from server import codec
+from server.codec import Checked, Tensor
+from server.errors import Fault, ServeError, from_refusal, internal, invalid
+from server.repository import Model
+from server.terms import Terms
+
+log = structlog.get_logger(__name__)
+
+# Where a slot or a place in the pool is only briefly not to be had.
+BRIEFLY_S = 1.0
+
+OnError = Callable[[ServeError], None]
+
+
+def allocate(arena: Arena, nbytes: int) -> int:
+    """Offset of a slot. Raises ServeError."""
+    if nbytes > arena.size:
+        message = f"the inputs take {nbytes} bytes, the arena has {arena.size}; send fewer items at once"
+        raise ServeError(Fault.TOO_LARGE, message)
+    try:
+        return arena.allocate(nbytes)
+    except ArenaFullError as error:
+        raise ServeError(
+            Fault.REFUSED, f"the arena is full: {error}", reason="arena_full", retry_after_s=BRIEFLY_S
+        ) from None
+
+
+class Preparer:
+    """Begins them."""
+
+    def __init__(self, driver: Driver, arena: Arena, pool: PreprocessPool) -> None:
+        self._shared = driver, arena, pool
+
+    def begin(
+        self,
+        model: Model,
+        pipeline: PipelineFile,
+        tensor: Tensor,
+        terms: Terms,
+        accept: Callable[[Checked], Pending],
+        on_error: OnError,
+    ) -> Callable[[], None]:
+        """Takes on a request that came as the BYTES input of a pipeline.
+
+        Raises ServeError for what is wrong at once; `on_error` is told what is found later. Call what is returned if
+        the client has gone.
+        """
+        _check_shape(tensor)
+        preparation = _Preparation(*self._shared, model, pipeline, math.prod(tensor.shape), on_error)
+        begin = preparation.begin_reading if pipeline.varies else preparation.begin_writing
+        begin(tensor, terms, accept)
+        return preparation.cancel
+
+
+class _Preparation:
+    """One request. What does not vary in length is written straight into its slot; what does is read first, since the
+    slot's size is known only then.
+    """
+
+    _job: Job[Any]
+    _pending: Pending
+    _offset: int
+
+    def __init__(
+        self,
+        driver: Driver,
+        arena: Arena,
+        pool: PreprocessPool,
+        model: Model,
+        pipeline: PipelineFile,
+        items: int,
+        on_error: OnError,
+    ) -> None:
+        self._driver = driver
+        self._arena = arena
+        self._pool = pool
+        self._model = model
+        self._pipeline = pipeline
+        self._items = items
+        self._on_error = on_error
+
+    def cancel(self) -> None:
+        self._job.stop()
+        self._driver.cancel(self._pending)
+
+    def begin_writing(self, tensor: Tensor, terms: Terms, accept: Callable[[Checked], Pending]) -> None:
+        """Into the slot. Raises ServeError."""
+        checked = self._checked(None)
+        elements = self._elements(tensor, terms)
+        places = self._take_slot(checked)
+        try:
+            self._job = self._pool.write(self._pipeline, elements, places)
+        except PoolFullError as error:
+            self._arena.free(self._offset)
+            raise _pool_full(error) from None
+        self._pending = accept(checked)
+        self._job.future.add_done_callback(self._written)
+
+    def begin_reading(self, tensor: Tensor, terms: Terms, accept: Callable[[Checked], Pending]) -> None:
+        """Into memory of its own. Raises ServeError."""
+        checked = self._checked(1)  # any length: how many items it has is what is looked at
+        elements = self._elements(tensor, terms)
+        try:
+            self._job = self._pool.read(self._pipeline, elements)
+        except PoolFullError as error:
+            raise _pool_full(error) from None
+        self._pending = accept(checked)
+        self._job.future.add_done_callback(self._read)
+
+    def _elements(self, tensor: Tensor, terms: Terms) -> list[bytes]:
+        """Raises ServeError; also where their preprocessing alone would take longer than the request may."""
+        elements = codec.byte_elements(tensor, text=self._pipeline.text is not None)
+        if terms.due_ns is not None:
+            late_ns = now_ns() + self._pool.estimate_ns(self._pipeline, elements) - terms.due_ns
+            if late_ns > 0:
+                unreachable, name = Reason.SLO_UNREACHABLE, self._model.name
+                raise from_refusal(unreachable, late_ns / 1e9, "", name, terms.limit, terms.limit_ms)
+        return elements
+
+    def _read(self, job: asyncio.Future[list[Item]]) -> None:
+        if job.cancelled() or self._pending.ended:
+            return
+        try:
+            items = job.result()
+            length = self._pipeline.bucket(max(item.length for item in items))
+            checked = self._checked(length)
+            places = self._take_slot(checked)
+        except Exception as error:
+            self._fail(error)
+            return
+        self._pending.request = msgspec.structs.replace(self._pending.request, dims=checked.dims)
+        self._job = self._pool.place(self._pipeline, items, length, places)
+        self._job.future.add_done_callback(self._written)
+
+    def _written(self, job: asyncio.Future[list[None]]) -> None:
+        # Until now a thread may have been writing to the slot, even if the request has ended before.
+        if job.cancelled():
+            return  # the pool is closed, and one may be writing still
+        error = job.exception()
+        if error is None:
+            self._driver.start(self._pending, self._offset)
+            return
+        self._arena.free(self._offset)
+        self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._driver.withdraw(self._pending):
+            return
+        if isinstance(error, ServeError):
+            self._on_error(error)
+        elif isinstance(error, BadInputError):
+            self._on_error(invalid(str(error)))
+        else:
+            log.error("preprocessing failed", model=self._model.key, exc_info=error)
+            self._on_error(internal())
+
+    def _checked(self, length: int | None) -> Checked:
+        """What the pipeline makes of it, against the model's signature. Raises ServeError."""
+        signature = self._model.signature
+        dims = {spec.name: spec.dims for spec in signature.inputs}
+        if signature.max_batch == 0 and self._items != 1:
+            raise invalid(f"{self._items} elements for model {self._model.name}, which does not batch; expected 1")
+        batch = () if signature.max_batch == 0 else (self._items,)
+        made = []
+        for name, (datatype, of_item) in self._pipeline.makes.items():
+            shape = dims[name] if not of_item else tuple(length or dim if dim == -1 else dim for dim in of_item)
+            made.append(Tensor(name, datatype, (*batch, *shape), []))
+        return codec.check_inputs(signature, made)
+
+    def _take_slot(self, checked: Checked) -> dict[str, memoryview]:
+        """The place of each input. Raises ServeError."""
+        slot = self._model.layout.slot(checked.items, checked.dims)
+        self._offset = allocate(self._arena, slot.nbytes)
+        places = {}
+        for spec, place in zip(self._model.signature.inputs, slot.places, strict=True):
+            begin = self._offset + place.offset
+            places[spec.name] = self._arena.memory[begin : begin + place.nbytes]
+        return places
+
+
+def _check_shape(tensor: Tensor) -> None:
+    if tensor.datatype != "BYTES":
+        raise invalid(f"input {tensor.name} has datatype {tensor.datatype}, expected BYTES")
+    if tensor.shape[1:] not in ((), (1,)):
+        raise invalid(f"input {tensor.name} has shape {list(tensor.shape)}, expected [batch] or [batch, 1]")
+
+
+def _pool_full(error: PoolFullError) -> ServeError:
+    return ServeError(Fault.REFUSED, str(error), reason="pool_full", retry_after_s=BRIEFLY_S)

@@ -1,0 +1,351 @@
+"""`migserve profile`: measures a model on slices, predicts what was not measured, and writes a latency table."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from partitioner import latency
+from partitioner.catalog import GPU_MODELS
+from partitioner.cuts import slice_profiles
+from partitioner.latency import LatencyTable, LatencyTableError, Measurement
+from partitioner.nvml_errors import NvmlError
+from partitioner.performance import Point
+from partitioner.predictor import Knowledge, learn
+from partitioner.profiler import Campaign
+from scheduler.backends import ModelLoadError
+from scheduler.channel import ModelSource
+from scheduler.measuring import Device, Effort, Failure, Measurer, OutOfMemory, Timed
+from scheduler.tensors import Signature
+from server import picture, profile_plot
+from server.config_pbtxt import ModelFileError
+from server.gpus import StartError, open_gpus
+from server.model_files import read_model, versions_to_serve
+from server.plan_command import UsageError, complain, nearest
+from server.profile_file import PREDICTED, TableFile
+
+IMPOSSIBLE, USAGE, INTERRUPTED = 1, 2, 130
+# A predicted row holds what so large a share of measurements would lie below: the margin of plans made on it.
+QUANTILE = 0.75
+DEVICES = ("cpu", "cuda", "emulated")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asked for. `budget`: points, or a share of them with %; empty tuples: by default."""
+
+    model: str
+    repository: Path
+    device: str | None
+    gpu: str
+    slices: tuple[str, ...]
+    batches: tuple[int, ...]
+    processes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    budget: str | None
+    minutes: float | None
+    sure: float
+    effort: Effort
+    memory_mib: int | None
+    out: Path | None
+    plot: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A slice to measure on, by its MIG profile (or what stands for it), and how to get there."""
+
+    mig_profile: str
+    gpcs: int
+    device: Device
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the rows say of where they come from, and its slices by name."""
+
+    gpu: str
+    source: str
+    driver: str
+    places: Mapping[str, Place]
+
+
+def run(request: Request) -> int:
+    """Measures; the exit code is 0, 1 if a point failed, 2 for what is unknown, 130 after Ctrl-C."""
+    try:
+        return _run(request)
+    except KeyboardInterrupt:
+        return complain("stopped; what was measured is kept, and the same command goes on", INTERRUPTED)
+
+
+def _run(request: Request) -> int:
+    try:
+        source = _source(request)
+        machine = _machine(request, source)
+        path = request.out or Path(f"{source.name}.latency.csv")
+        file = TableFile(path, source.name, machine.gpu)
+        session = _Session(request, source, machine, file)
+        session.prepare()
+    except (UsageError, ModelFileError, StartError, NvmlError, LatencyTableError) as error:
+        return complain(str(error), USAGE)
+    except (ModelLoadError, MemoryError) as error:
+        return complain(f"the model cannot be loaded: {error}", IMPOSSIBLE)
+    try:
+        session.measure()
+    except ModelLoadError as error:
+        return complain(f"the model cannot be loaded any more: {error}", IMPOSSIBLE)
+    try:
+        return session.end(path)
+    except (OSError, ValueError) as error:
+        return complain(f"cannot write: {error}", USAGE)
+
+
+def _source(request: Request) -> ModelSource:
+    folder = Path(request.model) if Path(request.model).is_dir() else request.repository / request.model
+    if not folder.is_dir():
+        there = [each.name for each in request.repository.iterdir()] if request.repository.is_dir() else []
+        if not there:
+            raise UsageError(f"there is no model in {request.repository}; see --repository")
+        raise UsageError(f"no model {request.model!r} in {request.repository}; {nearest(request.model, sorted(there))}")
+    return read_model(folder, max(versions_to_serve(folder)[0]), 0)[0]
+
+
+def _machine(request: Request, source: ModelSource) -> Machine:
+    kind = request.device or ("emulated" if source.backend == "emulated" else "cuda" if _has_gpu() else "cpu")
+    if kind not in DEVICES:
+        raise UsageError(f"no device is called {kind!r}; there are {', '.join(DEVICES)}")
+    if (kind == "emulated") != (source.backend == "emulated"):
+        raise UsageError(f"{source.name} is {'' if kind != 'emulated' else 'not '}emulated: leave --device out")
+    made = {"cpu": _cpu, "cuda": _cuda, "emulated": _emulated}[kind](request, source)
+    unknown = [name for name in request.slices if name not in made.places]
+    if unknown:
+        raise UsageError(f"no slice {unknown[0]!r}; {nearest(unknown[0], list(made.places))}")
+    return made
+
+
+def _has_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists()
+
+
+def _cpu(request: Request, _: ModelSource) -> Machine:
+    """A number of threads stands for a slice."""
+    places = {}
+    for name in request.slices or ("1",):
+        if not name.isdecimal() or not int(name):
+            raise UsageError(f"--slices: on the CPU these are numbers of threads, such as 1,2, not {name!r}")
+        places[name] = Place(f"cpu-{name}", int(name), Device(None, int(name), None, request.memory_mib))
+    return Machine(_cpu_name(), "measured", "", places)
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {names[0]}" if names else "CPU"
+
+
+def _cuda(_: Request, __: ModelSource) -> Machine:
+    """One slice of each MIG profile that there is, or a whole GPU. Written for GPUs, and never run on one yet."""
+    door = open_gpus("nvml", None)
+    try:
+        gpus, driver = door.gpus(), door.driver_version()
+    finally:
+        door.close()
+    slices = [each for gpu in gpus for each in gpu.slices]
+    if not slices:
+        raise StartError("no slice to measure on: see migserve layout apply")
+    gpu = next(each for each in gpus if each.uuid == slices[0].gpu_uuid)
+    places = {}
+    for each in slices:
+        name = each.mig_profile or f"{each.gpcs}g.{round(each.memory_mib / 1024)}gb"
+        if each.gpu_uuid == gpu.uuid and name not in places:
+            places[name] = Place(name, each.gpcs, Device(each.device_uuid))
+    return Machine(gpu.model.name if gpu.model else gpu.name, "measured", driver, places)
+
+
+def _emulated(request: Request, source: ModelSource) -> Machine:
+    """The slices of a GPU of the catalogue; nothing is computed, times are those of the model's own table."""
+    if request.gpu not in GPU_MODELS:
+        raise UsageError(f"no GPU is called {request.gpu!r}; {nearest(request.gpu, list(GPU_MODELS))}")
+    if not source.latency_ms:
+        raise UsageError(f"{source.name} is emulated, and has no latency_table in serving.yaml")
+    table = LatencyTable({gpcs: dict(points) for gpcs, points in source.latency_ms.items()})
+    places = {
+        each.name: Place(each.name, each.gpcs, Device(None, 1, tuple(table.points(each.gpcs)), request.memory_mib))
+        for each in slice_profiles(GPU_MODELS[request.gpu])
+    }
+    return Machine(request.gpu, "emulated", "", places)
+
+
+class _Session:
+    """Processes come and go with the slice and the number of processes that are measured."""
+
+    def __init__(self, request: Request, source: ModelSource, machine: Machine, file: TableFile) -> None:
+        self._request, self._source, self._machine, self._file = request, source, machine, file
+        names = request.slices or tuple(machine.places)
+        self._places = {machine.places[name].mig_profile: machine.places[name] for name in names}
+        self._measurer: Measurer | None = None
+        self._where: tuple[str, int] | None = None
+        self._failures: list[str] = []
+        self._too_large: list[Point] = []
+        self._widest = 0.0
+
+    def prepare(self) -> None:
+        """Loads the model once, to see what it takes, and what was measured before."""
+        try:
+            first = next(iter(self._places.values()))
+            self._signature = self._at(first.mig_profile, 1).load()
+            self._points = list(self._grid(self._signature))
+            self._campaign = self._new_campaign()
+        except BaseException:
+            self._close()
+            raise
+
+    def _grid(self, signature: Signature) -> Iterator[Point]:
+        most = max(signature.max_batch, 1)
+        batches = self._request.batches or sorted({most, *(1 << n for n in range(most.bit_length()))})
+        if max(batches) > most:
+            raise UsageError(f"--batches: the model takes at most {most} items")
+        varying = any(dim == -1 for spec in signature.inputs for dim in spec.dims)
+        if self._request.lengths and not varying:
+            raise UsageError("--lengths: the model's inputs have no axis that varies")
+        for place in self._places.values():
+            for processes in self._request.processes or (1,):
+                for length in self._request.lengths or (None,):
+                    for batch in batches:
+                        yield Point(place.mig_profile, place.gpcs, batch, processes, length)
+
+    def _new_campaign(self) -> Campaign:
+        known = self._file.known()
+        budget = _budget(self._request.budget, len(self._points))
+        knowledge = None
+        if budget is not None or self._request.minutes is not None:
+            knowledge = self._learned()
+            budget = len(self._points) if budget is None else budget
+        return Campaign(self._points, known, budget, knowledge, self._request.sure)
+
+    def _learned(self) -> Knowledge:
+        rows = [*latency.shipped_measurements(), *latency.shipped_measurements("migprofiler")]
+        return learn(each for each in rows if each.model != self._source.name)
+
+    def measure(self) -> None:
+        """Until the campaign ends or the time is up."""
+        begin = time.monotonic()
+        try:
+            with _bar() as bar:
+                task = bar.add_task(self._source.name, total=self._campaign.left)
+                while (point := self._campaign.next()) is not None:
+                    minutes = (time.monotonic() - begin) / 60
+                    if self._request.minutes is not None and minutes >= self._request.minutes:
+                        break
+                    bar.update(task, description=_words(point))
+                    self._measure(point)
+                    done = bar.tasks[0].completed + 1
+                    bar.update(task, completed=done, total=done + self._campaign.left)
+        finally:
+            self._close()
+
+    def _measure(self, point: Point) -> None:
+        varying = sum(dim == -1 for spec in self._signature.inputs for dim in spec.dims)
+        dims = (point.seq_len,) * varying if point.seq_len else ()
+        measurer = self._at(point.mig_profile, point.processes)
+        match measurer.measure(point.batch, dims, self._request.effort):
+            case Timed() as found:
+                self._keep(point, found, measurer.versions)
+            case OutOfMemory():
+                self._too_large.append(point)
+                self._campaign.does_not_fit(point)
+            case Failure(detail):
+                self._failures.append(f"{_words(point)}: {detail}")
+                self._campaign.failed(point)
+
+    def _keep(self, point: Point, found: Timed, versions: str) -> None:
+        row = Measurement(
+            self._source.name,
+            point.mig_profile,
+            point.gpcs,
+            point.batch,
+            point.processes,
+            found.latency_ms,
+            found.memory_mib,
+            self._machine.gpu,
+            self._machine.source,
+            point.seq_len,
+        )
+        within = found.within if math.isfinite(found.within) else None
+        how = {"runs": found.runs, "outliers": found.outliers, "within": within, "versions": versions}
+        self._file.add(row, {**how, "driver": self._machine.driver})
+        self._campaign.took(point, found.latency_ms)
+        self._widest = max(self._widest, found.within)
+
+    def _at(self, mig_profile: str, processes: int) -> Measurer:
+        if self._where != (mig_profile, processes) or self._measurer is None:
+            self._close()
+            self._measurer = Measurer(self._source, self._places[mig_profile].device, processes)
+            self._where = mig_profile, processes
+        return self._measurer
+
+    def _close(self) -> None:
+        if self._measurer is not None:
+            self._measurer.close()
+            self._measurer = None
+
+    def end(self, path: Path) -> int:
+        """Writes predictions, draws, and says what there is now."""
+        predicted = self._campaign.rest(self._source.name, self._machine.gpu, QUANTILE)
+        measured = self._campaign.measured
+        for failure in self._failures:
+            complain(failure, IMPOSSIBLE)
+        if not measured:
+            return complain("nothing could be measured", IMPOSSIBLE)
+        self._file.finish(predicted, {})
+        console = picture.console()
+        console.print(f"{path}: {len(measured)} points measured, {len(predicted)} predicted", soft_wrap=True)
+        if self._too_large:
+            console.print(f"too large for memory: {', '.join(map(_words, self._too_large))} and what is larger")
+        if self._widest > self._request.effort.within:
+            how = f"the widest is known to {self._widest:.0%}" if math.isfinite(self._widest) else "some had few runs"
+            console.print(f"not every median is steady: {how}; more --seconds would help", style="yellow")
+        if predicted:
+            console.print(f"what was predicted says so in the column source: {PREDICTED}")
+        if self._request.plot is not None:
+            rows = latency.read_measurements(path)
+            mine = [each for each in rows if (each.model, each.gpu) == (self._source.name, self._machine.gpu)]
+            profile_plot.write(mine, self._request.plot)
+        return IMPOSSIBLE if self._failures else 0
+
+
+def _words(point: Point) -> str:
+    length = f", length {point.seq_len}" if point.seq_len else ""
+    return f"{point.mig_profile}: {point.processes} x {point.batch}{length}"
+
+
+def _budget(text: str | None, points: int) -> int | None:
+    """Points. Raises UsageError."""
+    if text is None:
+        return None
+    number = text.removesuffix("%")
+    if not number.isdecimal() or not int(number):
+        raise UsageError(f"--budget is a number of points, or a share such as 10%, not {text!r}")
+    return max(1, round(points * int(number) / 100)) if text.endswith("%") else int(number)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield bar
+
+
+def numbers(text: str | None, option: str) -> tuple[int, ...]:
+    """Of an option such as 1,2,4, each once, by size. Raises UsageError."""
+    parts: Sequence[str] = text.split(",") if text else ()
+    if any(not part.strip().isdecimal() or not int(part) for part in parts):
+        raise UsageError(f"{option} takes numbers such as 1,2,4, not {text!r}")
+    return tuple(sorted({int(part) for part in parts}))

@@ -1,0 +1,90 @@
+"""The file that `migserve profile` writes: a latency table that grows by a row a point, and survives any end."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from partitioner.latency import LatencyTableError, Measurement, read_measurements
+from partitioner.performance import Point, point_of
+
+# What `partitioner/latency.py` reads, and what says how a row came to be. `within`: share of the median that it is
+# known to.
+COLUMNS = (
+    *Measurement.__dataclass_fields__, "items_per_s", "runs", "outliers", "within", "driver", "versions",
+)  # fmt: skip
+PREDICTED = "predicted"
+
+
+class TableFile:
+    """Rows of one model on one kind of device, in a file that may hold others too. Raises LatencyTableError."""
+
+    def __init__(self, path: Path, model: str, gpu: str) -> None:
+        self._path, self._model, self._gpu = path, model, gpu
+        if path.exists():
+            self._repair()
+
+    def known(self) -> dict[Point, float]:
+        """What was measured before."""
+        return {point_of(each): each.latency_ms for each in self._rows() if self._is_ours(each)}
+
+    def _rows(self) -> list[Measurement]:
+        return read_measurements(self._path) if self._path.exists() else []
+
+    def _is_ours(self, each: Measurement) -> bool:
+        return (each.model, each.gpu) == (self._model, self._gpu) and each.source != PREDICTED
+
+    def add(self, row: Measurement, how: Mapping[str, object]) -> None:
+        """Appends a row; it is on the disk when this returns."""
+        new = not self._path.exists() or self._path.stat().st_size == 0
+        with self._path.open("a", newline="") as file:
+            file.write((_header() if new else "") + _line(row, how))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, predicted: Sequence[Measurement], how: Mapping[str, object]) -> None:
+        """Puts predicted rows in the place of older ones, in one step."""
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else [_header()]
+        old = [self._is_old_prediction(line) for line in lines]
+        kept = [line for line, drop in zip(lines, old, strict=True) if not drop]
+        half = self._path.with_name(f".{self._path.name}.half")
+        half.write_text("".join([*kept, *(_line(row, how) for row in predicted)]))
+        os.replace(half, self._path)
+
+    def _is_old_prediction(self, line: str) -> bool:
+        row = dict(zip(COLUMNS, next(csv.reader([line])), strict=False))
+        return (row.get("model"), row.get("gpu"), row.get("source")) == (self._model, self._gpu, PREDICTED)
+
+    def _repair(self) -> None:
+        """Takes off a last line that was cut short. A file of another form is left alone."""
+        text = self._path.read_text()
+        if text and text.splitlines()[0] != _header().rstrip():
+            raise LatencyTableError(
+                f"{self._path} is there and was not written by migserve profile; name another --out"
+            )
+        if text and not text.endswith("\n"):
+            with self._path.open("r+") as file:
+                file.truncate(len(text[: text.rfind("\n") + 1].encode()))
+
+
+def _header() -> str:
+    return _csv(COLUMNS)
+
+
+def _line(row: Measurement, how: Mapping[str, object]) -> str:
+    values = {**asdict(row), "items_per_s": row.items_per_s, **how}
+    return _csv([_shown(values.get(column)) for column in COLUMNS])
+
+
+def _shown(value: object) -> object:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _csv(values: Sequence[object]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerow(values)
+    return out.getvalue()

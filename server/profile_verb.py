@@ -1,0 +1,77 @@
+"""`migserve profile` on the command line. It imports nothing heavy before it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="By its name in the repository, or its folder.")],
+    repository: Annotated[Path, typer.Option(help="Folder of models, as of **serve**.")] = Path("models"),
+    device: Annotated[
+        str | None, typer.Option(help="`cpu`, `cuda` or `emulated`; by default the GPU where there is one.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Of an emulated model: which GPU's slices.")] = "A100-80GB",
+    slices: Annotated[
+        str | None,
+        typer.Option(help="MIG profiles, such as 1g.10gb,2g.20gb; on the CPU numbers of threads. By default all; 1."),
+    ] = None,
+    batches: Annotated[str | None, typer.Option(help="Such as 1,8,64; by default powers of two.")] = None,
+    processes: Annotated[str | None, typer.Option(help="Side by side on a slice, such as 1,2,3; by default 1.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Of inputs that vary, such as 32,128,512.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Measure so many points, or such a share as 10%, and predict the rest.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Measure for so long, and predict the rest.")] = None,
+    sure: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="With a budget: stop when decisions lose less than this share of throughput."),
+    ] = 0.0,
+    within: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Run a point until its median is known to this share of it.")
+    ] = 0.02,
+    seconds: Annotated[float, typer.Option(min=0.01, help="A point takes at most so long, warm-up apart.")] = 3.0,
+    memory_mib: Annotated[
+        int | None, typer.Option(min=16, help="On the CPU: what a process may take; more counts as not fitting.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The table; by default MODEL.latency.csv. It is gone on with.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the table to this .svg or .png file, too.")] = None,
+) -> None:
+    """Measure how long a model takes on slices, by batch size, and write a latency table.
+
+    **migserve profile mlp --slices 1,2** measures on one and on two threads of the CPU
+
+    **migserve profile resnet50 --processes 1,2,3 --budget 10% --plot resnet50.svg** measures a tenth, predicts the rest
+
+    A row is written as soon as it is measured: after Ctrl-C or a crash the same command goes on.
+    """
+    from scheduler.measuring import Effort
+    from server import profile_command as do
+    from server.plan_command import UsageError, complain
+
+    try:
+        request = do.Request(
+            model=model,
+            repository=repository,
+            device=device,
+            gpu=gpu,
+            slices=tuple(part.strip() for part in slices.split(",")) if slices else (),
+            batches=do.numbers(batches, "--batches"),
+            processes=do.numbers(processes, "--processes"),
+            lengths=do.numbers(lengths, "--lengths"),
+            budget=budget,
+            minutes=minutes,
+            sure=sure,
+            effort=Effort(within=within, seconds=seconds, warm_up_seconds=min(0.1, seconds)),
+            memory_mib=memory_mib,
+            out=out,
+            plot=plot,
+        )
+    except UsageError as error:
+        raise typer.Exit(complain(str(error), do.USAGE)) from error
+    raise typer.Exit(do.run(request))

@@ -1,0 +1,142 @@
+"""Processes that may die of what they decode."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+
+import numpy as np
+import pytest
+
+from preprocess import isolated
+from preprocess.errors import BadInputError
+from preprocess.isolated import DiedError, Isolated, Worker
+from preprocess.pipeline import PipelineError, PipelineFile
+from preprocess.pool import PreprocessPool
+from preprocess.steps import AudioSteps, ImageSteps
+from preprocess.work import Local
+from tests.preprocess.pictures import encoded, hostile, photographs
+from tests.preprocess.sounds import speech_like, wav
+
+PICTURES = PipelineFile(input="image", output="x", image=ImageSteps(preset="imagenet-eval"))
+SOUNDS = PipelineFile(input="sound", output="x", length="n", audio=AudioSteps(preset="nemo-80"))
+JPEG = encoded(photographs()[0], "JPEG")
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Isolated]:
+    started = Isolated(2, "cpu")
+    yield started
+    started.close()
+
+
+def written(runner: Isolated | Local, data: bytes) -> np.ndarray:
+    values = np.full((1, 3, 224, 224), np.nan, np.float32)
+    runner.write_item(PICTURES, data, 0, 1, {"x": memoryview(values).cast("B")})
+    return values
+
+
+def test_what_they_make_is_what_a_thread_makes(processes: Isolated) -> None:
+    local = Local("cpu")
+    clip = wav(speech_like(1.3))
+    for _ in range(3):
+        np.testing.assert_array_equal(written(processes, JPEG), written(local, JPEG))
+        here, there = local.read_item(SOUNDS, clip), processes.read_item(SOUNDS, clip)
+        np.testing.assert_array_equal(there.values, here.values)
+        assert there.length == here.length
+
+
+def test_what_is_wrong_is_told_in_the_same_words(processes: Isolated) -> None:
+    for name in ("text", "a JPEG cut off", "a PNG that claims 60000 x 60000"):
+        data, message = hostile()[name]
+        with pytest.raises(BadInputError) as refused:
+            written(processes, data)
+        assert message in str(refused.value)
+
+
+def test_one_that_dies_is_started_anew_and_its_element_tried_again(processes: Isolated) -> None:
+    before = processes.pids
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    assert np.isfinite(written(processes, JPEG)).all()
+    assert np.isfinite(written(processes, JPEG)).all()
+    assert set(processes.pids).isdisjoint(before)
+
+
+def test_what_always_kills_its_decoder_is_refused(processes: Isolated, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(self: Worker, pipeline: PipelineFile, data: bytes) -> None:
+        os.kill(self.pid, signal.SIGSEGV)
+        self._answer(10)
+
+    monkeypatch.setattr(Worker, "run", dies)
+    with pytest.raises(BadInputError, match="its decoder died of it twice"):
+        written(processes, JPEG)
+    monkeypatch.undo()
+    assert np.isfinite(written(processes, JPEG)).all()
+
+
+def test_one_that_takes_too_long_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker("cpu", {})
+    worker.wait_until_ready()
+    os.kill(worker.pid, signal.SIGSTOP)
+    monkeypatch.setattr(isolated, "ELEMENT_TIMEOUT_S", 0.1)
+    with pytest.raises(DiedError, match="exit code -9"):
+        worker.run(PICTURES, JPEG)
+    worker.close()
+
+
+def test_what_is_our_own_fault_is_not_told_as_the_clients(processes: Isolated) -> None:
+    for _ in processes.pids:
+        written(processes, JPEG)  # whoever died in a test before is replaced
+    before = processes.pids
+    broken = PICTURES.model_copy(update={"image": PICTURES.image.model_copy(update={"interpolation": "nope"})})
+    with pytest.raises(RuntimeError, match="Anti-alias option"):
+        processes.write_item(broken, JPEG, 0, 1, {"x": memoryview(bytearray(4 * 3 * 224 * 224))})
+    assert np.isfinite(written(processes, JPEG)).all()
+    assert processes.pids == before
+
+
+def test_a_decoder_that_cannot_be_had_is_told_of_at_the_start() -> None:
+    with pytest.raises(PipelineError, match="no decoder is called 'nope'"):
+        Isolated(1, "nope")
+
+
+def in_pool(story: Callable[[PreprocessPool], Awaitable[None]]) -> None:
+    async def run() -> None:
+        pool = PreprocessPool(2, isolated=True)
+        try:
+            await story(pool)
+        finally:
+            pool.close()
+
+    asyncio.run(run())
+
+
+def test_the_pool_hands_elements_to_them() -> None:
+    async def story(pool: PreprocessPool) -> None:
+        await pool.prepare(PICTURES)
+        values = np.full((3, 3, 224, 224), np.nan, np.float32)
+        await pool.write(PICTURES, [JPEG] * 3, {"x": memoryview(values).cast("B")}).future
+        np.testing.assert_array_equal(values, np.repeat(written(Local("cpu"), JPEG), 3, 0))
+        (clip,) = await pool.read(SOUNDS, [wav(speech_like(1.3))]).future
+        assert clip.length == 130
+
+    in_pool(story)
+
+
+def test_a_pool_that_is_closed_leaves_no_process() -> None:
+    pids: list[int] = []
+
+    async def story(pool: PreprocessPool) -> None:
+        await pool.prepare(PICTURES)
+        runner = pool._runner
+        assert isinstance(runner, Isolated)
+        pids.extend(runner.pids)
+
+    in_pool(story)
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -1,0 +1,58 @@
+"""Real processes, real models: what they take, and what happens where they do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scheduler.channel import ModelSource
+from scheduler.measuring import Device, Effort, Failure, Measurer, OutOfMemory, Timed
+from server.model_files import read_model
+
+MODELS = Path("build/demo-models")
+QUICK = Effort(within=0.5, seconds=0.05, runs=10, warm_up_seconds=0.0)
+
+
+def source(name: str) -> ModelSource:
+    return read_model(MODELS / name, 1, 0)[0]
+
+
+def test_a_torch_model_on_the_cpu() -> None:
+    with Measurer(source("mlp"), Device(None), 1) as measurer:
+        assert measurer.load().inputs[0].dims == (256,)
+        found = [measurer.measure(batch, (), QUICK) for batch in (1, 64)]
+    assert all(isinstance(each, Timed) for each in found)
+    small, large = found
+    assert isinstance(small, Timed)
+    assert isinstance(large, Timed)
+    assert 0 < small.latency_ms < large.latency_ms
+    assert small.memory_mib is not None
+    assert small.memory_mib > 10
+    assert measurer.versions.startswith("torch ")
+
+
+def test_an_emulated_model_takes_what_its_table_says() -> None:
+    device = Device(None, latency_ms=((1, 4.0), (32, 40.0)))
+    with Measurer(source("resnet50"), device, 2) as measurer:
+        found = measurer.measure(32, (), QUICK)
+    assert isinstance(found, Timed)
+    assert found.latency_ms == pytest.approx(40.0, rel=0.5)
+    assert found.runs >= 2
+
+
+def test_what_does_not_fit_is_found_and_the_next_point_goes_well() -> None:
+    """40 images of 224 x 224 pixels are 24 MB, 4000 of them 2.4 GB; emulated, so that nothing else takes memory."""
+    device = Device(None, latency_ms=((1, 1.0), (2, 1.0)), memory_mib=1500)
+    with Measurer(source("resnet50"), device, 1) as measurer:
+        assert isinstance(measurer.measure(4000, (), QUICK), OutOfMemory)
+        assert isinstance(measurer.measure(2, (), QUICK), Timed)
+
+
+def test_a_model_that_raises_is_a_failure_not_an_end() -> None:
+    device = Device(None, latency_ms=((1, 1.0), (2, 1.0)))
+    with Measurer(source("resnet50"), device, 1) as measurer:
+        found = measurer.measure(33, (), QUICK)  # more than its table and max_batch_size have
+        assert isinstance(found, Failure)
+        assert "IndexError" in found.detail
+        assert isinstance(measurer.measure(1, (), QUICK), Timed)

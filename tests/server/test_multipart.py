@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+
+from server import multipart
+from server.errors import ServeError
+
+HEAD = b'--xyz\r\nContent-Disposition: form-data; name="f"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
+
+
+def part(content: bytes, disposition: str = 'name="f"; filename="a.jpg"') -> bytes:
+    return b"--xyz\r\nContent-Disposition: form-data; " + disposition.encode() + b"\r\n\r\n" + content + b"\r\n"
+
+
+def test_files_come_in_their_order_to_the_byte() -> None:
+    contents = [b"", b"\r\n", b"--xy\r\n--", bytes(range(256)) * 9]
+    body = b"".join(map(part, contents)) + b"--xyz--\r\n"
+    assert multipart.is_form(body)
+    assert multipart.files(body, "image") == contents
+
+
+def test_what_curl_and_browsers_write_is_read() -> None:
+    body = HEAD + b"picture\r\n" + part(b"other", "filename=b.png; name=f") + b"--xyz--"
+    assert multipart.files(body, "image") == [b"picture", b"other"]
+    assert multipart.files(part(b"a", 'name="image"') + b"--xyz--", "image") == [b"a"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"\xff\xd8\xff", b"--", b"--\r\n", b"--xyz\r\n\r\nContent-Disposition: form-data", b"{}"]
+)
+def test_what_is_no_form(body: bytes) -> None:
+    assert not multipart.is_form(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (HEAD + b"picture", "cut off: its closing boundary is missing"),
+        (HEAD + b"picture\r\n", "cut off"),
+        (HEAD + b"picture\r\n--xyz\r\n--xyz--", "no header of its own"),
+        (part(b"5", 'name="slo_ms"') + b"--xyz--", "the form's field 'slo_ms' is no file"),
+        (part(b"") * 2000 + b"--xyz--", "more than 1024 parts"),
+    ],
+)
+def test_forms_that_are_broken(body: bytes, message: str) -> None:
+    assert multipart.is_form(body)
+    with pytest.raises(ServeError, match=message):
+        multipart.files(body, "image")

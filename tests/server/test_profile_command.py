@@ -1,0 +1,143 @@
+"""`migserve profile`, from the command line to the table that it writes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from partitioner.latency import LatencyTableError, Measurement, read_csv, read_measurements
+from server.__main__ import app
+from server.profile_file import TableFile
+
+MODELS = Path("build/demo-models")
+QUICK = ("--repository", MODELS, "--seconds", "0.02", "--within", "0.5")
+
+
+def profile(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["profile", *map(str, arguments)])
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_torch_model_on_the_cpu(tmp_path: Path) -> None:
+    out, plot = tmp_path / "mlp.csv", tmp_path / "mlp.svg"
+    result = profile("mlp", *QUICK, "--device", "cpu", "--batches", "1,16,64", "--out", out, "--plot", plot)
+    assert result.exit_code == 0, result.output
+    assert "3 points measured, 0 predicted" in result.output
+    found = rows(out)
+    assert [row["batch"] for row in found] == ["1", "16", "64"]
+    assert all(float(row["latency_ms"]) > 0 and float(row["memory_mib"]) > 0 for row in found)
+    assert {row["source"] for row in found} == {"measured"}
+    assert found[0]["gpu"].startswith("CPU")
+    assert found[0]["versions"].startswith("torch ")
+    assert len(read_csv(out, "mlp").points(1)) == 3
+    ElementTree.parse(plot)
+
+
+def test_a_budget_measures_some_and_predicts_the_rest_and_can_be_raised(tmp_path: Path) -> None:
+    out = tmp_path / "table.csv"
+    asked = ("resnet50", *QUICK, "--slices", "4g.40gb,7g.80gb", "--out", out)
+    result = profile(*asked, "--budget", "25%")
+    assert result.exit_code == 0, result.output
+    first = rows(out)
+    assert [row["source"] for row in first].count("emulated") == 3
+    assert [row["source"] for row in first].count("predicted") == 9
+    result = profile(*asked, "--budget", "5")
+    assert result.exit_code == 0, result.output
+    second = rows(out)
+    assert second[:3] == first[:3]  # what was measured is kept
+    assert len({(row["mig_profile"], row["batch"]) for row in second}) == len(second) == 12
+    assert [row["source"] for row in second].count("emulated") == 5
+    for row in second:
+        if (row["mig_profile"], row["batch"]) == ("7g.80gb", "32"):
+            assert float(row["latency_ms"]) == pytest.approx(13.4, rel=0.3)
+
+
+def test_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
+    out = tmp_path / "table.csv"
+    command = [sys.executable, "-m", "server", "profile", "resnet50", "--repository", str(MODELS), "--out", str(out)]
+    process = subprocess.Popen([*command, "--slices", "1g.10gb", "--within", "0.001"], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (out.exists() and len(rows(out)) >= 1) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"the same command goes on" in said
+    before = out.read_text()
+    assert 1 <= len(rows(out)) < 6
+    out.write_text(before + "resnet50,1g.10gb,1,3")  # cut short, as by a power cut
+    result = profile("resnet50", *QUICK, "--slices", "1g.10gb", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert out.read_text().startswith(before)
+    assert sorted(int(row["batch"]) for row in rows(out)) == [1, 2, 4, 8, 16, 32]
+
+
+def test_what_does_not_fit_into_memory_is_told_and_left_out(tmp_path: Path) -> None:
+    out = tmp_path / "table.csv"
+    result = profile("mlp", *QUICK, "--device", "cpu", "--memory-mib", "16", "--batches", "1", "--out", out)
+    assert result.exit_code == 1
+    assert "cannot be loaded" in result.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["resnet5"], "did you mean resnet50?"),
+        (["mlp", "--slices", "many"], "numbers of threads"),
+        (["resnet50", "--slices", "9g.10gb"], "no slice '9g.10gb'"),
+        (["resnet50", "--gpu", "A1000"], "no GPU is called"),
+        (["resnet50", "--device", "cpu"], "emulated"),
+        (["mlp", "--device", "tpu"], "there are cpu, cuda, emulated"),
+        (["mlp", "--device", "cpu", "--batches", "65"], "at most 64 items"),
+        (["mlp", "--batches", "1,x"], "--batches takes numbers"),
+        (["mlp", "--device", "cpu", "--lengths", "8"], "no axis that varies"),
+        (["mlp", "--device", "cpu", "--budget", "some"], "--budget is a number"),
+    ],
+)
+def test_what_cannot_be_is_said(arguments: list[str], says: str, tmp_path: Path) -> None:
+    result = profile(*arguments, "--repository", MODELS, "--out", tmp_path / "out.csv")
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.split())
+    assert not (tmp_path / "out.csv").exists()
+
+
+# ---- the file ----
+
+ROW = Measurement("m", "1g.10gb", 1, 8, 1, 5.0, 100.0, "A100", "measured", 64)
+
+
+def test_other_models_rows_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    TableFile(path, "other", "A100").add(ROW, {"runs": 9})
+    file = TableFile(path, "m", "A100")
+    file.add(ROW, {"runs": 7})
+    file.finish([Measurement("m", "1g.10gb", 1, 16, 1, 9.0, None, "A100", "predicted", 64)], {})
+    file.finish([Measurement("m", "1g.10gb", 1, 32, 1, 9.0, None, "A100", "predicted", 64)], {})
+    assert [(each.batch, each.source) for each in read_measurements(path)] == [
+        (8, "measured"),
+        (8, "measured"),
+        (32, "predicted"),
+    ]
+    assert list(file.known().values()) == [5.0]
+
+
+def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "notes.csv"
+    path.write_text("what,ever")
+    with pytest.raises(LatencyTableError, match="not written by migserve profile"):
+        TableFile(path, "m", "A100")
+    assert path.read_text() == "what,ever"

@@ -1,0 +1,53 @@
+"""Preprocessing in the real daemon, in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import tritonclient.http as httpclient
+
+from server.demo import digits_split, picture_of
+from tests.harness import MODELS, running
+from tests.preprocess.pictures import encoded
+from tests.server.raw_http import request
+
+PICTURE = MODELS / "digits" / "three.png"
+
+
+def test_a_decoder_that_dies_costs_a_process_and_no_request(demo_models: None) -> None:
+    with running("--preprocess-threads", "2", "--drain-delay-secs", "0") as daemon:
+        before = [line["pid"] for line in daemon.events("preprocessing process started")]
+        assert len(before) == 2
+        path, picture = "/v2/models/digits/infer", PICTURE.read_bytes()
+        assert request(daemon.http, "POST", path, picture).status == 200
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        for _ in before:
+            assert request(daemon.http, "POST", path, picture).status == 200
+        assert {line["pid"] for line in daemon.events("a preprocessing process died")} == set(before)
+        daemon.terminate()
+        assert daemon.wait() == 0
+        started = [line["pid"] for line in daemon.events("preprocessing process started")]
+        for pid in started:
+            assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_digits_sent_as_a_form_are_answered_as_their_tensors_are(demo_models: None) -> None:
+    _, _, images, _ = digits_split()
+    chosen = images[:20]
+    with running("--no-isolate-decoders", "--drain-delay-secs", "0") as daemon:
+        parts = [
+            b'--b\r\nContent-Disposition: form-data; name="image"; filename="d.png"\r\n\r\n'
+            + encoded(picture_of(each))
+            + b"\r\n"
+            for each in chosen
+        ]
+        reply = request(daemon.http, "POST", "/v2/models/digits/infer", b"".join(parts) + b"--b--\r\n")
+        labels = next(output["data"] for output in reply.json["outputs"] if output["name"] == "label")
+        with httpclient.InferenceServerClient(daemon.http) as client:
+            tensor = httpclient.InferInput("x", list(chosen.shape), "FP32")
+            tensor.set_data_from_numpy(chosen)
+            expected = client.infer("digits", [tensor]).as_numpy("label")
+        assert np.array_equal(labels, expected)
