@@ -60,7 +60,7 @@ class Admission:
         if short_ns > 0:
             return short_ns
         beside = self._beside(lanes)
-        taken = self._taken_until(now_ns, beside, lanes, due_ns)
+        taken = self._taken_until(beside, lanes, due_ns)
         forced = self._forced_until(beside, lanes, due_ns)
         if self._fits(now_ns, lanes, due_ns - int((taken + forced) / rates.pool_per_ns)):
             return 0
@@ -106,13 +106,13 @@ class Admission:
             if each is lanes or (each.priority <= priority and not ids.isdisjoint(each.rates.ids))
         ]
 
-    def _taken_until(self, now_ns: int, beside: list[Lanes], lanes: Lanes, due_ns: int) -> float:
-        """What others have been promised of their time by then, and could not do elsewhere: in items of these lanes."""
+    def _taken_until(self, beside: list[Lanes], lanes: Lanes, due_ns: int) -> float:
+        """What others have been promised of their time by then, less what they do elsewhere: in items of these lanes."""
         taken_ns = 0.0
         for each in beside:
             if each.timely.entries and each is not lanes:
                 needed_ns = each.timely_items(due_ns) / each.rates.pool_per_ns
-                taken_ns += max(needed_ns - each.rates.elsewhere(lanes.rates) * (due_ns - now_ns), 0.0)
+                taken_ns += needed_ns * (1 - each.rates.elsewhere(lanes.rates))
         return taken_ns * lanes.rates.pool_per_ns
 
     def _forced_until(self, beside: list[Lanes], lanes: Lanes, due_ns: int) -> float:
