@@ -85,6 +85,11 @@ class ModelReport:
     def expired(self) -> int:
         return self.refused.get("expired", 0)
 
+    @property
+    def refused_share(self) -> float:
+        """Of what was sent."""
+        return sum(self.refused.values()) / max(self.sent, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Report:

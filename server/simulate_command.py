@@ -156,7 +156,8 @@ def _shown(outcomes: Sequence[Outcome], setup: Setup) -> RenderableType:
     notes = [Text(f" - {note}") for note in setup.notes]
     words = (
         "Times in ms. Load: as a share of the fluid bound. Worst: the longest time of any query, in SLOs.\n"
-        "Large: of the queries with 20 items or more, those that were late."
+        "In time: of all queries. p50 to p99, worst: of those that were not refused.\n"
+        "Large: of the queries with 20 items or more, those that were late or refused."
     )
     return Group(head, _figures(outcomes, setup), Text(words, "dim"), Text(), _bars(outcomes[0]), *notes)
 
@@ -167,13 +168,14 @@ def _figures(outcomes: Sequence[Outcome], setup: Setup) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("policy", "model"):
         table.add_column(name, no_wrap=True)
-    for name in ("SLO", rate, "load", "in time", "p50", "p95", "p99", "worst", "large"):
+    for name in ("SLO", rate, "load", "in time", "refused", "p50", "p95", "p99", "worst", "large"):
         table.add_column(name, no_wrap=True, justify="right")
     for outcome in outcomes:
-        p50, p95, p99, within = (
-            outcome.of_models(figure)
-            for figure in (lambda m: m.p50_ms, lambda m: m.p95_ms, lambda m: m.p99_ms, lambda m: m.within_slo)
+        p50, p95, p99 = (
+            outcome.of_models(figure) for figure in (lambda m: m.p50_ms, lambda m: m.p95_ms, lambda m: m.p99_ms)
         )
+        within = outcome.of_models(lambda m: m.within_slo)
+        refused = outcome.of_models(lambda m: m.refused_share)
         load = f"{outcome.rate_per_s / setup.bound_per_s:.3f}"
         longest = f"{outcome.max_lateness(setup.scene.slo_ms):.1f}"
         large = _percent(search.late_share_large(outcome.reports))
@@ -184,7 +186,7 @@ def _figures(outcomes: Sequence[Outcome], setup: Setup) -> Table:
             policy, per_s, of_bound, most, late = first
             table.add_row(
                 policy, model, f"{setup.scene.slo_ms[model]:.4g}", per_s, of_bound, _percent(within[model]),
-                f"{p50[model]:.4g}", f"{p95[model]:.4g}", f"{p99[model]:.4g}", most, late,
+                _percent(refused[model]), f"{p50[model]:.4g}", f"{p95[model]:.4g}", f"{p99[model]:.4g}", most, late,
             )  # fmt: skip
             first = [""] * len(first)
     return table

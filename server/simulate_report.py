@@ -112,7 +112,8 @@ def _figures(setup: Setup, outcomes: Sequence[Outcome]) -> str:
     goal = outcomes[0].goal
     seeds = len(outcomes[0].seeds)
     columns = ("policy", "model", "SLO, ms", f"highest rate at {goal}, /s" if goal else "queries/s", "of the bound",
-               "in time", "p50, ms", "p95, ms", "p99, ms", "longest, SLOs", "late, 20 items or more")  # fmt: skip
+               "in time", "refused", "p50, ms", "p95, ms", "p99, ms", "longest, SLOs",
+               "late, 20 items or more")  # fmt: skip
     rows = [row for outcome in outcomes for row in _rows(setup, outcome)]
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
@@ -124,6 +125,7 @@ def _figures(setup: Setup, outcomes: Sequence[Outcome]) -> str:
 def _rows(setup: Setup, outcome: Outcome) -> Iterator[list[str]]:
     figures = [outcome.of_models(figure) for _, figure in PERCENTILES]
     within = outcome.of_models(lambda model: model.within_slo)
+    refused = outcome.of_models(lambda model: model.refused_share)
     of_policy = [f"{outcome.rate_per_s:.1f}", f"{outcome.rate_per_s / setup.bound_per_s:.3f}"]
     longest = f"{outcome.max_lateness(setup.scene.slo_ms):.1f}"
     last = [longest, _percent(search.late_share_large(outcome.reports))]
@@ -133,7 +135,7 @@ def _rows(setup: Setup, outcome: Outcome) -> Iterator[list[str]]:
     for model, share in within.items():
         times = [f"{by_model[model]:.1f}" for by_model in figures]
         slo = f"{setup.scene.slo_ms[model]:.1f}"
-        yield [name, model, slo, *of_policy, _percent(share), *times, *last]
+        yield [name, model, slo, *of_policy, _percent(share), _percent(refused[model]), *times, *last]
         name, of_policy, last = "", ["", ""], ["", ""]  # of all models together
 
 

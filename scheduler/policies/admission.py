@@ -107,7 +107,7 @@ class Admission:
         ]
 
     def _taken_until(self, beside: list[Lanes], lanes: Lanes, due_ns: int) -> float:
-        """What others have been promised of their time by then, less what they do elsewhere: in items of these lanes."""
+        """What others have been promised by then, less what they do elsewhere: in items of these lanes."""
         taken_ns = 0.0
         for each in beside:
             if each.timely.entries and each is not lanes:
