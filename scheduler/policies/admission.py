@@ -5,25 +5,29 @@ Work of others counts where it is of the same class or a higher one and has slic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from scheduler.domain import Part, Pool
-from scheduler.policies.lanes import Lanes, limit_ns, slo_of
+from scheduler.policies.lanes import Lanes, LanesKey, limit_ns, slo_of
 from scheduler.policies.promises import Promises
+from scheduler.policies.shares import Shares
 
 # So many SLOs before it is to have ended, late work goes first.
 PRESSES = 2.5
-# What of the slices' time may be promised to all models together; each may have its share.
-ALL_THETA = 0.6
+# What of the slices' time may be promised to all lines together.
+ALL_THETA = 0.55
 # Of all slices' best, what late work gets at least.
-LEAST_LATE = 0.05
+LEAST_LATE = 0.005
 
 
 class Admission:
-    """`waiting`: the lanes where something waits."""
+    """`lanes`: all that are known; `waiting`: those where something waits."""
 
-    def __init__(self, pool: Pool, waiting: Iterable[Lanes], promises: Promises) -> None:
+    def __init__(
+        self, pool: Pool, lanes: Mapping[LanesKey, Lanes], waiting: Iterable[Lanes], promises: Promises
+    ) -> None:
         self._pool = pool
+        self._shares = Shares(pool, lanes)
         self._waiting = waiting
         self._promises = promises
 
@@ -66,20 +70,15 @@ class Admission:
             return 0
         items = lanes.timely.items
         room, left = rates.room(now_ns, due_ns, lanes.sizes)
-        share = ALL_THETA * left * self._part({each.kind[0] for each in beside}, lanes.kind[0])
-        excess = items - room
-        if taken and items > share:
+        share = self._shares.of(now_ns, lanes.key)
+        excess = items - room * (1 - share.pressed * (1 - share.part))
+        if taken and items > ALL_THETA * left * share.part:
             excess = max(excess, items + taken - ALL_THETA * left)
         if excess <= 0 < excess + forced:
             # Late work takes its place. It is not to go on like that.
             for each in beside:
                 each.timely_use.add(now_ns, part.items / rates.pool_per_ns * each.rates.pool_per_ns)
         return (excess + forced) / rates.pool_per_ns
-
-    def _part(self, models: set[str], own: str) -> float:
-        """By weight, of one model among those that have work."""
-        weight = self._pool.weights.get
-        return weight(own, 1.0) / sum(weight(model, 1.0) for model in sorted(models | {own}))
 
     def _fits(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
         """Whether the next batches could do all that is timely: of free slices, or of any if only one query waits."""
@@ -130,21 +129,27 @@ class Admission:
         return work_ns * lanes.rates.pool_per_ns
 
     def _late_excess_ns(self, now_ns: int, lanes: Lanes, part: Part) -> float:
-        """Rule 8: by how much the late lanes are too long, with that part, for it or for those that may end later.
+        """Rule 7: by how much the late lanes are too long, with that part, for it or for those that may end later.
 
-        At the rate that timely work has left of late.
+        At the rate that timely work has left lately.
         """
-        left = [(each, _left_per_ns(now_ns, each)) for each in self._beside(lanes) if each.late.entries]
+        left = [(each, self._left_per_ns(now_ns, each)) for each in self._beside(lanes) if each.late.entries]
         part_end_ns = limit_ns(part)
         ends = [(part_end_ns, PRESSES * slo_of(part))]
         ends += [
             (end_ns, PRESSES * each.slo_ns) for each, _ in left if (end_ns := each.late.entries[-1][0]) > part_end_ns
         ]
-        work_ns = part.items / _left_per_ns(now_ns, lanes)
+        work_ns = part.items / self._left_per_ns(now_ns, lanes)
         return max(
             work_ns + sum(_batches_ns(each, end_ns, per_ns) for each, per_ns in left) + margin_ns - (end_ns - now_ns)
             for end_ns, margin_ns in ends
         )
+
+    def _left_per_ns(self, now_ns: int, lanes: Lanes) -> float:
+        """Items of these lanes that there is time for beside timely work."""
+        pool_per_ns = lanes.rates.pool_per_ns
+        left = (pool_per_ns - lanes.timely_use.per_ns(now_ns)) * (1 - self._shares.of(now_ns, lanes.key).full)
+        return max(left, LEAST_LATE * pool_per_ns)
 
 
 def pressing(now_ns: int, group: list[Lanes]) -> list[Lanes]:
@@ -191,8 +196,3 @@ def _batches_ns(lanes: Lanes, until_ns: int, per_ns: float) -> float:
     """Of late work that must end by then: full batches at that rate, and one that is not."""
     items = lanes.late_items(until_ns)
     return items / per_ns + lanes.rates.least_ns / len(lanes.rates.workers) if items else 0.0
-
-
-def _left_per_ns(now_ns: int, lanes: Lanes) -> float:
-    pool_per_ns = lanes.rates.pool_per_ns
-    return max(pool_per_ns - lanes.timely_use.per_ns(now_ns), LEAST_LATE * pool_per_ns)

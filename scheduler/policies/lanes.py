@@ -19,6 +19,8 @@ LONE = -1
 WHOLE_SHARE = 0.98
 # Arriving queries whose sizes are remembered, about.
 SIZES_KEPT = 256
+# What has come, and what has been done, lately: in so many SLOs.
+LATELY = 4.0
 # Parts of a late lane that are looked at, about.
 MARKS = 8
 # Late work ends within so many SLOs of its own; the core asks for that where it sets a bound.
@@ -30,8 +32,8 @@ class Decayed:
 
     __slots__ = ("_at_ns", "_sum", "tau_ns")
 
-    def __init__(self, tau_ns: float) -> None:
-        self.tau_ns = tau_ns
+    def __init__(self) -> None:
+        self.tau_ns = 1.0
         self._sum = 0.0
         self._at_ns = 0
 
@@ -76,7 +78,7 @@ class Lanes:
         "timely_use",
     )
 
-    def __init__(self, key: LanesKey, rates: Rates, tau_ns: float) -> None:
+    def __init__(self, key: LanesKey, rates: Rates) -> None:
         self.key = key
         self.priority, self.kind, company = key
         self.lone = company[1] == LONE
@@ -85,8 +87,8 @@ class Lanes:
         self.open = Line()
         self.rates = rates
         self.slo_ns = 0
-        self.arriving = Decayed(tau_ns)
-        self.timely_use = Decayed(tau_ns)
+        self.arriving = Decayed()
+        self.timely_use = Decayed()
         self.sizes = Sizes(0.0, 0.0)
         self._log_slo = 0.0
         self._profile: list[tuple[int, float]] = []
@@ -110,6 +112,7 @@ class Lanes:
             self.slo_ns = slo_ns if self._count == 1 else round(math.exp(self._log_slo))
         mean, square = self.sizes
         self.sizes = Sizes(mean + weight * (items - mean), square + weight * (items * items - square))
+        self.arriving.tau_ns = self.timely_use.tau_ns = LATELY * self.slo_ns
         self.arriving.add(now_ns, items)
 
     def late_items(self, until_ns: float) -> float:

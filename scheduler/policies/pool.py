@@ -9,13 +9,13 @@ Rules:
    until the query is due (`rates.Rates`). Then the largest ones waiting go to the late lane until it fits: one late
    query is one late query, however much room it gives to others. What slices could do in their next batches, free ones
    or any for a query that is the only one, is never too much. Of what the slices can do ALL_THETA is promised to all
-   models together; what is within its model's part of that is let in whatever others have. Late work that will have
-   gone first by then (3a) counts too. (`admission.py`)
+   lines together (a line: one kind, company and class); what is within a line's part of that is let in whatever others
+   have, and a line that asks for more than its part gets theta times that part. Parts are max-min fair among models, by
+   their weights (`shares.py`). Late work that will have gone first by then (3a) counts too. (`admission.py`)
 2. What no slice could end in time, were it idle, goes to the late lane; all of what must not be cut has to be in time.
 3. A slice that is free serves the highest class that it can; within a class
    a. late work, where in order of their bounds all slices would end some of it less than PRESSES SLOs before its bound;
-   b. timely work: of models within their share whose first query has little time left, then of all, the one whose
-      first query has the least relative laxity, (due - now - time) / SLO;
+   b. timely work, first the line whose first query has the least relative laxity, (due - now - time) / SLO;
    c. late work, the oldest first; d. open work, the oldest first. Open work that has waited a second goes first, while
       that takes no more than a twentieth of the slice's time.
 4. A timely batch ends before its first query is due, with the spread of the estimates as margin (`BatchTable.guard`),
@@ -26,12 +26,11 @@ Rules:
 5. Late batches may take one and a half SLOs; open ones go up to the knee, or the peak where much waits.
 6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them, or
    one item takes as long. (`blocking.py`)
-7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, by the
-   weights of the models that have work.
-8. The late lanes take no more than ends within its bound in what timely work has left of the slices lately, late work
-   that had to go first, and timely work that it displaced, not being left. What finds them full is refused, and so is
-   a strict query that would be late. What was accepted is never refused.
-9. For every strict query that waits there is a plan in which it ends in time, and nothing is started that does not
+7. The late lanes take no more than ends within its bound in what timely work has left of the slices lately, late work
+   that had to go first, and timely work that it displaced, not being left; and next to nothing while more is asked for
+   than the slices can do, since what is late then takes the place of what could be in time. What finds them full is
+   refused, and so is a strict query that would be late. What was accepted is never refused.
+8. For every strict query that waits there is a plan in which it ends in time, and nothing is started that does not
    leave one. (`promises.py`)
 
 docs/scheduling.md has a picture, the figures, and what was tried and dropped.
@@ -46,22 +45,14 @@ from collections.abc import Iterator
 from scheduler.domain import Kind, Part, Pool, Worker, models_of
 from scheduler.policies import Start
 from scheduler.policies.admission import Admission, pressing
-from scheduler.policies.blocking import IDLE_USE, unblocking
-from scheduler.policies.lanes import Decayed, Lanes, LanesKey, first_in_time, key_of, slo_of, take_efficient
+from scheduler.policies.blocking import unblocking
+from scheduler.policies.lanes import Lanes, LanesKey, first_in_time, key_of, slo_of, take_efficient
 from scheduler.policies.promises import Promises
 from scheduler.policies.rates import RateBook
 
-# Rule 3b: relative laxity that is little.
-PRESSING = 0.2
 # Rule 3d.
 PATIENCE_NS = 1_000_000_000
 OPEN_SHARE = 0.05
-# Rules 6 and 7 look back about so far.
-TAU_NS = 2e9
-# Rule 7.
-BUSY_USE = 0.9
-# Rule 8 looks back so many SLOs.
-USE_TAU = 4.0
 # Rule 4: a batch with less than this share of the items per time of the best one.
 CROWDED = 0.5
 # Empty lanes that are kept, with what they know of sizes and rates.
@@ -77,8 +68,7 @@ class OnePool:
         self._lanes: dict[LanesKey, Lanes] = {}
         self._waiting: dict[LanesKey, Lanes] = {}  # those where something waits
         self._promises = Promises()
-        self._admission = Admission(pool, self._waiting.values(), self._promises)
-        self._use: dict[str, Decayed] = {}  # pool time by model
+        self._admission = Admission(pool, self._lanes, self._waiting.values(), self._promises)
         self._open_first_ns: dict[int, int] = {}  # by worker: when open work may go first again
 
     # ---- arrivals ----
@@ -87,7 +77,7 @@ class OnePool:
         key = key_of(part)
         lanes = self._lanes.get(key)
         if lanes is None:
-            lanes = Lanes(key, self._rates.of(part.kind, 0), TAU_NS)
+            lanes = Lanes(key, self._rates.of(part.kind, 0))
         else:
             del self._lanes[key]
         self._lanes[key] = lanes  # the last one that was used, now
@@ -98,7 +88,6 @@ class OnePool:
             return 0
         lanes.arrived(now_ns, part.items, slo_of(part))
         lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
-        lanes.timely_use.tau_ns = USE_TAU * lanes.slo_ns
         retry_ns = self._admission.admit(now_ns, lanes, part, part.due_ns, bound_ns)
         if lanes:
             self._waiting[key] = lanes
@@ -138,10 +127,9 @@ class OnePool:
         for lanes in group:
             lanes.rates = self._rates.of(lanes.kind, lanes.slo_ns)
             self._put_back_the_hopeless(now_ns, lanes)
-        over = self._over_share(now_ns, group)
         return (
             self._overdue(now_ns, group)
-            or self._timely(now_ns, group, over)
+            or self._timely(now_ns, group)
             or self._first(now_ns, [lanes for lanes in group if lanes.late.entries], late=True)
             or self._first(now_ns, [lanes for lanes in group if lanes.open.entries], late=False)
             or self._promised(now_ns, group[0].priority)
@@ -167,14 +155,13 @@ class OnePool:
                     return start
         return None
 
-    def _timely(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
+    def _timely(self, now_ns: int, group: list[Lanes]) -> Start | None:
         """Rule 3b."""
         ranked = []
         for number, lanes in enumerate(group):
             if lanes.timely.entries:
                 laxity = (lanes.timely.entries[0][0] - now_ns - lanes.rates.least_ns) / lanes.slo_ns
-                first = bool(over) and laxity < PRESSING and lanes.kind[0] not in over
-                ranked.append((not first, laxity, number, lanes))
+                ranked.append((laxity, number, lanes))
         if len(ranked) > 1:
             ranked.sort()
         for *_, lanes in ranked:
@@ -229,7 +216,7 @@ class OnePool:
         if not entries and not lanes.lone:
             self._fill_up(now_ns, worker, lanes, parts, due_ns)
         self._count_use(now_ns, worker, worker.tables[kind].time_ns(sum(part.items for part in parts)))
-        return self._start(now_ns, worker, kind, parts)
+        return Start(worker, kind, parts)
 
     def _gives_up(self, now_ns: int, worker: Worker, lanes: Lanes, index: int) -> bool:
         """The last of rule 4: puts those back that leave no time for a good batch, if there would be enough for two."""
@@ -258,12 +245,12 @@ class OnePool:
                 if lanes is not None and parts:
                     self._promises.started(worker, lanes, parts, first=True)
                     self._count_use(now_ns, worker, worker.tables[lanes.kind].time_ns(sum(p.items for p in parts)))
-                    return self._start(now_ns, worker, lanes.kind, parts)
+                    return Start(worker, lanes.kind, parts)
                 self._promises.drop_first(worker, key)
         return None
 
     def _count_use(self, now_ns: int, worker: Worker, time_ns: int) -> None:
-        """For rule 8: what each kind of work here could have had of that time."""
+        """For rule 7: what each kind of work here could have had of that time."""
         for lanes in self._lanes.values():
             if lanes.slo_ns and lanes.kind in worker.tables:
                 rates = self._rates.of(lanes.kind, lanes.slo_ns)
@@ -323,20 +310,13 @@ class OnePool:
                 parts = line.take(0)
             else:
                 parts = line.take(most) if line.entries[0][3].items > room else line.take_whole(most)
-        start = self._start(now_ns, worker, kind, parts)
+        start = Start(worker, kind, parts)
         time_ns = table.time_ns(sum(part.items for part in parts))
         if forced and late:
             self._count_use(now_ns, worker, time_ns)
         elif forced:
             self._open_first_ns[worker.id] = now_ns + int(time_ns / OPEN_SHARE)
         return start
-
-    def _start(self, now_ns: int, worker: Worker, kind: Kind, parts: list[Part]) -> Start:
-        use = self._use.get(kind[0])
-        if use is None:
-            use = self._use[kind[0]] = Decayed(TAU_NS)
-        use.add(now_ns, worker.gpcs / self._pool.gpcs * worker.tables[kind].time_ns(sum(part.items for part in parts)))
-        return Start(worker, kind, parts)
 
     def _ready(self, kind: Kind) -> Iterator[Worker]:
         return (worker for worker in self._pool.ready.values() if kind in worker.tables)
@@ -347,19 +327,6 @@ class OnePool:
             if len(worker.tables) == 1
             else unblocking(now_ns, worker, kind, most, self._lanes.values(), self._rates)
         )
-
-    def _over_share(self, now_ns: int, group: list[Lanes]) -> set[str]:
-        """Rule 7."""
-        models = {lanes.kind[0] for lanes in group}
-        if len(models) < 2:
-            return set()
-        uses = {model: use.per_ns(now_ns) for model, use in self._use.items()}
-        weights = self._pool.weights
-        for model in uses.keys() - weights.keys():
-            del self._use[model]
-        active = models | {model for model, use in uses.items() if use > IDLE_USE and model in weights}
-        per_weight = max(sum(uses.values()), BUSY_USE) / sum(weights.get(model, 1.0) for model in active)
-        return {model for model in models if uses.get(model, 0.0) > weights.get(model, 1.0) * per_weight}
 
     def wake_ns(self, now_ns: int) -> int | None:
         return None

@@ -422,7 +422,7 @@ def test_a_strict_query_is_not_late_for_the_sake_of_others() -> None:
 def test_what_leaves_the_time_that_is_promised_goes_beside_it() -> None:
     core = busy((1, {"m": FLAT, "b": FLAT}))
     core.ask(0, 2, due_ms=41, strict=True)
-    core.ask(1, model="b", due_ms=25)
+    core.ask(1, model="b", due_ms=33)  # not so soon that batches of the other model had to be short
     assert core.at(10, BatchDone(0, 1)) == [(0, [(3, 1)])]
     assert core.at(20, BatchDone(0, 2)) == [(0, [(2, 2)])]
 
