@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from scheduler.domain import Part, Pool
 from scheduler.policies.lanes import Lanes, LanesKey, limit_ns, slo_of
 from scheduler.policies.promises import Promises
+from scheduler.policies.rates import RateBook
 from scheduler.policies.shares import Shares
 
 # So many SLOs before it is to have ended, late work goes first.
@@ -24,10 +25,15 @@ class Admission:
     """`lanes`: all that are known; `waiting`: those where something waits."""
 
     def __init__(
-        self, pool: Pool, lanes: Mapping[LanesKey, Lanes], waiting: Iterable[Lanes], promises: Promises
+        self,
+        pool: Pool,
+        rates: RateBook,
+        lanes: Mapping[LanesKey, Lanes],
+        waiting: Iterable[Lanes],
+        promises: Promises,
     ) -> None:
         self._pool = pool
-        self._shares = Shares(pool, lanes)
+        self._shares = Shares(pool, rates, lanes)
         self._waiting = waiting
         self._promises = promises
 

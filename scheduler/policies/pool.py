@@ -21,7 +21,8 @@ Rules:
 4. A timely batch ends before its first query is due, with the spread of the estimates as margin (`BatchTable.guard`),
    and is the one with the most items per time. Of the free slices it goes to the one that it uses best. Queries are
    cut freely where that gains more than 2 %; a batch cuts one query at most, the last. Where the timely lane is
-   empty then, late and open items fill the batch up, as far as its due time allows.
+   empty then, late and open items fill the batch up, as far as its due time allows. Where the free slices can do all
+   that is timely in UNHURRIED of the time that is left, no batch takes longer: it may take longer than it should.
    Where much waits, those that leave time for less than half a good batch become late: or all would, one by one.
 5. Late batches may take one and a half SLOs; open ones go up to the knee, or the peak where much waits.
 6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them, or
@@ -55,6 +56,8 @@ PATIENCE_NS = 1_000_000_000
 OPEN_SHARE = 0.05
 # Rule 4: a batch with less than this share of the items per time of the best one.
 CROWDED = 0.5
+# Rule 4: so much of the time until its first query is due a batch takes where several slices are free.
+UNHURRIED = 0.8
 # Empty lanes that are kept, with what they know of sizes and rates.
 KEPT = 64
 
@@ -68,7 +71,7 @@ class OnePool:
         self._lanes: dict[LanesKey, Lanes] = {}
         self._waiting: dict[LanesKey, Lanes] = {}  # those where something waits
         self._promises = Promises()
-        self._admission = Admission(pool, self._lanes, self._waiting.values(), self._promises)
+        self._admission = Admission(pool, self._rates, self._lanes, self._waiting.values(), self._promises)
         self._open_first_ns: dict[int, int] = {}  # by worker: when open work may go first again
 
     # ---- arrivals ----
@@ -181,6 +184,7 @@ class OnePool:
         best: tuple[float, Worker, int, int, int] | None = None
         promised = bool(self._promises)
         seen: set[int] = set()
+        of_time = UNHURRIED if self._many_free(now_ns, lanes) else 1.0
         for worker in self._pool.ready.values():
             if worker.gpcs in seen or kind not in worker.tables:
                 continue
@@ -191,7 +195,7 @@ class OnePool:
             if index == len(entries):
                 continue  # another slice may still be quick enough
             due_ns, _, _, head = entries[index]
-            most = max(table.largest_within((due_ns - start_ns) / table.guard), 1)
+            most = max(table.largest_within(of_time * (due_ns - start_ns) / table.guard), 1)
             most = self._cap(now_ns, worker, kind, min(most, lanes.timely.items, fit.late_cap))
             if not head.may_be_cut:  # it goes as it is or never
                 most = min(max(most, head.items), table.max_batch)
@@ -217,6 +221,21 @@ class OnePool:
             self._fill_up(now_ns, worker, lanes, parts, due_ns)
         self._count_use(now_ns, worker, worker.tables[kind].time_ns(sum(part.items for part in parts)))
         return Start(worker, kind, parts)
+
+    def _many_free(self, now_ns: int, lanes: Lanes) -> bool:
+        """Whether the free slices could do all that is timely in UNHURRIED of the time that is left."""
+        ready = self._pool.ready
+        if len(ready) < 2:
+            return False
+        left_ns = UNHURRIED * (lanes.timely.entries[0][0] - now_ns)
+        room, items = 0, lanes.timely.items
+        for worker in ready.values():
+            table = worker.tables.get(lanes.kind)
+            if table is not None:
+                room += table.largest_within(left_ns / table.guard)
+                if room >= items:
+                    return True
+        return False
 
     def _gives_up(self, now_ns: int, worker: Worker, lanes: Lanes, index: int) -> bool:
         """The last of rule 4: puts those back that leave no time for a good batch, if there would be enough for two."""

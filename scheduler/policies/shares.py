@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from scheduler.domain import Pool
 from scheduler.policies.lanes import Lanes, LanesKey
+from scheduler.policies.rates import RateBook, Rates
 
 # Shares are made anew after so long.
 KEPT_NS = 20_000_000
@@ -40,8 +41,9 @@ ALL = Share(1.0, 0.0, 0.0)
 class Shares:
     """`lanes`: all lines that are known."""
 
-    def __init__(self, pool: Pool, lanes: Mapping[LanesKey, Lanes]) -> None:
+    def __init__(self, pool: Pool, rates: RateBook, lanes: Mapping[LanesKey, Lanes]) -> None:
         self._pool = pool
+        self._rates = rates
         self._lanes = lanes
         self._shares: dict[LanesKey, Share] = {}
         self._asked: dict[LanesKey, dict[int, float]] = {}  # of each slice's time
@@ -58,10 +60,9 @@ class Shares:
         return self._shares.get(key, ALL)
 
     def _share(self, now_ns: int) -> None:
-        rates = {key: lanes.arriving.per_ns(now_ns) for key, lanes in self._lanes.items() if lanes.slo_ns}
-        lines = {key: rate / self._lanes[key].rates.pool_per_ns for key, rate in rates.items() if rate > 0}
+        lines = self._lines(now_ns)
         self._asked = {
-            key: self._asked.get(key) or dict.fromkeys(self._lanes[key].rates.ids, asks) for key, asks in lines.items()
+            key: self._asked.get(key) or dict.fromkeys(rates.ids, asks) for key, (asks, rates) in lines.items()
         }
         parts: dict[LanesKey, dict[int, float]] = {key: {} for key in lines}
         load: dict[int, float] = {}
@@ -70,20 +71,30 @@ class Shares:
             load[worker.id] = sum(here.values())
             for key, part in _parts(here, self._pool.weights).items():
                 parts[key][worker.id] = part
-        self._shares = {}
-        for key, asks in lines.items():
-            self._settle(key, asks, parts[key], load)
+        self._shares = {key: self._settle(key, *line, parts[key], load) for key, line in lines.items()}
 
-    def _settle(self, key: LanesKey, asks: float, parts: Mapping[int, float], load: Mapping[int, float]) -> None:
+    def _lines(self, now_ns: int) -> dict[LanesKey, tuple[float, Rates]]:
+        """What each asks for, of the time of the slices that serve it."""
+        lines = {}
+        for key, lanes in self._lanes.items():
+            asks_per_ns = lanes.arriving.per_ns(now_ns)
+            if asks_per_ns > 0 and lanes.kind in self._pool.serving:
+                rates = self._rates.of(lanes.kind, lanes.slo_ns)  # its own may be of slices that are no more
+                lines[key] = asks_per_ns / rates.pool_per_ns, rates
+        return lines
+
+    def _settle(
+        self, key: LanesKey, asks: float, rates: Rates, parts: Mapping[int, float], load: Mapping[int, float]
+    ) -> Share:
         """The line's share, by its parts of slices; and what it asks them for next."""
-        rates, asked = self._lanes[key].rates, self._asked[key]
-        does = {w.id: rates.fit(w).items_per_ns / rates.pool_per_ns for w in rates.workers if w.id in parts}
+        asked = self._asked[key]
+        does = {worker.id: rates.fit(worker).items_per_ns / rates.pool_per_ns for worker in rates.workers}
         part = sum(parts[worker] * does[worker] for worker in does)
         full = sum(_beyond(load[worker]) * does[worker] for worker in does)
-        self._shares[key] = Share(min(part, 1.0), _beyond(asks / part if part else 1.0), full)
         wanted = {worker: max(asked[worker] / max(load[worker], 0.01) ** TURN, LEAST_ASKED) for worker in does}
         scale = asks / sum(wanted[worker] * does[worker] for worker in does)
         self._asked[key] = {worker: wants * scale for worker, wants in wanted.items()}
+        return Share(min(part, 1.0), _beyond(asks / part if part else 1.0), full)
 
 
 def _beyond(asked: float) -> float:
