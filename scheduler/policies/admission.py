@@ -16,7 +16,7 @@ from scheduler.policies.shares import Shares
 # So many SLOs before it is to have ended, late work goes first.
 PRESSES = 2.5
 # What of the slices' time may be promised to all lines together.
-ALL_THETA = 0.55
+ALL_THETA = 0.5
 # Of all slices' best, what late work gets at least.
 LEAST_LATE = 0.005
 
