@@ -61,6 +61,9 @@ class Shares:
 
     def _share(self, now_ns: int) -> None:
         lines = self._lines(now_ns)
+        if len(lines) == 1:
+            self._shares = {key: Share(1.0, 0.0, _beyond(asks)) for key, (asks, _) in lines.items()}
+            return
         self._asked = {
             key: self._asked.get(key) or dict.fromkeys(rates.ids, asks) for key, (asks, rates) in lines.items()
         }
