@@ -18,8 +18,11 @@ from tests.harness import RunningDaemon, running, until
 from tests.system.asking import Load, metric, post, ready, sixteen, x_of
 
 
-def test_every_worker_killed_in_turn_under_load_and_sigterm_at_the_end_lose_nothing(demo_models: None) -> None:
-    with running("--drain-delay-secs", "1") as daemon, Load(daemon.http, clients=16) as load:
+def test_every_worker_killed_in_turn_under_load_and_sigterm_at_the_end_lose_nothing(
+    demo_models: None, tmp_path: Path
+) -> None:
+    flags = ("--model-repository", str(repositories.some_of_the_demo(tmp_path, "affine")), "--drain-delay-secs", "1")
+    with running(*flags) as daemon, Load(daemon.http, clients=16) as load:
         load.wait_for_answers(200)
         for number, (name, pid) in enumerate(sorted(daemon.workers().items()), start=1):
             os.kill(pid, signal.SIGKILL)

@@ -42,8 +42,9 @@ def cut(daemon: RunningDaemon, *layouts: str) -> Any:
     return answer
 
 
-def test_layouts_change_under_load_and_no_request_is_lost(demo_models: None) -> None:
-    with running("--drain-delay-secs", "0") as daemon, Load(daemon.http, clients=16) as load:
+def test_layouts_change_under_load_and_no_request_is_lost(demo_models: None, tmp_path: Path) -> None:
+    repository = repositories.some_of_the_demo(tmp_path, "affine")
+    with running("--model-repository", str(repository)) as daemon, Load(daemon.http, clients=16) as load:
         for layout in (
             ONES,
             "7g.80gb",
