@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.harness import MODELS, REPOSITORY, RunningDaemon, running
@@ -14,6 +15,9 @@ from tests.harness import MODELS, REPOSITORY, RunningDaemon, running
 # One fork server for all tests of a process, as the daemon's is: whoever started another one would leave torch, three
 # seconds of importing, to each process that comes after.
 multiprocessing.set_forkserver_preload(["scheduler.preload", "scheduler.preload_torch"])
+# How long an example takes is for benchmarks to say.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import repositories
-from tests.harness import RunningDaemon, running, until
+from tests.harness import RunningDaemon, ended, running, until
 from tests.system.asking import Load, metric, post, ready, sixteen, x_of
 
 
@@ -136,4 +136,4 @@ def test_a_killed_daemon_leaves_no_worker_behind_not_even_one_that_hangs(tmp_pat
         assert len(pids) == 2
         daemon.process.kill()
         daemon.wait()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "its workers have ended")
+    until(lambda: all(map(ended, pids)), "its workers have ended")
