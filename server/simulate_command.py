@@ -197,11 +197,12 @@ def _shown(outcomes: Sequence[Outcome], setup: Setup) -> RenderableType:
 
 def _figures(outcomes: Sequence[Outcome], setup: Setup) -> Table:
     """A line a policy and model."""
-    rate = "most /s" if outcomes[0].goal else "rate /s"
-    table = Table(box=None, header_style="dim", pad_edge=False)
+    rate = "most\n/s" if outcomes[0].goal else "rate\n/s"
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("policy", "model"):
         table.add_column(name, no_wrap=True)
-    for name in ("SLO", rate, "load", "in time", "refused", "p50", "p95", "p99", "worst", "large"):
+    # Names of two lines: a figure that a terminal of 80 columns cuts off is none.
+    for name in ("SLO", rate, "load", "in\ntime", "re-\nfused", "p50", "p95", "p99", "worst", "large"):
         table.add_column(name, no_wrap=True, justify="right")
     for outcome in outcomes:
         p50, p95, p99 = (

@@ -91,6 +91,11 @@ def test_a_rate_is_simulated_and_a_seed_repeats() -> None:
     assert data != found("--rate", "200", "--seed", "4", *FEW)
 
 
+def test_no_figure_is_cut_off_on_a_narrow_terminal() -> None:
+    arguments = ["simulate", "--workload", "w-slo", "--scenario", "S1", *FEW]
+    assert "…" not in CliRunner().invoke(app, arguments, env={"COLUMNS": "80"}).stdout
+
+
 def test_several_policies_come_as_a_list() -> None:
     data = found("--policy", OURS, "--policy", "elsa", *FEW)
     assert [each["policy"] for each in data] == [OURS, "elsa"]
