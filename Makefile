@@ -29,7 +29,7 @@ test-models: $(VENV)/serve
 
 test: $(VENV)/dev $(TOOLS)/perf_analyzer test-models ## run the whole test suite
 	@tests/missing_tools.sh
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/dev ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff format --check .

@@ -18,7 +18,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from scheduler.domain import Batch, Kind, Part, Pool, Query, Worker, models_of
+from scheduler.domain import LATEST, Batch, Kind, Part, Pool, Query, Worker, models_of
 from scheduler.messages import (
     Answer,
     AnyCommand,
@@ -45,8 +45,6 @@ from scheduler.policies.pool import OnePool
 CRASHES_PER_REQUEST = 2
 # How long before the end of the running batch the next one is staged: time to gather it and copy it in.
 STAGE_AHEAD_NS = 2_000_000
-# Rule 7.
-LATEST = 10
 
 
 class SchedulerCore:

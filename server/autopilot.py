@@ -49,14 +49,18 @@ class Autopilot:
         self._layouts = layouts
         self._repository = repository
         self._driver = driver
-        self._started_s = time.monotonic()
-        self._demand = Demand(settings.replan_half_life_secs, self._started_s)
+        self._begin()
         self._failed: dict[str, list[str]] = {}  # the target that could not be reached, by GPU
         self._retry_at_s = 0.0
         self.view = View({}, None, "no traffic seen yet")
 
+    def _begin(self) -> None:
+        self._started_s = time.monotonic()
+        self._demand = Demand(self._settings.replan_half_life_secs, self._started_s)
+
     async def run(self) -> None:
         """Until cancelled."""
+        self._begin()  # minutes of loading models are no minutes without traffic
         while True:
             await asyncio.sleep(self._settings.replan_interval_secs)
             try:

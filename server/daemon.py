@@ -22,13 +22,13 @@ from partitioner.intent import IntentFile
 from partitioner.nvml_errors import NvmlError
 from partitioner.reconfigure import RefusedChangeError
 from preprocess.pool import PreprocessPool
+from scheduler import spawn
 from scheduler.arena import Arena
 from scheduler.core import SchedulerCore
 from scheduler.driver import Driver
 from scheduler.fleet import Fleet
 from scheduler.journal import Header, JournalWriter
 from scheduler.policies.named import POLICIES
-from scheduler.spawn import start_other
 from scheduler.staff import State
 from server import admin, grpc_api, rest
 from server.app import create_app
@@ -106,7 +106,7 @@ class Daemon:
         core = SchedulerCore(settings.max_queue_size, POLICIES[settings.policy])
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
         isolated, decoder = settings.isolate_decoders, settings.preprocess_decoder
-        self._pool = PreprocessPool(settings.preprocess_threads, decoder, isolated=isolated, start=start_other)
+        self._pool = PreprocessPool(settings.preprocess_threads, decoder, isolated=isolated, start=spawn.start_other)
         self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size, self._pool)
         self._state_dir = settings.state_dir.expanduser()
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
@@ -214,6 +214,8 @@ class Daemon:
         return [each for gpu in self.layouts.gpus for each in gpu.slices]
 
     async def _load(self) -> None:
+        if not self.repository.needs_torch():
+            spawn.leave_torch_out()
         await self.fleet.start(self.driver, self._slices())
         await self.repository.load_all(self._progress.model)
 
