@@ -15,15 +15,16 @@ possible; how is ours:
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linprog
 
 from scheduler.domain import BatchTable
 
-Bucket = Hashable
+Bucket = Any  # whatever can be a key, and compared as text
 
 # Rule 1: a batch of a job takes so much of the least SLO of its slice; where nobody has an SLO, so long.
 SLO_SHARE = 0.1
@@ -62,7 +63,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is left of a job: items by bucket, and the ns to its deadline, below 0 once that has passed."""
+    """What is left of a job: items by bucket, and the ns to its deadline, below 0 once that has passed.
+
+    An infinite time is none: the job comes after all others, and then takes what there is.
+    """
 
     job: str
     left: Mapping[Bucket, float]
@@ -112,16 +116,17 @@ def _hold(
     if not left or not usable:
         return Holding({}, not left, 0.0 if not left else FOREVER_NS, 0.0)
     groups = _groups(usable)
-    for within_ns in ((1 - EARLY) * work.within_ns, work.within_ns):
+    hurries = math.isinf(work.within_ns)
+    for within_ns in () if hurries else ((1 - EARLY) * work.within_ns, work.within_ns):
         plan = _cheapest(left, groups, used_ns, within_ns)
         if plan is not None:
             return _staffed(plan, groups, used_ns, taken, held, within_ns)
-    earliest_ns = _earliest(left, groups, used_ns, max(work.within_ns, 1e6))
+    earliest_ns = _earliest(left, groups, used_ns, 1e6 if hurries else max(work.within_ns, 1e6))
     plan = _cheapest(left, groups, used_ns, earliest_ns)
     if plan is None:
-        return Holding({}, False, FOREVER_NS, 0.0)
+        return Holding({}, hurries, FOREVER_NS, 0.0)
     holding = _staffed(plan, groups, used_ns, taken, held, earliest_ns)
-    return replace(holding, feasible=False, ends_ns=earliest_ns)
+    return replace(holding, feasible=hurries, ends_ns=earliest_ns)
 
 
 def _groups(places: Sequence[Place]) -> list[list[Place]]:

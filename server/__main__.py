@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server import jobs_verb
 from server.profile_verb import profile
 from server.settings import Settings
 
@@ -332,6 +333,7 @@ def simulate(
 
 
 app.command()(profile)
+app.add_typer(jobs_verb.app, name="jobs")
 
 
 @app.command()
