@@ -30,6 +30,8 @@ from server.job_store import Position, full_disk
 JSONL, FOLDER, NPZ, SAFETENSORS = "jsonl", "folder", "npz", "safetensors"
 FORMATS = (JSONL, NPZ, SAFETENSORS)
 MAX_ITEM_BYTES = 64 * 1024 * 1024
+# Begins the buckets of items that a pipeline is to make tensors of.
+ENCODED = -1
 LISTING, TENSORS = "input", "tensors.json"
 # Rows of a tensor file that are read at once, about so many bytes.
 READ_BYTES = 4 * 1024 * 1024
@@ -40,9 +42,9 @@ _decode = msgspec.json.Decoder().decode
 class Item(msgspec.Struct, gc=False):
     """One input. `parts`: the bytes of each of the model's inputs, or the encoded element of a pipeline.
 
-    `bucket`: only items of the same share a batch; of the model's varying axes, or of the element's size. `error`:
-    what is wrong with it, if it cannot be run. `offset`: where it begins in the file. `crashes`: workers that died of
-    batches with it.
+    `bucket`: only items of the same share a batch; the sizes of the model's varying axes, or ENCODED and the class of
+    the element's size. `error`: what is wrong with it, if it cannot be run. `offset`: where it begins in the file.
+    `crashes`: workers that died of batches with it.
     """
 
     number: int
@@ -126,14 +128,19 @@ class LineReader:
         try:
             if len(line) > MAX_ITEM_BYTES:
                 raise BadItemError(f"the line is longer than {MAX_ITEM_BYTES} bytes")
-            if self._pipeline is not None:
-                element = element_of(line, self._pipeline, self._inputs_dir)
-                item.parts, item.bucket = (element,), size_bucket(element, self._pipeline)
+            value = parse_line(line)
+            if self._pipeline is None or self._is_ready(value):
+                item.parts, item.bucket = tensors_of(value, self._signature)
             else:
-                item.parts, item.bucket = tensors_of(line, self._signature)
+                element = element_of(value, self._pipeline, self._inputs_dir)
+                item.parts, item.bucket = (element,), size_bucket(element, self._pipeline)
         except BadItemError as error:
             item.error = str(error)
         return item
+
+    def _is_ready(self, value: object) -> bool:
+        """Whether it needs no pipeline."""
+        return isinstance(value, dict) and set(value) == {spec.name for spec in self._signature.inputs}
 
     def close(self) -> None:
         self._file.close()
@@ -141,19 +148,19 @@ class LineReader:
 
 def size_bucket(element: bytes, pipeline: PipelineFile) -> tuple[int, ...]:
     """Where a pipeline makes tensors of different lengths, elements of about one size go together."""
-    return (round(2 * math.log2(len(element) + 1)),) if pipeline.varies else ()
+    return (ENCODED, round(2 * math.log2(len(element) + 1))) if pipeline.varies else (ENCODED,)
 
 
-def _json(line: bytes) -> Any:
+def parse_line(line: bytes) -> Any:
+    """Raises BadItemError."""
     try:
         return _decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadItemError(f"the line is not JSON: {error}") from None
 
 
-def element_of(line: bytes, pipeline: PipelineFile, inputs_dir: Path | None) -> bytes:
+def element_of(value: Any, pipeline: PipelineFile, inputs_dir: Path | None) -> bytes:
     """What a line has for a pipeline. Raises BadItemError."""
-    value = _json(line)
     if isinstance(value, dict):
         if "file" in value and pipeline.input != "file":
             return _read_file(value["file"], inputs_dir)
@@ -207,9 +214,8 @@ def below(folder: Path, name: str) -> Path | None:
     return path if path.is_relative_to(folder.resolve()) else None
 
 
-def tensors_of(line: bytes, signature: Signature) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
+def tensors_of(value: Any, signature: Signature) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
     """The bytes of each input, and the sizes of the varying axes. Raises BadItemError."""
-    value = _json(line)
     specs = signature.inputs
     if not isinstance(value, dict):
         if len(specs) != 1:

@@ -188,8 +188,6 @@ class Intake:
         return job_inputs.count_lines(path)
 
     def _unpacked(self, path: Path, form: str, model: Model) -> int:
-        if model.serving.preprocess is not None:
-            raise invalid(f"model {model.name} has a pipeline: send JSON lines, or name a folder")
         most = self._settings.jobs_max_input_mib * MIB
         found = job_tensors.unpack_npz(path, most) if form == NPZ else job_tensors.read_safetensors(path)
         tensors, items = job_tensors.check_tensors(found, model.signature)

@@ -21,7 +21,7 @@ from scheduler.elastic import Elastic
 from server import job_results
 from server.codec import Tensor
 from server.errors import Fault, ServeError
-from server.job_inputs import Item, Reader
+from server.job_inputs import ENCODED, Item, Reader
 from server.job_results import rows_of
 from server.job_store import DiskFullError, Job, JobState, Ledger, Position, Row
 from server.repository import Model
@@ -257,7 +257,8 @@ class JobRun:
             self._finish(items, outcome)
             self.feed_soon()
         elif outcome.fault in _OURS:
-            self._ready.setdefault(items[0].bucket, deque()).extendleft(reversed(items))
+            again = self._alone if items[0].crashes else self._ready.setdefault(items[0].bucket, deque())
+            again.extendleft(reversed(items))
             self.feed_soon(AGAIN_S)
             self._on_change(self)
         else:
@@ -369,7 +370,7 @@ class JobRun:
 def _tensors(model: Model, items: Sequence[Item]) -> list[Tensor]:
     pipeline = model.serving.preprocess
     count = (len(items),)
-    if pipeline is not None:
+    if pipeline is not None and items[0].bucket[:1] == (ENCODED,):
         return [Tensor(pipeline.input, "BYTES", count, [item.parts[0] for item in items])]
     varying = iter(items[0].bucket)
     tensors = []

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from scheduler.domain import Pool, Worker
 from scheduler.driver import Driver
 from scheduler.elastic import IdleShares, Place, batch_for
+from server.job_inputs import ENCODED
 from server.repository import Model, ModelState, Repository
 
 # A batch of a job takes no more of the arena than that.
@@ -59,8 +60,8 @@ class Supply:
         """As the model takes, and the arena."""
         if model.signature.max_batch == 0:
             return 1
-        of_tensors = bucket and model.serving.preprocess is None
-        of_item = model.layout.slot(1, bucket if of_tensors else model.signature.sample_dims).nbytes
+        dims = model.signature.sample_dims if not bucket or bucket[0] == ENCODED else bucket
+        of_item = model.layout.slot(1, dims).nbytes
         return max(min(model.signature.max_batch, self._batch_bytes // max(of_item, 1)), 1)
 
     def _least_slo_ns(self, worker: Worker) -> float | None:

@@ -354,7 +354,7 @@ class Jobs:
     def _tell_infeasible(self, job_id: str, holding: Holding) -> None:
         if holding.feasible:
             self._infeasible.discard(job_id)
-        elif job_id not in self._infeasible:
+        elif holding.planned and job_id not in self._infeasible:  # without slices nobody knows
             self._infeasible.add(job_id)
             log.warning("job will be late", job=job_id, ends_in_s=round(holding.ends_ns / 1e9, 1))
 
