@@ -8,8 +8,15 @@ Whoever sends such a request has made one batch of it, and picked its worker; ba
 
 from __future__ import annotations
 
-from scheduler.domain import Part, Worker
+from collections.abc import Mapping
+from typing import Protocol
+
+from scheduler.domain import Part, Pool, Worker
+from scheduler.messages import Request
 from scheduler.policies import Start
+
+# In the simulator: ids of such requests, from here on.
+FIRST_ID = 1 << 40
 
 
 class Background:
@@ -54,3 +61,22 @@ class Background:
 
 def is_background(part: Part) -> bool:
     return part.query.request.worker_id is not None
+
+
+class Source(Protocol):
+    """Where it comes from in the simulator. Is asked to look every `every_ns`, until it is `done`."""
+
+    every_ns: int
+
+    @property
+    def done(self) -> bool: ...
+
+    def look(self, now_ns: int, pool: Pool, online_ns: Mapping[int, int]) -> None:
+        """`online_ns`: how long each worker was busy with other work, ever."""
+
+    def requests(self, now_ns: int) -> list[Request]:
+        """To be handed in now; with ids from FIRST_ID on."""
+
+    def length(self, request_id: int) -> int: ...
+
+    def ended(self, now_ns: int, request_id: int, *, answered: bool) -> None: ...

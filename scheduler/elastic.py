@@ -2,8 +2,9 @@
 
 ElasticBatch (TPDS 35(10), 2024; only its abstract is public) says that jobs meet their SLO on as few slices as
 possible; how is ours:
-1. Online work goes first (`background.py`), and waits for one batch of a job at most. That batch takes no longer than a
-   share of the least SLO of what its slice serves online; within that it is the one with the most items per time.
+1. Online work goes first (`background.py`), and waits for one batch of a job at most. How long that may take follows
+   from the SLOs of what its slice serves online, and how many others serve it (`patience_ns`); within that it is the
+   one with the most items per time.
 2. What is left of a job, by length bucket, is spread over slices so that it takes the least GPC-time and ends by the
    deadline: a linear programme, over slices that are alike together, each with the share of its time that online work
    leaves. The job holds so many slices as carry that on average until its deadline, rounded up: so it runs ahead, and
@@ -26,9 +27,11 @@ from scheduler.domain import BatchTable
 
 Bucket = Any  # whatever can be a key, and compared as text
 
-# Rule 1: a batch of a job takes so much of the least SLO of its slice; where nobody has an SLO, so long.
+# Rule 1: so much of its SLO a query may wait for jobs in the mean; where nobody has an SLO, batches may take so long.
 SLO_SHARE = 0.1
 WITHOUT_SLO_NS = 100e6
+# One that is no longer than a lone item by more than this may always be.
+LONE = 1.25
 # Rule 2 plans to be ready so much earlier, of the time that is left.
 EARLY = 0.02
 # A slice is given back when the others carry so much more than what is needed.
@@ -87,10 +90,19 @@ class Holding:
     gpc_ns: float
 
 
-def batch_for(table: BatchTable, slo_ns: float | None, factor: float = 1.0) -> tuple[int, float]:
+def patience_ns(slo_ns: float, servers: int) -> float:
+    """Rule 1: how long a job's batch may be on a slice that, with so many in all, serves a model with this SLO.
+
+    A query that finds all of them busy with such batches, each for a time that is anywhere between nothing and the
+    whole, waits for an n + 1st of it in the mean: a tenth of its SLO.
+    """
+    return min(SLO_SHARE * (servers + 1), 1.0) * slo_ns
+
+
+def batch_for(table: BatchTable, limit_ns: float | None, factor: float = 1.0) -> tuple[int, float]:
     """Rule 1: items of a job's batch, and its ns. `factor`: of this bucket's times over the table's."""
-    limit_ns = WITHOUT_SLO_NS if slo_ns is None else SLO_SHARE * slo_ns
-    items = table.best[max(table.largest_within(limit_ns / factor), 1)]
+    limit_ns = (WITHOUT_SLO_NS if limit_ns is None else limit_ns) / factor
+    items = table.best[table.largest_within(max(limit_ns, LONE * table.ns[1]))]
     return items, table.ns[items] * factor
 
 

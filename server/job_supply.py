@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from scheduler.domain import Pool, Worker
 from scheduler.driver import Driver
-from scheduler.elastic import IdleShares, Place, batch_for
+from scheduler.elastic import IdleShares, Place, batch_for, patience_ns
 from server.job_inputs import ENCODED
 from server.repository import Model, ModelState, Repository
 
@@ -52,7 +52,7 @@ class Supply:
 
     def _batch(self, worker: Worker, model: Model, bucket: Bucket, factor: float) -> tuple[int, float]:
         table = worker.tables[model.key, 0]
-        items, ns = batch_for(table, self._least_slo_ns(worker), factor)
+        items, ns = batch_for(table, self._limit_ns(worker), factor)
         most = self._most_items(model, bucket)
         return (items, ns) if items <= most else (most, table.time_ns(most) * factor)
 
@@ -64,12 +64,11 @@ class Supply:
         of_item = model.layout.slot(1, dims).nbytes
         return max(min(model.signature.max_batch, self._batch_bytes // max(of_item, 1)), 1)
 
-    def _least_slo_ns(self, worker: Worker) -> float | None:
-        """Of the models that it serves online; None if none of them has one."""
-        keys = {model for model, _ in worker.tables}
-        slos_ms = [
-            model.serving.slo_ms
+    def _limit_ns(self, worker: Worker) -> float | None:
+        """How long a batch may be, for the sake of what it serves online; None if nothing of that has an SLO."""
+        limits_ns = [
+            patience_ns(model.serving.slo_ms * 1e6, len(self._pool.serving[model.key, 0]))
             for model in self._repository.models()
-            if model.state == ModelState.READY and model.key in keys and model.serving.slo_ms is not None
+            if model.state == ModelState.READY and (model.key, 0) in worker.tables and model.serving.slo_ms is not None
         ]
-        return min(slos_ms) * 1e6 if slos_ms else None
+        return min(limits_ns, default=None)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.domain import BatchTable
-from scheduler.elastic import WITHOUT_SLO_NS, Elastic, IdleShares, Place, Work, batch_for, decide
+from scheduler.elastic import WITHOUT_SLO_NS, Elastic, IdleShares, Place, Work, batch_for, decide, patience_ns
 
 S = 1e9
 
@@ -118,11 +118,17 @@ def test_a_feasible_plan_does_everything_in_the_time_there_is(
 
 def test_a_batch_is_the_best_that_online_work_can_wait_for() -> None:
     table = BatchTable([1_000_000 + 100_000 * n for n in range(64)])
-    assert batch_for(table, 20e6) == (11, 2_000_000)
-    assert batch_for(table, 20e6, factor=2.0) == (1, 2_000_000)
-    assert batch_for(table, 1e6) == (1, 1_000_000), "none is short enough: the shortest"
+    assert batch_for(table, 2e6) == (11, 2_000_000)
+    assert batch_for(table, 4e6, factor=2.0) == (11, 4_000_000)
+    assert batch_for(table, 0.1e6) == (3, 1_200_000), "none is short enough: hardly longer than the shortest"
     assert batch_for(table, None) == (64, table.ns[64])
     assert table.ns[64] < WITHOUT_SLO_NS
+
+
+def test_one_slice_may_be_blocked_for_a_fifth_of_an_slo_and_many_for_one() -> None:
+    assert patience_ns(100e6, 1) == pytest.approx(20e6)
+    assert patience_ns(100e6, 4) == pytest.approx(50e6)
+    assert patience_ns(100e6, 40) == pytest.approx(100e6)
 
 
 def test_idle_shares_follow_what_was_busy() -> None:
