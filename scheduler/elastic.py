@@ -32,12 +32,12 @@ SLO_SHARE = 0.1
 WITHOUT_SLO_NS = 100e6
 # One that is no longer than a lone item by more than this may always be.
 LONE = 1.25
-# Rule 2 plans to be ready so much earlier, of the time that is left.
-EARLY = 0.02
+# Rule 2 plans to be ready so much earlier, of the time that is left; and one decision more, for what goes wrong last.
+EARLY, EARLY_NS = 0.02, 1e9
 # A slice is given back when the others carry so much more than what is needed.
 SPARE = 1.03
 # Online work of so long ago counts an e-th.
-TAU_NS = 30e9
+TAU_NS = 10e9
 # Nobody holds a slice that online work leaves less of.
 LEAST_IDLE = 0.02
 # The earliest end is found to this share.
@@ -129,7 +129,7 @@ def _hold(
         return Holding({}, not left, 0.0 if not left else FOREVER_NS, 0.0)
     groups = _groups(usable)
     hurries = math.isinf(work.within_ns)
-    for within_ns in () if hurries else ((1 - EARLY) * work.within_ns, work.within_ns):
+    for within_ns in () if hurries else ((1 - EARLY) * work.within_ns - EARLY_NS, work.within_ns):
         plan = _cheapest(left, groups, used_ns, within_ns)
         if plan is not None:
             return _staffed(plan, groups, used_ns, taken, held, within_ns)
@@ -251,7 +251,7 @@ def _picked(group: Sequence[Place], needed: float, held: Collection[int]) -> lis
 
 
 class IdleShares:
-    """The share of its time that online work leaves of each slice, over the last half a minute or so."""
+    """The share of its time that online work leaves of each slice, over the last ten seconds or so."""
 
     def __init__(self) -> None:
         self._busy: dict[int, float] = {}

@@ -50,7 +50,7 @@ def test_each_bucket_goes_where_it_is_cheapest() -> None:
 
 def test_slices_that_are_held_are_kept_and_given_back_late() -> None:
     assert held(Work("a", {0: 15_000}, 10 * S), slices(7), before=(5,)) == [5, 0]
-    barely = Work("a", {0: 9_750}, 10 * S)  # one slice would just do
+    barely = Work("a", {0: 8_700}, 10 * S)  # one slice would just do
     assert held(barely, slices(7), before=(2, 3)) == [2, 3]
     assert held(barely, slices(7), before=(2,)) == [2]
 
@@ -74,7 +74,7 @@ def test_without_slices_there_is_no_end() -> None:
 
 
 def test_the_earliest_deadline_goes_first_and_the_next_one_has_what_is_left() -> None:
-    works = [Work("late", {0: 20_000}, 20 * S), Work("soon", {0: 38_000}, 10 * S)]
+    works = [Work("late", {0: 20_000}, 20 * S), Work("soon", {0: 34_000}, 10 * S)]
     found = decide(works, {"late": slices(5), "soon": slices(5)}, {})
     assert (len(found["soon"].planned), len(found["late"].planned)) == (4, 1)
     assert found["soon"].feasible
