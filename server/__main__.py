@@ -203,6 +203,10 @@ def plan(
         ),
     ] = None,
     scenario: Annotated[str | None, typer.Option(help="Which scenario of the demand file, such as S3.")] = None,
+    job: Annotated[
+        list[str] | None,
+        typer.Option(help="A batch job beside it, such as bert,200000,8h: model, items, deadline. Several times."),
+    ] = None,
     planner: Annotated[
         str, typer.Option(help="`optimal`: the fewest GPUs that keep every SLO; `paris`: slices sized by the queries.")
     ] = "optimal",
@@ -236,7 +240,9 @@ def plan(
     from server import plan_command
 
     choices = Choices(max_processes, exclusive, slo_share, gpus)
-    request = plan_command.Request(demand, scenario, planner, gpu, latency_table, skip_suspects, json, out, choices)
+    request = plan_command.Request(
+        demand, scenario, planner, gpu, latency_table, skip_suspects, json, out, choices, job or ()
+    )
     raise typer.Exit(plan_command.run(request))
 
 

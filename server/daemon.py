@@ -36,6 +36,7 @@ from server.gpus import StartError, open_gpus
 from server.http_protocol import HttpProtocol
 from server.infer import InferRoute
 from server.job_intake import Intake
+from server.job_metrics import JobMetrics
 from server.job_supply import Supply
 from server.jobs import Jobs
 from server.layouts import Layouts
@@ -112,11 +113,12 @@ class Daemon:
         self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size, self._pool)
         self._state_dir = settings.state_dir.expanduser()
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
-        self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver)
         self.service = InferenceService(self.driver, self.arena, self._pool)
         supply = Supply(core.pool, self.driver, self.repository, self.arena.size)
         jobs = self._state_dir / "jobs"
         self._jobs = Jobs(settings, jobs, supply, self.repository, self.service, self.fleet.name_of)
+        self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver, self._jobs.demands)
+        self.metrics.register(JobMetrics(self._jobs))
         self.metrics.watch(
             self.fleet, lambda: self.layouts.gpus, self._models_now, lambda: (self.arena.used, self.arena.size)
         )

@@ -211,6 +211,17 @@ class Jobs:
             found["in_time"] = holding.feasible
         return found
 
+    def demands(self) -> list[tuple[str, float, float]]:
+        """Of each model with jobs that have a deadline: items that are left, and seconds to the first deadline."""
+        found: dict[str, tuple[float, float]] = {}
+        for run in self._runs.values():
+            job = run.job
+            if job.state == JobState.RUNNING and job.asked.deadline_s is not None:
+                items, within_s = found.get(job.asked.model, (0.0, float("inf")))
+                left = job.asked.items - job.done
+                found[job.asked.model] = items + left, min(within_s, within_ns(job) / 1e9)
+        return [(model, items, within_s) for model, (items, within_s) in found.items() if items]
+
     # ---- running ----
 
     def _lock(self, job_id: str) -> asyncio.Lock:
