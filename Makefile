@@ -12,7 +12,7 @@ GPU := $(wildcard /dev/nvidiactl)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(if $(GPU),,-c constraints-cpu.txt $(shell curl -fsIm 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX)))
 
-.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-policies bench-overload bench-predictor system-tools check-gpu clean
+.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-policies bench-overload bench-predictor bench-jobs system-tools check-gpu clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -51,6 +51,9 @@ bench-overload: $(VENV)/dev ## mixes, bursts and overload in the simulator
 
 bench-predictor: $(VENV)/dev ## latency tables predicted from a tenth of their points; TABLE=file.csv for another one
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.predictor $(if $(TABLE),--table $(TABLE)) $(ARGS)
+
+bench-jobs: $(VENV)/dev ## a batch job beside online traffic, in the simulator
+	$(BIN)/python -m benchmarks.jobs $(ARGS)
 
 check-gpu: $(VENV)/dev test-models ## the checks that need a GPU with CUDA
 	$(BIN)/pytest tests/gpu -m gpu $(ARGS)

@@ -10,6 +10,7 @@ Rules:
 6. A policy may cut a request: its parts run apart, it is answered when all are done, and ends as a whole if one fails.
 7. A request that would be served late is refused if it is strict, and where it would end later than ten times
    the time that it gives. What has been accepted is not refused for lateness any more.
+8. Background work never keeps a slice from what the policy would start there (`background.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from scheduler.background import Background, is_background
 from scheduler.domain import LATEST, Batch, Kind, Part, Pool, Query, Worker, models_of
 from scheduler.messages import (
     Answer,
@@ -59,6 +61,7 @@ class SchedulerCore:
     ) -> None:
         self._pool = Pool()
         self._policy = policy(self._pool)
+        self._background = Background()
         self._max_queued = max_queued
         self._bounded = bounded
         self._queries: dict[int, Query] = {}
@@ -71,6 +74,11 @@ class SchedulerCore:
         self._staging: dict[int, Worker] = {}  # busy, with room for one more
         self._next_batch_id = 1
         self._commands: list[AnyCommand] = []
+
+    @property
+    def pool(self) -> Pool:
+        """Who serves what, and how fast; to be read only."""
+        return self._pool
 
     def handle(self, now_ns: int, event: AnyEvent) -> list[AnyCommand]:
         """What to do about `event`, which happens at `now_ns`. Times must not run backwards."""
@@ -168,7 +176,7 @@ class SchedulerCore:
         if event.worker_id in self._draining:
             return  # it was loading while it was told to go: the model is expected elsewhere
         worker = self._pool.workers[event.worker_id]
-        evicted = self._policy.evict(worker, event.model) if event.model in models_of(worker) else []
+        evicted = self._evict(worker, event.model) if event.model in models_of(worker) else []
         self._pool.serve(worker, event.model, event.latency_ns, event.lengths)
         self._pool.weights[event.model] = event.weight
         self._forget_return(event.worker_id, event.model)
@@ -178,7 +186,7 @@ class SchedulerCore:
         self._forget_return(event.worker_id, event.model)
         worker = self._pool.workers.get(event.worker_id)
         if worker is not None and event.model in models_of(worker):
-            evicted = self._policy.evict(worker, event.model)
+            evicted = self._evict(worker, event.model)
             self._pool.withdraw(worker, event.model)
             self._place_again(now_ns, evicted)
         self._give_up_parked(now_ns, event.model)
@@ -189,7 +197,7 @@ class SchedulerCore:
         models = models_of(worker)
         # Beside what it serves, what it was still to load again after a restart.
         self._coming_back.setdefault(worker.id, set()).update(models)
-        evicted = self._policy.evict(worker)
+        evicted = self._evict(worker)
         for model in models:
             self._pool.withdraw(worker, model)
         self._place_again(now_ns, evicted)
@@ -203,7 +211,7 @@ class SchedulerCore:
         if worker is not None:
             models |= set(models_of(worker))
             ran = [part for batch in worker.in_flight.values() for part in batch.parts]
-            evicted = self._policy.evict(worker)
+            evicted = self._evict(worker)
             self._pool.remove(worker)
             self._staging.pop(worker.id, None)
         if event.comes_back:
@@ -212,7 +220,7 @@ class SchedulerCore:
             part.crashes += 1
             if part.query.gone:
                 continue
-            if part.crashes >= CRASHES_PER_REQUEST:
+            if part.crashes >= CRASHES_PER_REQUEST or is_background(part):
                 self._refuse(part.query, Reason.CRASHED, detail=event.detail)
             else:
                 self._run_again(now_ns, part)
@@ -222,11 +230,17 @@ class SchedulerCore:
 
     # ---- placing and starting ----
 
+    def _evict(self, worker: Worker, model: str | None = None) -> list[Part]:
+        """What waits for this worker only."""
+        return self._policy.evict(worker, model) + self._background.evict(worker, model)
+
     def _place(self, now_ns: int, part: Part, bound_ns: int | None) -> None:
         """Into the policy's queues, or parked, or refused."""
         part.worker_id = None
         request = part.query.request
-        if request.model in self._pool.lengths:
+        if request.worker_id is not None:
+            self._place_background(part, request.worker_id)
+        elif request.model in self._pool.lengths:
             part.kind = self._pool.kind_of(request)
             retry_ns = self._policy.offer(now_ns, part, bound_ns)
             if retry_ns and self._pool.forget_old(now_ns, part.kind):
@@ -236,6 +250,14 @@ class SchedulerCore:
                 self._refuse(part.query, reason, retry_ns)
         elif any(request.model in models for models in self._coming_back.values()):
             self._parked.setdefault(request.model, {})[part] = None
+        else:
+            self._refuse(part.query, Reason.UNAVAILABLE)
+
+    def _place_background(self, part: Part, worker_id: int) -> None:
+        worker, request = self._pool.workers.get(worker_id), part.query.request
+        if worker is not None and request.model in models_of(worker):
+            part.kind = self._pool.kind_of(request)
+            self._background.push(worker, part)
         else:
             self._refuse(part.query, Reason.UNAVAILABLE)
 
@@ -268,6 +290,8 @@ class SchedulerCore:
             start = policy.next(now_ns)
             if start is None:
                 break
+            self._start(now_ns, *start)
+        while self._background and (start := self._background.next(pool.ready)) is not None:
             self._start(now_ns, *start)
         wake_ns = policy.wake_ns(now_ns)
         if wake_ns is not None:
@@ -353,6 +377,7 @@ class SchedulerCore:
             if part.queued:
                 self._policy.discard(part)
             elif part.batch_id is None:
+                self._background.discard(part)
                 self._parked.get(model, {}).pop(part, None)
         query.parts.clear()
 

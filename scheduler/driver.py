@@ -95,10 +95,11 @@ class Share(msgspec.Struct, frozen=True):
 
 
 class Answered(msgspec.Struct, frozen=True):
-    """All the outputs of a request, in the order of its items: mostly one share. `late_ns`: after its due time."""
+    """All outputs of a request, in the order of its items. `late_ns`: after its due time."""
 
     shares: tuple[Share, ...]
     late_ns: int
+    started_ns: int = 0
 
 
 OnEnd = Callable[[Answered | RefusedError], None]
@@ -175,6 +176,7 @@ class Driver:
         self._given_up = ""  # why, once no request is taken any more
         self.counts_arrivals = False  # for somebody who takes them
         self._arrivals: Counter[tuple[str, int, tuple[int, ...]]] = Counter()
+        self.busy_ns: Counter[int] = Counter()  # by worker, of what is not background work
 
     # ---- requests ----
 
@@ -198,7 +200,7 @@ class Driver:
             return
         pending.offset = offset
         request = pending.request
-        if self.counts_arrivals:
+        if self.counts_arrivals and request.worker_id is None:
             self._arrivals[request.model, request.items, request.dims] += 1
         if self._given_up:
             self._tell(pending, RefusedError(Reason.UNAVAILABLE, 0.0, self._given_up))
@@ -268,6 +270,8 @@ class Driver:
         # Copied out before the core can send the worker its next batch, which may reuse the memory.
         outputs = BatchOutputs(done, outbox)
         running = self._running.pop(done.batch_id)
+        if running.requests[0].request.worker_id is None:
+            self.busy_ns[worker_id] += sum((done.input_ns, done.infer_ns, done.output_ns))
         row = 0
         for pending, (_, first, items) in zip(running.requests, running.pieces, strict=True):
             if not pending.ended:
@@ -285,6 +289,8 @@ class Driver:
     ) -> None:
         request_ns, queue_ns, late = [], [], 0
         for pending in complete:
+            if pending.request.worker_id is not None:
+                continue  # how long it has waited says nothing of anybody's latency
             request_ns.append(ended_ns - pending.arrival_ns)
             queue_ns.append(pending.started_ns - pending.arrival_ns)
             late += _late_ns(pending.request, ended_ns) > 0
@@ -345,7 +351,7 @@ class Driver:
                     if len(shares) > 1:
                         shares = tuple(sorted(shares, key=attrgetter("first")))
                     self._complete.append(pending)
-                    self._tell(pending, Answered(shares, _late_ns(pending.request, at_ns)))
+                    self._tell(pending, Answered(shares, _late_ns(pending.request, at_ns), pending.started_ns))
             case Refuse():
                 error = RefusedError(command.reason, command.retry_after_ns / 1e9, command.detail)
                 self._tell(self._pending[command.request_id], error)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server import jobs_verb
 from server.options import DEFAULT_GPU, CatalogueGpu, LatencyTable, SkipSuspects
 from server.profile_verb import profile
 from server.settings import Settings
@@ -204,6 +205,10 @@ def plan(
         ),
     ] = None,
     scenario: Annotated[str | None, typer.Option(help="Which scenario of the demand file, such as S3.")] = None,
+    job: Annotated[
+        list[str] | None,
+        typer.Option(help="A batch job beside it, such as bert,200000,8h: model, items, deadline. Several times."),
+    ] = None,
     planner: Annotated[
         str, typer.Option(help="`optimal`: the fewest GPUs that keep every SLO; `paris`: slices sized by the queries.")
     ] = "optimal",
@@ -233,12 +238,15 @@ def plan(
     from server import plan_command
 
     choices = Choices(max_processes, exclusive, slo_share, gpus)
-    request = plan_command.Request(demand, scenario, planner, gpu, latency_table, skip_suspects, json, out, choices)
+    request = plan_command.Request(
+        demand, scenario, planner, gpu, latency_table, skip_suspects, json, out, choices, job or ()
+    )
     raise typer.Exit(plan_command.run(request))
 
 
 app.command()(simulate)
 app.command()(profile)
+app.add_typer(jobs_verb.app, name="jobs")
 
 
 @app.command()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import signal
-import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -30,14 +28,19 @@ from scheduler.fleet import Fleet
 from scheduler.journal import Header, JournalWriter
 from scheduler.policies.named import POLICIES
 from scheduler.staff import State
-from server import admin, grpc_api, rest
+from server import admin, grpc_api, jobs_api, rest
 from server.app import create_app
 from server.autopilot import Autopilot
 from server.gpu_watch import GpuWatch
 from server.gpus import StartError, open_gpus
 from server.http_protocol import HttpProtocol
 from server.infer import InferRoute
+from server.job_intake import Intake
+from server.job_metrics import JobMetrics
+from server.job_supply import Supply
+from server.jobs import Jobs
 from server.layouts import Layouts
+from server.listening import HttpServer, listen
 from server.metrics import Metrics
 from server.repository import ModelState, Repository
 from server.service import InferenceService
@@ -110,13 +113,17 @@ class Daemon:
         self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size, self._pool)
         self._state_dir = settings.state_dir.expanduser()
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
-        self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver)
         self.service = InferenceService(self.driver, self.arena, self._pool)
+        supply = Supply(core.pool, self.driver, self.repository, self.arena.size)
+        jobs = self._state_dir / "jobs"
+        self._jobs = Jobs(settings, jobs, supply, self.repository, self.service, self.fleet.name_of)
+        self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver, self._jobs.demands)
+        self.metrics.register(JobMetrics(self._jobs))
         self.metrics.watch(
             self.fleet, lambda: self.layouts.gpus, self._models_now, lambda: (self.arena.used, self.arena.size)
         )
         self.ports: dict[str, int] = {}  # by protocol, once it listens
-        self._http: list[_HttpServer] = []
+        self._http: list[HttpServer] = []
         self._serving: list[asyncio.Task[None]] = []
         self._grpc: grpc.aio.Server | None = None
         self._background: list[asyncio.Task[None]] = []
@@ -192,6 +199,8 @@ class Daemon:
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self._started = True
+        if self.settings.allow_jobs:
+            await self._jobs.start()
         self._background.append(asyncio.create_task(GpuWatch(self._door, self.layouts, self.metrics).run()))
         if self.settings.replan != "off":
             self.driver.counts_arrivals = True
@@ -222,6 +231,7 @@ class Daemon:
     async def _drain(self) -> int:
         """Unready; serves on briefly, so that load balancers notice; then finishes what is under way."""
         self._draining = True
+        await self._jobs.stop()
         log.info("draining", unfinished=self.driver.unfinished())
         self._progress.draining(self.driver.unfinished())
         deadline = asyncio.get_running_loop().time() + self.settings.exit_timeout_secs
@@ -243,6 +253,7 @@ class Daemon:
     async def _shut_down(self) -> None:
         for task in self._background:
             task.cancel()
+        await self._jobs.stop()
         await self._close_servers()
         await self.layouts.finished()
         await self.fleet.stop(STOP_SECONDS if self._tidy else 0.0)
@@ -259,7 +270,10 @@ class Daemon:
         """Listens on every port. Raises StartError, naming the one that cannot be had."""
         settings = self.settings
         health = (self.repository, self.metrics, self, NAME, self.version)
-        app = create_app(rest.router(*health, read_timeout_s=settings.http_read_timeout_secs))
+        routes = rest.router(*health, read_timeout_s=settings.http_read_timeout_secs)
+        if settings.allow_jobs:
+            routes.include_router(jobs_api.router(self._jobs, Intake(settings, self._jobs, self.repository)))
+        app = create_app(routes)
         if settings.allow_http:
             infer = InferRoute(
                 app,
@@ -292,7 +306,7 @@ class Daemon:
             )
             self._grpc = grpc_api.create_server(servicer, self, settings.http_max_input_size)
             # Tried before, since gRPC complains in lines of its own.
-            _listen("grpc", settings.grpc_address, settings.grpc_port).close()
+            listen("grpc", settings.grpc_address, settings.grpc_port).close()
             host = f"[{settings.grpc_address}]" if ":" in settings.grpc_address else settings.grpc_address
             self.ports["grpc"] = self._grpc.add_insecure_port(f"{host}:{settings.grpc_port}")
             await self._grpc.start()
@@ -310,7 +324,7 @@ class Daemon:
         await self._open_http("admin", settings.admin_address, settings.admin_port, guarded)
 
     async def _open_http(self, name: str, address: str, port: int, app: Any) -> None:
-        sock = _listen(name, address, port)
+        sock = listen(name, address, port)
         self.ports[name] = sock.getsockname()[1]
         config = uvicorn.Config(
             app,
@@ -324,7 +338,7 @@ class Daemon:
             log_config=None,
             timeout_graceful_shutdown=int(self.settings.exit_timeout_secs) + 1,
         )
-        server = _HttpServer(config)
+        server = HttpServer(config)
         self._http.append(server)
         self._serving.append(asyncio.create_task(server.serve(sockets=[sock])))
         await server.listening.wait()
@@ -356,40 +370,6 @@ class Daemon:
             ready = model.state == ModelState.READY and bool(self.repository.servers(model))
             unfinished = self.driver.unfinished(model.key) if model.key else 0
             yield model.id, ready, model.emulated, unfinished
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn, without its own signal handlers: the daemon drains all its servers together."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _listen(name: str, address: str, port: int) -> socket.socket:
-    """Raises StartError, naming the flag that is to be another."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        return socket.create_server((address, port), family=family, backlog=2048)
-    except OSError as error:
-        why = (error.strerror or str(error)).partition(" (while")[0]
-        if error.errno == errno.EADDRNOTAVAIL or (error.errno or 0) < 0:  # below 0: it is no address, or has none
-            raise StartError(
-                f"--{name}-address {address} is no address of this machine: {why}; use 127.0.0.1 for "
-                f"clients on it, 0.0.0.0 for all"
-            ) from error
-        raise StartError(
-            f"--{name}-port {port} on {address} cannot be used: {why}; stop what uses it, or choose "
-            f"another one (0: any that is free)"
-        ) from error
 
 
 def _version() -> str:

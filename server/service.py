@@ -52,14 +52,25 @@ class InferenceService:
         request is dropped wherever it is, and `on_outcome` is not called.
         """
         terms = read_terms(parameters, arrival_ns, model.serving.slo_ms, call_ms, model_strict=model.serving.strict)
+        return self._submit(model, tensors, terms, on_outcome)
+
+    def submit_background(
+        self, model: Model, tensors: list[Tensor], worker_id: int, arrival_ns: int, on_outcome: OnOutcome
+    ) -> Cancel:
+        """The same for a batch that runs on this worker when nobody else has anything for it."""
+        return self._submit(model, tensors, Terms(arrival_ns), on_outcome, worker_id)
+
+    def _submit(
+        self, model: Model, tensors: list[Tensor], terms: Terms, on_outcome: OnOutcome, worker_id: int | None = None
+    ) -> Cancel:
         pipeline = model.serving.preprocess
         if pipeline is not None:
             tensors, encoded = _split(tensors, pipeline.input)
             if not tensors and encoded is not None:
-                accept = partial(self._accept, model, terms, on_outcome)
+                accept = partial(self._accept, model, terms, on_outcome, worker_id)
                 return self._preparer.begin(model, pipeline, encoded, terms, accept, on_outcome)
         checked, offset = self._place(model, tensors)
-        pending = self._accept(model, terms, on_outcome, checked)
+        pending = self._accept(model, terms, on_outcome, worker_id, checked)
         self._driver.start(pending, offset)
         return partial(self._driver.cancel, pending)
 
@@ -81,7 +92,9 @@ class InferenceService:
             cancel()
             raise
 
-    def _accept(self, model: Model, terms: Terms, on_outcome: OnOutcome, checked: Checked) -> Pending:
+    def _accept(
+        self, model: Model, terms: Terms, on_outcome: OnOutcome, worker_id: int | None, checked: Checked
+    ) -> Pending:
         """From here on the request is counted as unfinished."""
         request = Request(
             next(self._ids),
@@ -93,7 +106,8 @@ class InferenceService:
             terms.priority,
             model.signature.max_batch == 0,
             terms.strict,
-            model.signature.max_batch == 0 or not model.serving.split,
+            model.signature.max_batch == 0 or not model.serving.split or worker_id is not None,
+            worker_id=worker_id,
         )
 
         def on_end(end: Answered | RefusedError) -> None:
