@@ -22,7 +22,7 @@ Row = dict[str, Any]
 Case = TypeVar("Case")  # a frozen dataclass of plain values, one of them the policy's name
 
 SHARED = ("core", "domain", "estimates", "batching", "simulator", "mix", "workload")
-OWN = {"pool": ("lanes", "rates"), "elsa": (), "marginal": ()}
+OWN = {"pool": ("admission", "blocking", "lanes", "promises", "rates", "shares"), "elsa": (), "marginal": ()}
 
 
 @cache
