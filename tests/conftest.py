@@ -22,8 +22,9 @@ hypothesis.settings.load_profile("untimed")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of several processes that share the files none should begin with the longest ones at the end."""
+    rooms = ("tests/system/", "tests/server/")
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not item.nodeid.startswith("tests/system/"))
+        items.sort(key=lambda item: [not item.nodeid.startswith(room) for room in rooms])
 
 
 @pytest.fixture(scope="session")
