@@ -7,7 +7,7 @@ import heapq
 import math
 
 from scheduler.batching import Entry, Line
-from scheduler.domain import BatchTable, Company, Kind, Part
+from scheduler.domain import LATEST, BatchTable, Company, Kind, Part
 from scheduler.policies.rates import Rates, Sizes
 
 LanesKey = tuple[int, Kind, Company]  # the first is the priority
@@ -23,8 +23,6 @@ SIZES_KEPT = 256
 LATELY = 4.0
 # Parts of a late lane that are looked at, about.
 MARKS = 8
-# Late work ends within so many SLOs of its own; the core asks for that where it sets a bound.
-LATEST = 10
 
 
 class Decayed:
