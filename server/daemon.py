@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from server.http_protocol import HttpProtocol
 from server.infer import InferRoute
 from server.job_intake import Intake
 from server.job_metrics import JobMetrics
+from server.job_preparing import JobPreparer
 from server.job_supply import Supply
 from server.jobs import Jobs
 from server.layouts import Layouts
@@ -116,7 +118,8 @@ class Daemon:
         self.service = InferenceService(self.driver, self.arena, self._pool)
         supply = Supply(core.pool, self.driver, self.repository, self.arena.size)
         jobs = self._state_dir / "jobs"
-        self._jobs = Jobs(settings, jobs, supply, self.repository, self.service, self.fleet.name_of)
+        preparer = JobPreparer(self._pool, settings.preprocess_threads or os.cpu_count() or 1)
+        self._jobs = Jobs(settings, jobs, supply, self.repository, self.service, preparer, self.fleet.name_of)
         self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver, self._jobs.demands)
         self.metrics.register(JobMetrics(self._jobs))
         self.metrics.watch(

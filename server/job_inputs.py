@@ -30,8 +30,8 @@ from server.job_store import Position, full_disk
 JSONL, FOLDER, NPZ, SAFETENSORS = "jsonl", "folder", "npz", "safetensors"
 FORMATS = (JSONL, NPZ, SAFETENSORS)
 MAX_ITEM_BYTES = 64 * 1024 * 1024
-# Begins the buckets of items that a pipeline is to make tensors of.
-ENCODED = -1
+# The bucket of items that a pipeline is to make tensors of.
+ENCODED = (-1,)
 LISTING, TENSORS = "input", "tensors.json"
 # Rows of a tensor file that are read at once, about so many bytes.
 READ_BYTES = 4 * 1024 * 1024
@@ -42,9 +42,9 @@ _decode = msgspec.json.Decoder().decode
 class Item(msgspec.Struct, gc=False):
     """One input. `parts`: the bytes of each of the model's inputs, or the encoded element of a pipeline.
 
-    `bucket`: only items of the same share a batch; the sizes of the model's varying axes, or ENCODED and the class of
-    the element's size. `error`: what is wrong with it, if it cannot be run. `offset`: where it begins in the file.
-    `crashes`: workers that died of batches with it.
+    `bucket`: the sizes of the model's varying axes, since only items of the same share a batch; or ENCODED. `error`:
+    what is wrong with it, if it cannot be run. `offset`: where it begins in the file. `crashes`: workers that died of
+    batches with it.
     """
 
     number: int
@@ -132,8 +132,7 @@ class LineReader:
             if self._pipeline is None or self._is_ready(value):
                 item.parts, item.bucket = tensors_of(value, self._signature)
             else:
-                element = element_of(value, self._pipeline, self._inputs_dir)
-                item.parts, item.bucket = (element,), size_bucket(element, self._pipeline)
+                item.parts, item.bucket = (element_of(value, self._pipeline, self._inputs_dir),), ENCODED
         except BadItemError as error:
             item.error = str(error)
         return item
@@ -144,11 +143,6 @@ class LineReader:
 
     def close(self) -> None:
         self._file.close()
-
-
-def size_bucket(element: bytes, pipeline: PipelineFile) -> tuple[int, ...]:
-    """Where a pipeline makes tensors of different lengths, elements of about one size go together."""
-    return (ENCODED, round(2 * math.log2(len(element) + 1))) if pipeline.varies else (ENCODED,)
 
 
 def parse_line(line: bytes) -> Any:

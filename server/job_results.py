@@ -15,7 +15,7 @@ import numpy as np
 
 from scheduler.driver import Answered
 from scheduler.tensors import DATATYPES, TensorSpec
-from server.job_store import Ledger, Row, full_disk
+from server.job_store import Asked, Ledger, Row, full_disk
 
 # One output of one item: its shape, and its bytes.
 Packed = list[tuple[tuple[int, ...], bytes]]
@@ -66,6 +66,17 @@ def _not_in_json(spec: TensorSpec) -> str:
     if spec.datatype == "BF16":
         return f"output {spec.name} is BF16, which JSON cannot carry; ask for output=npz"
     return f"output {spec.name} is infinite or not a number, which JSON cannot carry; ask for output=npz"
+
+
+def write_as_asked(ledger: Ledger, asked: Asked) -> str:
+    """The results of a job whose items are all finished; returns why they are not in the form that was asked for."""
+    specs, path = asked.signature.outputs, ledger.folder / f"results.{asked.output}"
+    try:
+        write(ledger, specs, asked.items, asked.output, path)
+    except ShapesDifferError as error:
+        write(ledger, specs, asked.items, JSONL, path.with_suffix(f".{JSONL}"))
+        return f"the results are JSON lines, since {error}"
+    return ""
 
 
 def write(ledger: Ledger, specs: Sequence[TensorSpec], items: int, output: str, path: Path) -> None:

@@ -1,8 +1,8 @@
 """One batch job while it runs: inputs are read ahead, batches sent to the slices that it holds, results put down.
 
-What is read and not yet in the ledger is bounded, in items and in bytes; so is how far the reading runs ahead of the
-first item that is not finished. Three things go on side by side: reading (in a thread), sending (on the loop), and
-committing what is finished (in a thread, a few times a second).
+What is read and not yet in the ledger is bounded (`job_window.py`). Four things go on side by side: reading (in a
+thread), preparing what is encoded (in the preprocessing pool), sending (on the loop), and committing what is finished
+(in a thread, a few times a second).
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ import structlog
 from scheduler.driver import Answered, now_ns
 from scheduler.elastic import Elastic
 from server import job_results
-from server.codec import Tensor
 from server.errors import Fault, ServeError
 from server.job_inputs import ENCODED, Item, Reader
+from server.job_preparing import JobPreparer, tensors_of_batch
 from server.job_results import rows_of
 from server.job_store import DiskFullError, Job, JobState, Ledger, Position, Row
+from server.job_window import Window
 from server.repository import Model
 from server.service import InferenceService
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-# Items and bytes that are read and not yet in the ledger.
-WINDOW_ITEMS, WINDOW_BYTES = 8192, 48 * 1024 * 1024
 READ_ITEMS = 512
-# An item that so many have overtaken goes next, whatever its bucket.
-OVERTAKEN = 4 * WINDOW_ITEMS
+# Groups of items that are being prepared: one that keeps the pool busy, one that is ready to.
+PREPARING = 2
 # Batches that a slice has: one that runs, one that is ready to.
 AHEAD = 2
 COMMIT_EVERY_S = 0.2
@@ -47,13 +46,13 @@ RATE_TAU_S = 10.0
 PACE_WEIGHT = 0.2
 
 Bucket = tuple[int, ...]
-# Model, worker, bucket, its factor -> items of a batch, and its ns; None if it does not serve the model.
+# Model, worker, bucket, its factor -> items of a batch and its ns; None if it is not served there.
 BatchFor = Callable[[Model, int, Bucket, float], tuple[int, float] | None]
 _OURS = (Fault.REFUSED, Fault.UNAVAILABLE)  # nothing is wrong with the items
 
 
 class JobRun:
-    """`job` is kept up to date. `on_end`: told once it is done, stopped, or cannot go on for want of room."""
+    """`job` is kept up to date. `on_change`: told when it has ended or paused, or its slices refuse."""
 
     def __init__(
         self,
@@ -64,6 +63,7 @@ class JobRun:
         service: InferenceService,
         elastic: Elastic,
         batch_for: BatchFor,
+        preparer: JobPreparer,
         on_change: Callable[[JobRun], None],
     ) -> None:
         self.job = job
@@ -73,6 +73,7 @@ class JobRun:
         self._service = service
         self._elastic = elastic
         self._batch_for = batch_for
+        self._preparer = preparer
         # Its own, and one: what it does with its files is done one after the other.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"job-{job.id}")
         self._on_change = on_change
@@ -85,13 +86,13 @@ class JobRun:
         self._numbers = 0
         self._on: Counter[int] = Counter()  # batches that are sent, by worker
         self._finished: list[tuple[list[Item], Answered | str]] = []
-        self._order: deque[Item] = deque()  # all that were read and are not behind the first unfinished one
-        self._ended: set[int] = set()  # of these, the finished ones
+        self._window = Window()
+        self._encoded: deque[Item] = deque()
+        self._preparing = 0
         self._already: set[int] = set()  # finished before a restart
-        self._read_to = Position()
-        self._open_items = self._open_bytes = 0
         self._read_all = False
         self._room = asyncio.Event()
+        self._to_prepare = asyncio.Event()
         self._to_commit = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._feeding: asyncio.TimerHandle | asyncio.Handle | None = None
@@ -102,11 +103,12 @@ class JobRun:
     async def start(self) -> None:
         """Reads the first items, and goes on from there."""
         self.job.done, self.job.errors = self.ledger.counts
-        self._read_to = self.ledger.position
-        self._already = await self.in_thread(self.ledger.finished_from, self._read_to.item)
+        self._window.read_to = self.ledger.position
+        self._already = await self.in_thread(self.ledger.finished_from, self._window.read_to.item)
         await self._read_some()
         self._committed_at = asyncio.get_running_loop().time()
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._commit())]
+        going_on = [self._read(), self._commit(), *(self._prepare() for _ in range(PREPARING))]
+        self._tasks = [asyncio.create_task(each) for each in going_on]
         self._to_commit.set()  # it may be complete already
 
     async def stop(self) -> None:
@@ -149,30 +151,62 @@ class JobRun:
 
     async def _read(self) -> None:
         while not self._read_all:
-            while self._open_items >= WINDOW_ITEMS or self._open_bytes >= WINDOW_BYTES:
+            while self._window.is_full:
                 self._room.clear()
                 await self._room.wait()
             await self._read_some()
             self.feed_soon()
 
     async def _read_some(self) -> None:
-        items, self._read_to = await self.in_thread(self._read_items)
+        items, self._window.read_to = await self.in_thread(self._read_items)
         self._read_all = not items
         for item in items:
             if item.number in self._already:
                 self._already.discard(item.number)
                 continue
-            self._order.append(item)
-            self._open_items += 1
-            self._open_bytes += item.nbytes
-            if item.error:
-                self._finish([item], item.error)
+            self._window.add(item)
+            if item.bucket == ENCODED and not item.error:
+                self._encoded.append(item)
+                self._to_prepare.set()
             else:
-                self.seen[item.bucket] += 1
-                self._ready.setdefault(item.bucket, deque()).append(item)
+                self._is_ready(item, item.nbytes)
+
+    def _is_ready(self, item: Item, before: int) -> None:
+        """It is tensors, or has an error; `before`: its bytes until now."""
+        if item.error:
+            self._window.ended([item], were_ready=False)
+            self._finish([item], item.error)
+            return
+        self._window.ready(item, before)
+        self.seen[item.bucket] += 1
+        self._ready.setdefault(item.bucket, deque()).append(item)
 
     def _read_items(self) -> tuple[list[Item], Position]:
         return self._reader.read(READ_ITEMS), self._reader.position
+
+    async def _prepare(self) -> None:
+        while True:
+            while not self._encoded or self._window.is_ready_full:
+                self._to_prepare.clear()
+                await self._to_prepare.wait()
+            group = [self._encoded.popleft() for _ in range(min(self._preparer.group, len(self._encoded)))]
+            sizes = [item.nbytes for item in group]
+            self._preparing += 1
+            try:
+                model = self._model()
+                pipeline = model.serving.preprocess
+                if pipeline is None:
+                    raise ServeError(Fault.UNAVAILABLE, f"model {model.name} has no pipeline any more")
+                await self._preparer.prepare(model, pipeline, group)
+            except ServeError:
+                self._encoded.extendleft(reversed(group))
+                await asyncio.sleep(AGAIN_S)
+                continue
+            finally:
+                self._preparing -= 1
+            for item, before in zip(group, sizes, strict=True):
+                self._is_ready(item, before)
+            self.feed_soon()
 
     # ---- sending ----
 
@@ -223,16 +257,15 @@ class JobRun:
 
     def _full_buckets(self, worker_id: int) -> list[Bucket]:
         """Those that have a whole batch; all, where no more is to come before one has ended."""
-        if self._read_all or self._open_items >= WINDOW_ITEMS or self._open_bytes >= WINDOW_BYTES:
+        all_prepared = self._read_all and not self._encoded and not self._preparing
+        if all_prepared or self._window.is_full or self._window.is_ready_full:
             return list(self._ready)
         return [bucket for bucket, waiting in self._ready.items() if len(waiting) >= self._size(worker_id, bucket)[0]]
 
     def _overtaken(self) -> Bucket | None:
-        if not self._order or self._order[-1].number - self._order[0].number < OVERTAKEN:
-            return None
-        bucket = self._order[0].bucket
-        waiting = self._ready.get(bucket)
-        return bucket if waiting and waiting[0] is self._order[0] else None
+        item = self._window.overtaken()
+        waiting = self._ready.get(item.bucket) if item is not None else None
+        return waiting[0].bucket if waiting and waiting[0] is item else None
 
     def _send(self, worker_id: int, items: list[Item], ns: float) -> None:
         self._numbers += 1
@@ -242,7 +275,7 @@ class JobRun:
         ended = partial(self._batch_ended, number, ns)
         try:
             model = self._model()
-            cancel = self._service.submit_background(model, _tensors(model, items), worker_id, now_ns(), ended)
+            cancel = self._service.submit_background(model, tensors_of_batch(model, items), worker_id, now_ns(), ended)
         except ServeError as error:
             ended(error)
             return
@@ -254,7 +287,7 @@ class JobRun:
         self._on[worker_id] -= 1
         if isinstance(outcome, Answered):
             self._learn(worker_id, items, outcome)
-            self._finish(items, outcome)
+            self._let_go(items, outcome)
             self.feed_soon()
         elif outcome.fault in _OURS:
             again = self._alone if items[0].crashes else self._ready.setdefault(items[0].bucket, deque())
@@ -273,7 +306,13 @@ class JobRun:
             if len(items) > 1 or (crashed and item.crashes < MOST_CRASHES):
                 self._alone.append(item)
             else:
-                self._finish([item], error.message)
+                self._let_go([item], error.message)
+
+    def _let_go(self, items: list[Item], outcome: Answered | str) -> None:
+        self._window.ended(items, were_ready=True)
+        self._to_prepare.set()
+        self._room.set()
+        self._finish(items, outcome)
 
     def _learn(self, worker_id: int, items: list[Item], answered: Answered) -> None:
         """How a bucket's batches differ from what the table says."""
@@ -288,7 +327,6 @@ class JobRun:
 
     def _finish(self, items: list[Item], outcome: Answered | str) -> None:
         self._finished.append((items, outcome))
-        self._ended.update(item.number for item in items)
         self._to_commit.set()
 
     async def _commit(self) -> None:
@@ -302,7 +340,7 @@ class JobRun:
                     self.job.state = JobState.STOPPED
                     self.job.reason = self._too_many(await self.first_errors(3))
                 elif self.job.done >= self.job.asked.items:
-                    await self.in_thread(self._write_results)
+                    self.job.reason = await self.in_thread(job_results.write_as_asked, self.ledger, self.job.asked)
                     self.job.state = JobState.DONE
             except (DiskFullError, OSError) as error:
                 self.job.state, self.job.reason = JobState.PAUSED, f"the disk: {error}"
@@ -314,7 +352,7 @@ class JobRun:
     async def _put_down(self) -> None:
         """What is finished, into the ledger."""
         finished, self._finished = self._finished, []
-        position = self._position()
+        position = self._window.position()
         try:
             counts = await self.in_thread(self._add, finished, position)
         except BaseException:
@@ -322,16 +360,8 @@ class JobRun:
             raise
         self._count_rate(counts[0] - self.job.done)
         self.job.done, self.job.errors = counts
-        for items, _ in finished:
-            self._open_items -= len(items)
-            self._open_bytes -= sum(item.nbytes for item in items)
+        self._window.put_down(sum(len(items) for items, _ in finished))
         self._room.set()
-
-    def _position(self) -> Position:
-        """The first item that is not finished."""
-        while self._order and self._order[0].number in self._ended:
-            self._ended.discard(self._order.popleft().number)
-        return Position(self._order[0].number, self._order[0].offset) if self._order else self._read_to
 
     def _add(self, finished: list[tuple[list[Item], Answered | str]], position: Position) -> tuple[int, int]:
         asked = self.job.asked
@@ -349,17 +379,6 @@ class JobRun:
         shown = "; ".join(f"item {item}: {error}" for item, error in errors)
         return f"{self.job.errors} items have errors, more than max_errors={self.job.asked.max_errors}; {shown}"
 
-    def _write_results(self) -> None:
-        asked = self.job.asked
-        folder = self.ledger.folder
-        try:
-            path = folder / f"results.{asked.output}"
-            job_results.write(self.ledger, asked.signature.outputs, asked.items, asked.output, path)
-        except job_results.ShapesDifferError as error:
-            self.job.reason = f"the results are JSON lines, since {error}"
-            path = folder / f"results.{job_results.JSONL}"
-            job_results.write(self.ledger, asked.signature.outputs, asked.items, job_results.JSONL, path)
-
     def _count_rate(self, done: int) -> None:
         at = asyncio.get_running_loop().time()
         took_s, self._committed_at = max(at - self._committed_at, 1e-3), at
@@ -367,19 +386,4 @@ class JobRun:
         self.rate_per_s += weight * (done / took_s - self.rate_per_s)
 
 
-def _tensors(model: Model, items: Sequence[Item]) -> list[Tensor]:
-    pipeline = model.serving.preprocess
-    count = (len(items),)
-    if pipeline is not None and items[0].bucket[:1] == (ENCODED,):
-        return [Tensor(pipeline.input, "BYTES", count, [item.parts[0] for item in items])]
-    varying = iter(items[0].bucket)
-    tensors = []
-    for index, spec in enumerate(model.signature.inputs):
-        of_item = tuple(next(varying) if dim == -1 else dim for dim in spec.dims)
-        shape = (*count, *of_item) if model.signature.max_batch > 0 else of_item
-        tensors.append(Tensor(spec.name, spec.datatype, shape, [memoryview(item.parts[index]) for item in items]))
-    return tensors
-
-
-def _nothing() -> None:
-    pass
+def _nothing() -> None: ...

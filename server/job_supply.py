@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 from scheduler.domain import Pool, Worker
 from scheduler.driver import Driver
 from scheduler.elastic import IdleShares, Place, batch_for, patience_ns
-from server.job_inputs import ENCODED
 from server.repository import Model, ModelState, Repository
 
 # A batch of a job takes no more of the arena than that.
@@ -52,16 +52,23 @@ class Supply:
 
     def _batch(self, worker: Worker, model: Model, bucket: Bucket, factor: float) -> tuple[int, float]:
         table = worker.tables[model.key, 0]
+        if table.factor == 1:
+            factor *= self._usual_correction(model)
         items, ns = batch_for(table, self._limit_ns(worker), factor)
         most = self._most_items(model, bucket)
         return (items, ns) if items <= most else (most, table.time_ns(most) * factor)
+
+    def _usual_correction(self, model: Model) -> float:
+        """For a slice that nothing is known of but its table: it is likely to err there as elsewhere."""
+        factors = [worker.tables[model.key, 0].factor for worker in self._pool.serving[model.key, 0]]
+        known = [math.log(factor) for factor in factors if factor != 1]
+        return math.exp(sum(known) / len(known)) if known else 1.0
 
     def _most_items(self, model: Model, bucket: Bucket) -> int:
         """As the model takes, and the arena."""
         if model.signature.max_batch == 0:
             return 1
-        dims = model.signature.sample_dims if not bucket or bucket[0] == ENCODED else bucket
-        of_item = model.layout.slot(1, dims).nbytes
+        of_item = model.layout.slot(1, bucket or model.signature.sample_dims).nbytes
         return max(min(model.signature.max_batch, self._batch_bytes // max(of_item, 1)), 1)
 
     def _limit_ns(self, worker: Worker) -> float | None:

@@ -18,6 +18,7 @@ from scheduler.driver import now_ns
 from scheduler.elastic import Elastic, Holding, Place, Work, decide
 from server.errors import Fault, ServeError
 from server.job_inputs import LISTING, TENSORS, LineReader, Reader
+from server.job_preparing import JobPreparer
 from server.job_run import JobRun
 from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger
 from server.job_supply import Supply
@@ -45,6 +46,7 @@ class Jobs:
         supply: Supply,
         repository: Repository,
         service: InferenceService,
+        preparer: JobPreparer,
         slice_name: Callable[[int], str],
     ) -> None:
         self._settings = settings
@@ -52,6 +54,7 @@ class Jobs:
         self._supply = supply
         self._repository = repository
         self._service = service
+        self._preparer = preparer
         self._slice_name = slice_name
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="jobs")
         self._elastic = Elastic()
@@ -248,6 +251,7 @@ class Jobs:
             self._service,
             self._elastic,
             self._supply.batch,
+            self._preparer,
             self._changed,
         )
         self._runs[job.id] = run

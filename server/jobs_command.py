@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Client:
         try:
             # A refusal may come, and the connection be closed, while the inputs are still being sent.
             with suppress(BrokenPipeError, ConnectionResetError):
-                connection.request(method, path, body)
+                connection.request(method, path, body, {"Connection": "close"})
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             raise CommandError(f"{self.url} cannot be reached: {error}") from error
@@ -126,7 +126,8 @@ def told(act: Any) -> int:
 
 def submit(client: Client, wish: Wish, *, wait: bool, out: Path | None, as_json: bool) -> int:
     def act() -> int:
-        job = client.ask("POST", f"/v2/jobs?{wish.query()}", _body(wish))
+        with _body(wish) as body:
+            job = client.ask("POST", f"/v2/jobs?{wish.query()}", body)
         if as_json:
             print(json.dumps(job))
         else:
@@ -138,19 +139,24 @@ def submit(client: Client, wish: Wish, *, wait: bool, out: Path | None, as_json:
     return told(act)
 
 
-def _body(wish: Wish) -> Any:
+@contextmanager
+def _body(wish: Wish) -> Iterator[Any]:
+    """What is sent."""
     if (wish.inputs is None) == (wish.server_folder is None):
         raise CommandError("give inputs, or a --server-folder", USAGE)
     if wish.inputs is None:
-        return None
-    if str(wish.inputs) == "-":
-        return iter(lambda: sys.stdin.buffer.read(CHUNK), b"")
-    if wish.inputs.is_dir():
-        return _folder(wish.inputs)
-    try:
-        return wish.inputs.open("rb")
-    except OSError as error:
-        raise CommandError(f"{wish.inputs} cannot be read: {error.strerror}", USAGE) from error
+        yield None
+    elif str(wish.inputs) == "-":
+        yield iter(lambda: sys.stdin.buffer.read(CHUNK), b"")
+    elif wish.inputs.is_dir():
+        yield _folder(wish.inputs)
+    else:
+        try:
+            file = wish.inputs.open("rb")
+        except OSError as error:
+            raise CommandError(f"{wish.inputs} cannot be read: {error.strerror}", USAGE) from error
+        with file:
+            yield file
 
 
 def _folder(folder: Path) -> Iterator[bytes]:

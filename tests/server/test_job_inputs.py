@@ -14,7 +14,7 @@ from preprocess.steps import ImageSteps, TextSteps
 from scheduler.tensors import Signature, TensorSpec
 from server import job_inputs, job_tensors
 from server.errors import ServeError
-from server.job_inputs import BadItemError, LineReader, element_of, parse_line, size_bucket, tensors_of
+from server.job_inputs import BadItemError, LineReader, element_of, parse_line, tensors_of
 from server.job_intake import read_terms
 from server.job_store import Position
 from server.job_tensors import TensorReader
@@ -90,7 +90,7 @@ def test_a_model_with_a_pipeline_takes_ready_tensors_too(tmp_path: Path) -> None
     reader = LineReader(path, Position(), ONE, PICTURE, None)
     ready, encoded = reader.read(2)
     assert (ready.bucket, ready.parts) == ((), (np.array([1, 2, 3, 4], np.float32).tobytes(),))
-    assert (encoded.bucket, encoded.parts) == ((job_inputs.ENCODED,), (b"png",))
+    assert (encoded.bucket, encoded.parts) == (job_inputs.ENCODED, (b"png",))
     reader.close()
 
 
@@ -103,11 +103,6 @@ def test_a_link_that_leads_out_of_the_folder_is_outside(tmp_path: Path) -> None:
     assert job_inputs.below(inside, "/etc/passwd") is None
     assert job_inputs.below(inside, "a\0b") is None
     assert job_inputs.below(inside, ".") == inside
-
-
-def test_elements_of_about_one_size_go_together_where_length_varies() -> None:
-    assert size_bucket(b"x" * 100, TEXT) == size_bucket(b"x" * 105, TEXT) != size_bucket(b"x" * 300, TEXT)
-    assert size_bucket(b"x" * 100, PICTURE) == size_bucket(b"x" * 3000, PICTURE)
 
 
 def test_reading_goes_on_where_it_was(tmp_path: Path) -> None:

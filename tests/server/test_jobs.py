@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from scheduler.channel import Failed
 from server.errors import Fault, ServeError
 from server.job_intake import Intake, Terms
+from server.job_preparing import JobPreparer
 from server.job_store import Job, JobState
 from server.job_supply import Supply
 from server.jobs import Jobs
@@ -41,15 +45,15 @@ class Repository:
 class Story:
     """A stage with jobs, which live on in `folder`."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.stage = Served(make_model(), 1 << 20)
+    def __init__(self, folder: Path, *, pictures: bool = False, **settings: Any) -> None:
+        self.stage = Served(make_model(pictures=pictures), 1 << 20)
         self.repository: Any = Repository(self.stage)
         self.settings = Settings(jobs_min_free_mib=0, **settings)
         stage = self.stage
         supply = Supply(stage.driver._core.pool, stage.driver, self.repository, stage.arena.size)
-        self.jobs = Jobs(
-            self.settings, folder, supply, self.repository, stage.service, lambda worker: f"slice {worker}"
-        )
+        preparer = JobPreparer(stage.pool, 1)
+        name: Callable[[int], str] = "slice {}".format
+        self.jobs = Jobs(self.settings, folder, supply, self.repository, stage.service, preparer, name)
         self.intake = Intake(self.settings, self.jobs, self.repository)
         self._at = 0
 
@@ -117,9 +121,9 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.002)
 
 
-def on(folder: Path, story: Callable[[Story], Awaitable[None]], **settings: Any) -> None:
+def on(folder: Path, story: Callable[[Story], Awaitable[None]], *, pictures: bool = False, **settings: Any) -> None:
     async def run() -> None:
-        told = Story(folder, **settings)
+        told = Story(folder, pictures=pictures, **settings)
         await told.jobs.start()
         try:
             await story(told)
@@ -320,6 +324,33 @@ def test_online_work_goes_first_and_a_jobs_batches_are_not_counted_as_requests(t
         assert [len(record.request_ns) for record in told.stage.seen.records] == [0, 1]
 
     on(tmp_path, story)
+
+
+def test_pictures_go_through_the_pipeline_and_bad_ones_have_their_errors(tmp_path: Path) -> None:
+    def picture(value: int) -> str:
+        out = io.BytesIO()
+        Image.new("L", (3, 3), value).save(out, "PNG")
+        return json.dumps(base64.b64encode(out.getvalue()).decode())
+
+    files = tmp_path / "files"
+    files.mkdir()
+    Image.new("L", (2, 2), 51).save(files / "there.png")
+
+    async def story(told: Story) -> None:
+        lines = [picture(0), '"AAAA"', '{"file": "there.png"}', '{"file": "missing.png"}', '{"x": [[[0.5]]]}']
+        found = await told.all_done(await told.submit(*lines, *(picture(255) for _ in range(20))))
+        assert found[0]["outputs"] == {"y": [0.0]}
+        assert "not a JPEG, PNG" in found[1]["error"]
+        assert found[2]["outputs"]["y"][0] == pytest.approx(0.4)
+        assert "missing.png cannot be read" in found[3]["error"]
+        assert found[4]["outputs"] == {"y": [1.0]}, "a ready tensor needs no pipeline"
+        assert [row["outputs"] for row in found[5:]] == [{"y": [2.0]}] * 20
+        folder = await told.submit(folder=".")
+        assert (await told.all_done(folder))[0]["outputs"]["y"][0] == pytest.approx(0.4)
+        with pytest.raises(ServeError, match="no folder below"):
+            await told.submit(folder="../..")
+
+    on(tmp_path / "jobs", story, pictures=True, jobs_input_dir=files)
 
 
 def test_inputs_that_are_none(tmp_path: Path) -> None:

@@ -6,17 +6,17 @@ import base64
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from typer.testing import CliRunner, Result
 
+from server.__main__ import app
 from server.demo import digits_split, picture_of
 from tests import repositories
-from tests.harness import MODELS, REPOSITORY, RunningDaemon, running, until
+from tests.harness import MODELS, RunningDaemon, running, until
 from tests.preprocess.pictures import encoded
 from tests.server.raw_http import request
 
@@ -74,7 +74,10 @@ def test_kill_9_of_every_worker_and_of_the_daemon_loses_nothing_and_doubles_noth
     demo_models: None, tmp_path: Path
 ) -> None:
     body, images = lines_of_digits(2000, 40)
-    flags = ("--drain-delay-secs", "0", "--state-dir", str(tmp_path / "state"))
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "digits").symlink_to(MODELS / "digits")
+    flags = ("--drain-delay-secs", "0", "--model-repository", str(models), "--state-dir", str(tmp_path / "state"))
     with running(*flags) as daemon:
         job = ask(daemon, "POST", f"{JOBS}?model=digits", body)["id"]
         for worker in list(daemon.workers()):
@@ -136,24 +139,22 @@ def test_the_life_of_a_job(tmp_path: Path) -> None:
         assert results(daemon, job) == right
         assert daemon.events("job will be late", job=late)
         until_state(daemon, late, "done")
-        # The command line.
-        environment = {**os.environ, "MIGSERVE_URL": f"http://{daemon.http}"}
 
-        def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-            line = [sys.executable, "-m", "server", "jobs", *arguments]
-            return subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+        # The command line.
+        def command(*arguments: str) -> Result:
+            return CliRunner().invoke(app, ["jobs", *arguments], env={"MIGSERVE_URL": f"http://{daemon.http}"})
 
         array = tmp_path / "x.npz"
         np.savez(array, x=np.ones((4, 16), np.float32))
         out = tmp_path / "y.npz"
         told = command("submit", "slow", str(array), "--deadline", "1m", "--output", "npz", "--out", str(out))
-        assert told.returncode == 0, told.stderr
+        assert told.exit_code == 0, told.stderr
         with np.load(out) as arrays:
             assert arrays["y"].tolist() == [[16.0]] * 4
         assert job in command("list").stdout
         assert "state        done" in command("show", job[:6]).stdout
         assert command("results", job).stdout.splitlines() == [json.dumps(row, separators=(",", ":")) for row in right]
-        assert command("remove", late).returncode == 0
+        assert command("remove", late).exit_code == 0
         assert "unknown job" in command("show", late).stderr
         assert "neither a time" in command("submit", "slow", str(array), "--deadline", "soon").stderr
         assert request(daemon.http, "POST", f"{JOBS}?model=slow&deadine=1s", b"[1]").status == 400
