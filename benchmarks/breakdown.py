@@ -12,10 +12,10 @@ from typing import NamedTuple
 import httptools
 import numpy as np
 
+from scheduler.answers import Answered, BatchOutputs, Share
 from scheduler.arena import Arena
 from scheduler.channel import Done, Load, ModelSource, RunBatch, WorkerEnd, _decode_to_worker, _encode
 from scheduler.core import SchedulerCore
-from scheduler.driver import Answered, BatchOutputs, Share
 from scheduler.messages import Arrived, BatchDone, Request, Run, Serves, WorkerUp
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from scheduler.worker import _Worker

@@ -267,6 +267,12 @@ class Pool:
         lengths = self.lengths[request.model]
         return request.model, min(bisect.bisect_left(lengths, request.length), len(lengths) - 1)
 
+    def padded(self, model: str, length: int) -> int:
+        """What a batch is filled up to whose longest item is so long: an edge, or nothing where it is beyond all."""
+        edges = self.lengths.get(model, ())
+        place = bisect.bisect_left(edges, length)
+        return edges[place] if place < len(edges) else length
+
     def serve(self, worker: Worker, model: str, latency_ns: tuple[int, ...], lengths: tuple[int, ...]) -> None:
         self.withdraw(worker, model)
         self.changes += 1

@@ -21,7 +21,7 @@ from partitioner.plans import ModelDemand, PlanError
 from partitioner.programme import InfeasibleError
 from partitioner.reconfigure import RefusedChangeError, Result
 from scheduler.driver import Driver
-from scheduler.loading import Points
+from scheduler.lengths import Points
 from server.layouts import Layouts
 from server.repository import Model, ModelState, Repository
 from server.settings import Settings
@@ -83,8 +83,8 @@ class Autopilot:
     async def observe(self) -> View:
         """Takes in what has arrived since the last time, and thinks again."""
         counts: Counter[Kind] = Counter()
-        for (key, items, dims), count in self._driver.take_arrivals().items():
-            counts[Kind(key.partition("/")[0], items, dims[0] if dims else 0)] += count
+        for (key, items, length), count in self._driver.take_arrivals().items():
+            counts[Kind(key.partition("/")[0], items, length)] += count
         self._demand.observe(time.monotonic(), counts)
         traffic = self._demand.traffic()
         try:

@@ -38,6 +38,9 @@ class Backend(Protocol):
     def join(self, parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """One input of a batch, copied together from its requests' bytes, where the device can take it."""
 
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """The same, to be written."""
+
     def start(self, inputs: list[Array]) -> Any:
         """Takes one array an input, whole batch, in the signature's order."""
 
@@ -108,7 +111,7 @@ def load(message: Load, device: str) -> Backend:
     if source.backend == "emulated":
         from scheduler.backends.emulated import EmulatedBackend
 
-        return EmulatedBackend(source, message.latency_ms or ())
+        return EmulatedBackend(source, message.latency_ms or (), message.by_length)
     try:
         import torch
     except ImportError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -39,6 +40,29 @@ def test_a_decoder_that_dies_costs_a_process_and_no_request(demo_models: None, t
         assert daemon.wait() == 0
         started = [line["pid"] for line in daemon.events("preprocessing process started")]
         assert all(map(ended, started))
+
+
+def test_a_slice_may_be_kept_for_preprocessing_but_a_simulated_one_decodes_nothing(
+    demo_models: None, tmp_path: Path
+) -> None:
+    """Who asks for it by name is told; with `auto` the CPU does it."""
+    for device in ("dedicated", "slice"):
+        shutil.copytree(MODELS / "digits", tmp_path / device)
+        serving = tmp_path / device / "serving.yaml"
+        serving.write_text(serving.read_text().replace("preprocess:\n", f"preprocess:\n  device: {device}\n"))
+    flags = ("--model-repository", str(tmp_path), "--model-repository", str(MODELS), "--drain-delay-secs", "0")
+    kept = ("--layout", "4g.40gb+3g.40gb", "--preprocess-slice", "gpu0/3g.40gb@4")
+    with running(*flags, *kept, "--no-strict-readiness") as daemon:
+        assert list(daemon.workers()) == ["gpu0/4g.40gb@0"]
+        assert [line["decoder"] for line in daemon.events("preprocessing", model="digits")] == ["cpu"]
+        index = request(daemon.http, "POST", "/v2/repository/index").json
+        reasons = {entry["name"]: entry["reason"] for entry in index if entry["state"] == "UNAVAILABLE"}
+        assert set(reasons) == {"dedicated", "slice"}
+        assert "no GPU behind it (simulated: gpu0/4g.40gb@0)" in reasons["slice"]
+        assert "device: dedicated" in reasons["dedicated"]
+        assert request(daemon.http, "POST", "/v2/models/digits/infer", PICTURE.read_bytes()).status == 200
+        metrics = request(daemon.metrics, "GET", "/metrics").body.decode()
+        assert 'migserve_preprocess_elements_total{model="digits",version="1"} 1.0' in metrics
 
 
 def test_digits_sent_as_a_form_are_answered_as_their_tensors_are(demo_models: None, tmp_path: Path) -> None:
