@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse, JSONResponse
+from starlette.requests import ClientDisconnect
 
 from server.app import refuse_web_pages
 from server.errors import invalid
@@ -26,7 +27,13 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
     async def submit(request: Request) -> JSONResponse:
         """The inputs are the body; in the query stand model, deadline and the rest, see docs/jobs.md."""
         terms = read_terms(request.query_params, time.time())
-        return JSONResponse(await _shown(jobs, await intake.take(terms, request.stream())), 201)
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise invalid("the inputs of a job are taken as they are: send them without Content-Encoding")
+        try:
+            job = await intake.take(terms, request.stream())
+        except ClientDisconnect:
+            raise invalid("the inputs were not sent to their end") from None
+        return JSONResponse(await _shown(jobs, job), 201)
 
     @routes.get("/v2/jobs")
     async def index() -> dict[str, Any]:

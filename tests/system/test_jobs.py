@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def lines_of_digits(count: int, size: int) -> tuple[bytes, np.ndarray]:
     """So many digits as pictures, `size` times as large, as JSON lines; and as tensors."""
     _, _, images, _ = digits_split()
     texts = []
+    images = images[:200]
     for image in images:
         large = picture_of(image).resize((8 * size, 8 * size), resample=0)
         texts.append(json.dumps({"image": base64.b64encode(encoded(large)).decode()}))
@@ -73,12 +75,13 @@ def lines_of_digits(count: int, size: int) -> tuple[bytes, np.ndarray]:
 def test_kill_9_of_every_worker_and_of_the_daemon_loses_nothing_and_doubles_nothing(
     demo_models: None, tmp_path: Path
 ) -> None:
-    body, images = lines_of_digits(2000, 40)
+    body, images = lines_of_digits(2000, 60)
     models = tmp_path / "models"
     models.mkdir()
     (models / "digits").symlink_to(MODELS / "digits")
+    # One thread for pictures of 480 x 480, so that it takes long enough to be killed.
     flags = ("--drain-delay-secs", "0", "--model-repository", str(models), "--state-dir", str(tmp_path / "state"))
-    with running(*flags) as daemon:
+    with running(*flags, "--preprocess-threads", "1") as daemon:
         job = ask(daemon, "POST", f"{JOBS}?model=digits", body)["id"]
         for worker in list(daemon.workers()):
             before = show(daemon, job)
@@ -159,3 +162,14 @@ def test_the_life_of_a_job(tmp_path: Path) -> None:
         assert "neither a time" in command("submit", "slow", str(array), "--deadline", "soon").stderr
         assert request(daemon.http, "POST", f"{JOBS}?model=slow&deadine=1s", b"[1]").status == 400
         assert request(daemon.http, "POST", f"{JOBS}?model=none", b"[1]").status == 404
+        assert request(daemon.http, "POST", f"{JOBS}?model=slow", b"[1]", {"Content-Encoding": "gzip"}).status == 400
+        assert request(daemon.http, "POST", f"{JOBS}?model=slow", b"[1]", {"Origin": "http://evil"}).status == 403
+        # A client that leaves in the middle leaves nothing behind.
+        folders = tmp_path / "state" / "jobs"
+        there = len(list(folders.glob("*/")))
+        host, port = daemon.http.split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"POST /v2/jobs?model=slow HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n[1")
+            until(lambda: len(list(folders.glob("*/"))) == there + 1, "it has begun")
+        until(lambda: len(list(folders.glob("*/"))) == there, "nothing is left of it")
+        assert "Traceback" not in "".join(daemon.text)
