@@ -12,7 +12,7 @@ GPU := $(wildcard /dev/nvidiactl)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(if $(GPU),,-c constraints-cpu.txt $(shell curl -fsIm 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX)))
 
-.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-pictures bench-preba peers bench-policies bench-overload bench-predictor system-tools bench-gpu check-gpu clean
+.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-pictures bench-preba peers bench-policies bench-overload bench-predictor bench-jobs system-tools bench-gpu check-gpu clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -29,7 +29,7 @@ test-models: $(VENV)/serve
 
 test: $(VENV)/dev $(TOOLS)/perf_analyzer test-models ## run the whole test suite
 	@tests/missing_tools.sh
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/dev ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff format --check .
@@ -64,6 +64,9 @@ bench-overload: $(VENV)/dev ## mixes, bursts and overload in the simulator
 
 bench-predictor: $(VENV)/dev ## latency tables predicted from a tenth of their points; TABLE=file.csv for another one
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.predictor $(if $(TABLE),--table $(TABLE)) $(ARGS)
+
+bench-jobs: $(VENV)/dev ## a batch job beside online traffic, in the simulator
+	$(BIN)/python -m benchmarks.jobs $(ARGS)
 
 bench-gpu: $(VENV)/dev ## preprocessing on a GPU: agreement, safety, speed; one JSON and one picture ("not measured" without one)
 	$(BIN)/python -m benchmarks.gpu_pictures $(ARGS)

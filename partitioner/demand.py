@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from partitioner.plans import ModelDemand
+
 # What weighs less than this is forgotten, so that histograms stay small.
 NEGLIGIBLE = 1e-3
 
@@ -57,6 +59,24 @@ class Demand:
         for kind, weight in self._weights.items():
             by_model[kind.model][kind] = weight
         return {model: _traffic(weights, window_s) for model, weights in by_model.items()} if window_s else {}
+
+
+# A job is planned for as queries of so many items, each within so long: batches of a good size, and no hurry.
+JOB_ITEMS, JOB_SLO_MS = 16, 10_000.0
+# What is due sooner, or late already, is planned for as if it had so long.
+LEAST_JOB_S = 60.0
+
+
+def job_name(model: str) -> str:
+    """A model's name where it is asked for by jobs: its online queries have demands of their own."""
+    return f"{model} (job)"
+
+
+def job_demand(model: str, items: float, within_s: float, largest_batch: int) -> ModelDemand:
+    """What a batch job asks for, so many items by its deadline, at an even rate. Raises DemandError."""
+    each = min(JOB_ITEMS, largest_batch)
+    rate_per_s = items / each / max(within_s, LEAST_JOB_S)
+    return ModelDemand(job_name(model), rate_per_s, JOB_SLO_MS, {each: 1.0})
 
 
 def _traffic(weights: Mapping[Kind, float], window_s: float) -> Traffic:

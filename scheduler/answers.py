@@ -45,9 +45,10 @@ class Share(msgspec.Struct, frozen=True):
 class Answered(msgspec.Struct, frozen=True):
     """All the outputs of a request, in the order of its items: mostly one share. `late_ns`: after its due time.
 
-    `length`: its own, where batches are padded.
+    `length`: its own, where batches are padded. `started_ns`: when its first piece was sent to a worker.
     """
 
     shares: tuple[Share, ...]
     late_ns: int
     length: int = 0
+    started_ns: int = 0

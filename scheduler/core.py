@@ -10,6 +10,7 @@ Rules:
 6. A policy may cut a request: its parts run apart, it is answered when all are done, and ends as a whole if one fails.
 7. A request that would be served late is refused if it is strict, and where it would end later than ten times
    the time that it gives. What has been accepted is not refused for lateness any more.
+8. Background work never keeps a slice from what the policy would start there (`background.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from scheduler.domain import Batch, Kind, Part, Pool, Query, Worker, models_of
+from scheduler.background import Background, is_background
+from scheduler.domain import LATEST, Batch, Kind, Part, Pool, Query, Worker, models_of
 from scheduler.messages import (
     Answer,
     AnyCommand,
@@ -45,8 +47,6 @@ from scheduler.policies.pool import OnePool
 CRASHES_PER_REQUEST = 2
 # How long before the end of the running batch the next one is staged: time to gather it and copy it in.
 STAGE_AHEAD_NS = 2_000_000
-# Rule 7.
-LATEST = 10
 
 
 class SchedulerCore:
@@ -61,6 +61,7 @@ class SchedulerCore:
     ) -> None:
         self._pool = Pool()
         self._policy = policy(self._pool)
+        self._background = Background()
         self._max_queued = max_queued
         self._bounded = bounded
         self._queries: dict[int, Query] = {}
@@ -73,6 +74,11 @@ class SchedulerCore:
         self._staging: dict[int, Worker] = {}  # busy, with room for one more
         self._next_batch_id = 1
         self._commands: list[AnyCommand] = []
+
+    @property
+    def pool(self) -> Pool:
+        """Who serves what, and how fast; to be read only."""
+        return self._pool
 
     def handle(self, now_ns: int, event: AnyEvent) -> list[AnyCommand]:
         """What to do about `event`, which happens at `now_ns`. Times must not run backwards."""
@@ -171,7 +177,7 @@ class SchedulerCore:
         if event.worker_id in self._draining:
             return  # it was loading while it was told to go: the model is expected elsewhere
         worker = self._pool.workers[event.worker_id]
-        evicted = self._policy.evict(worker, event.model) if event.model in models_of(worker) else []
+        evicted = self._evict(worker, event.model) if event.model in models_of(worker) else []
         self._pool.serve(worker, event.model, event.latency_ns, event.lengths)
         self._pool.weights[event.model] = event.weight
         self._forget_return(event.worker_id, event.model)
@@ -181,7 +187,7 @@ class SchedulerCore:
         self._forget_return(event.worker_id, event.model)
         worker = self._pool.workers.get(event.worker_id)
         if worker is not None and event.model in models_of(worker):
-            evicted = self._policy.evict(worker, event.model)
+            evicted = self._evict(worker, event.model)
             self._pool.withdraw(worker, event.model)
             self._place_again(now_ns, evicted)
         self._give_up_parked(now_ns, event.model)
@@ -192,7 +198,7 @@ class SchedulerCore:
         models = models_of(worker)
         # Beside what it serves, what it was still to load again after a restart.
         self._coming_back.setdefault(worker.id, set()).update(models)
-        evicted = self._policy.evict(worker)
+        evicted = self._evict(worker)
         for model in models:
             self._pool.withdraw(worker, model)
         self._place_again(now_ns, evicted)
@@ -206,7 +212,7 @@ class SchedulerCore:
         if worker is not None:
             models |= set(models_of(worker))
             ran = [part for batch in worker.in_flight.values() for part in batch.parts]
-            evicted = self._policy.evict(worker)
+            evicted = self._evict(worker)
             self._pool.remove(worker)
             self._staging.pop(worker.id, None)
         if event.comes_back:
@@ -215,7 +221,7 @@ class SchedulerCore:
             part.crashes += 1
             if part.query.gone:
                 continue
-            if part.crashes >= CRASHES_PER_REQUEST:
+            if part.crashes >= CRASHES_PER_REQUEST or is_background(part):
                 self._refuse(part.query, Reason.CRASHED, detail=event.detail)
             else:
                 self._run_again(now_ns, part)
@@ -225,11 +231,17 @@ class SchedulerCore:
 
     # ---- placing and starting ----
 
+    def _evict(self, worker: Worker, model: str | None = None) -> list[Part]:
+        """What waits for this worker only."""
+        return self._policy.evict(worker, model) + self._background.evict(worker, model)
+
     def _place(self, now_ns: int, part: Part, bound_ns: int | None) -> None:
         """Into the policy's queues, or parked, or refused."""
         part.worker_id = None
         request = part.query.request
-        if request.model in self._pool.lengths:
+        if request.worker_id is not None:
+            self._place_background(part, request.worker_id)
+        elif request.model in self._pool.lengths:
             part.kind = self._pool.kind_of(request)
             retry_ns = self._policy.offer(now_ns, part, bound_ns)
             if retry_ns and self._pool.forget_old(now_ns, part.kind):
@@ -239,6 +251,14 @@ class SchedulerCore:
                 self._refuse(part.query, reason, retry_ns)
         elif any(request.model in models for models in self._coming_back.values()):
             self._parked.setdefault(request.model, {})[part] = None
+        else:
+            self._refuse(part.query, Reason.UNAVAILABLE)
+
+    def _place_background(self, part: Part, worker_id: int) -> None:
+        worker, request = self._pool.workers.get(worker_id), part.query.request
+        if worker is not None and request.model in models_of(worker):
+            part.kind = self._pool.kind_of(request)
+            self._background.push(worker, part)
         else:
             self._refuse(part.query, Reason.UNAVAILABLE)
 
@@ -271,6 +291,8 @@ class SchedulerCore:
             start = policy.next(now_ns)
             if start is None:
                 break
+            self._start(now_ns, *start)
+        while self._background and (start := self._background.next(pool.ready)) is not None:
             self._start(now_ns, *start)
         wake_ns = policy.wake_ns(now_ns)
         if wake_ns is not None:
@@ -358,6 +380,7 @@ class SchedulerCore:
             if part.queued:
                 self._policy.discard(part)
             elif part.batch_id is None:
+                self._background.discard(part)
                 self._parked.get(model, {}).pop(part, None)
         query.parts.clear()
 

@@ -11,6 +11,8 @@ from partitioner import latency
 from scheduler.estimates import Estimate
 from scheduler.messages import Piece, Request
 
+# Within so many SLOs of its own everything ends, or is refused: rule 7 of the core, and what a rate is judged by.
+LATEST = 10
 # What was learned so long before the last batch may be of another time.
 OLD_NS = 1_000_000_000
 

@@ -136,6 +136,7 @@ class Driver:
         self.counts_arrivals = False  # for somebody who takes them
         self._arrivals: Counter[tuple[str, int, int]] = Counter()
         self._lengths: dict[str, Counter[int]] = {}  # items by length, of models that have one
+        self.busy_ns: Counter[int] = Counter()  # by worker, of what is not background work
 
     # ---- requests ----
 
@@ -159,9 +160,9 @@ class Driver:
             return
         pending.offset = offset
         request = pending.request
-        if request.length:
+        if request.length and request.worker_id is None:
             self._lengths.setdefault(request.model, Counter())[request.length] += request.items
-        if self.counts_arrivals:
+        if self.counts_arrivals and request.worker_id is None:
             length = request.length or next(iter(request.dims), 0)
             self._arrivals[request.model, request.items, length] += 1
         if self._given_up:
@@ -239,6 +240,8 @@ class Driver:
         # Copied out before the core can send the worker its next batch, which may reuse the memory.
         outputs = BatchOutputs(done, outbox)
         running = self._running.pop(done.batch_id)
+        if running.requests[0].request.worker_id is None:
+            self.busy_ns[worker_id] += sum((done.input_ns, done.infer_ns, done.output_ns))
         row = 0
         for pending, (_, first, items) in zip(running.requests, running.pieces, strict=True):
             if not pending.ended:
@@ -256,6 +259,8 @@ class Driver:
     ) -> None:
         request_ns, queue_ns, late = [], [], 0
         for pending in complete:
+            if pending.request.worker_id is not None:
+                continue  # how long it has waited says nothing of anybody's latency
             request_ns.append(ended_ns - pending.arrival_ns)
             queue_ns.append(pending.started_ns - pending.arrival_ns)
             late += _late_ns(pending.request, ended_ns) > 0
@@ -319,7 +324,7 @@ class Driver:
                         shares = tuple(sorted(shares, key=attrgetter("first")))
                     self._complete.append(pending)
                     request = pending.request
-                    self._tell(pending, Answered(shares, _late_ns(request, at_ns), request.length))
+                    self._tell(pending, Answered(shares, _late_ns(request, at_ns), request.length, pending.started_ns))
             case Refuse():
                 error = RefusedError(command.reason, command.retry_after_ns / 1e9, command.detail)
                 self._tell(self._pending[command.request_id], error)

@@ -75,6 +75,11 @@ class Fleet:
         """Those that there are now."""
         return list(self._workers.values())
 
+    def name_of(self, worker_id: int) -> str:
+        """Of a worker that there is or was."""
+        where, index = self.places[worker_id]
+        return where.name if index == 0 else f"{where.name}#{index}"
+
     def pids(self, device_uuid: str | None = None) -> list[int]:
         """Worker processes that are alive now, all or those that hold one device."""
         places = [each for each in self.workers if device_uuid in (None, each.where.device_uuid)]

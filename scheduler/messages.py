@@ -32,6 +32,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     `dims` are the values of the model's varying axes: only equal ones share a batch. `due_ns`: the target; what
     cannot meet it is served late, or refused if it is `strict`. `expires_ns`: dropped if not started by then.
     `alone`: never batched with others. `whole`: never cut. `length`: of its padded axis, 0 where there is none.
+    `worker_id`: background work, one batch as it is, for this worker only (`background.py`).
     `arrived_ns`: at the daemon, from when on its due time counts; None: when the core is told of it.
     """
 
@@ -46,6 +47,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     strict: bool = False
     whole: bool = False
     length: int = 0
+    worker_id: int | None = None
     arrived_ns: int | None = None
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import bisect
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
 
+from scheduler.background import FIRST_ID, Source
 from scheduler.core import SchedulerCore
 from scheduler.domain import Pool
 from scheduler.messages import (
@@ -143,6 +145,7 @@ def simulate(
     bounded: bool = True,
     timeline: bool = False,
     give_up: GiveUp | None = None,
+    background: Source | None = None,
 ) -> Report:
     """Runs `arrivals` (sorted by time) through a core over `slices`, until everything has ended.
 
@@ -156,6 +159,7 @@ def simulate(
     padded = frozenset(model for each in slices for model in each.lengths)
     simulation.demands = _Demands(slo_ms or {}, priority or {}, timeout_ms or {}, padded, strict)
     simulation.give_up = give_up
+    simulation.background = background
     simulation.schedule(events)
     complete = simulation.run(arrivals)
     end_ns, spans = simulation.now_ns, simulation.spans
@@ -201,7 +205,11 @@ class _Worker:
     free_ns: int = 0
 
 
-_Due = tuple[int, int, AnyEvent | SliceEvent, int]  # when, serial, what, life of the worker
+class _Look:
+    """The background work is to be asked again."""
+
+
+_Due = tuple[int, int, AnyEvent | SliceEvent | _Look, int]  # when, serial, what, life of the worker
 
 
 @dataclass(slots=True)
@@ -212,6 +220,7 @@ class _Simulation:
     keeps_timeline: bool
     demands: _Demands = field(default_factory=lambda: _Demands({}, {}, {}))
     give_up: GiveUp | None = None
+    background: Source | None = None
     now_ns: int = 0
     batches: int = 0
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -222,6 +231,7 @@ class _Simulation:
     _serial: int = 0
     _wake_ns: int = -1
     _open: dict[int, Arrival] = field(default_factory=dict)
+    _online_ns: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         for worker_id, where in enumerate(self.slices):
@@ -240,6 +250,8 @@ class _Simulation:
     def run(self, arrivals: Iterable[Arrival]) -> bool:
         """Whether it was run to the end."""
         heap = self._heap
+        if self.background is not None:
+            self._push(0, _Look(), 0)
         for number, arrival in enumerate(arrivals, start=1):
             at_ns = arrival.at_ns
             while heap and heap[0][0] <= at_ns:
@@ -277,7 +289,7 @@ class _Simulation:
         self.now_ns = at_ns
         self._tell(Arrived(self.demands.request(number, arrival)))
 
-    def _happen(self, at_ns: int, _serial: int, what: AnyEvent | SliceEvent, life: int) -> None:
+    def _happen(self, at_ns: int, _serial: int, what: AnyEvent | SliceEvent | _Look, life: int) -> None:
         if isinstance(what, BatchDone):
             if self._workers[what.worker_id].life == life:
                 self.now_ns = at_ns
@@ -290,6 +302,13 @@ class _Simulation:
         elif isinstance(what, SliceEvent):
             self.now_ns = at_ns
             self._change(what)
+        elif isinstance(what, _Look) and self.background is not None and not self.background.done:
+            self.now_ns = at_ns
+            self.background.look(at_ns, self.core.pool, self._online_ns)
+            self._push(at_ns + self.background.every_ns, what, 0)
+        if self.background is not None:
+            for request in self.background.requests(self.now_ns):
+                self._tell(Arrived(request))
 
     def _change(self, event: SliceEvent) -> None:
         worker_id = list(self.busy_ns).index(event.slice_name)
@@ -333,8 +352,13 @@ class _Simulation:
         elif isinstance(command, Answer):
             now_ns = self.now_ns
             for request_id in command.request_ids:
+                if request_id >= FIRST_ID:
+                    self._background_ended(request_id, answered=True)
+                    continue
                 arrival = self._open.pop(request_id)
                 self.tallies[arrival.model].answer(now_ns - arrival.at_ns, arrival.items)
+        elif isinstance(command, Refuse) and command.request_id >= FIRST_ID:
+            self._background_ended(command.request_id, answered=False)
         elif isinstance(command, Refuse):
             arrival = self._open.pop(command.request_id)
             self.tallies[arrival.model].refuse(command.reason, arrival.items, self.now_ns - arrival.at_ns)
@@ -342,23 +366,34 @@ class _Simulation:
             self._wake_ns = command.at_ns
             self._push(command.at_ns, Tick(), 0)
 
+    def _background_ended(self, request_id: int, *, answered: bool) -> None:
+        if self.background is not None:
+            self.background.ended(self.now_ns, request_id, answered=answered)
+
+    def _length(self, request_id: int) -> int:
+        if request_id >= FIRST_ID and self.background is not None:
+            return self.background.length(request_id)
+        return self._open[request_id].length
+
     def _run(self, run: Run) -> None:
         worker = self._workers[run.worker_id]
         items = length = 0
         for request_id, _, of_piece in run.pieces:
             items += of_piece
             if worker.where.lengths:
-                length = max(length, self._open[request_id].length)
+                length = max(length, self._length(request_id))
         table_ms = worker.where.batch_ms(run.model, items, length)
         time_ns = int(table_ms * worker.speed * NS_PER_MS * next(self.factors))
         start_ns = max(self.now_ns, worker.free_ns)
         worker.free_ns = start_ns + time_ns
         self.batches += 1
         self.busy_ns[worker.where.name] += time_ns
+        if run.pieces[0].request_id < FIRST_ID:
+            self._online_ns[run.worker_id] += time_ns
         if self.keeps_timeline:
             self.spans.append(Span(worker.where.name, start_ns, worker.free_ns, run.model, items))
         self._push(worker.free_ns, BatchDone(run.worker_id, run.batch_id), worker.life)
 
-    def _push(self, at_ns: int, what: AnyEvent | SliceEvent, life: int) -> None:
+    def _push(self, at_ns: int, what: AnyEvent | SliceEvent | _Look, life: int) -> None:
         self._serial += 1
         heapq.heappush(self._heap, (at_ns, self._serial, what, life))

@@ -62,10 +62,7 @@ def main(start: WorkerStart, sock: socket.socket, arena: Descriptor, outbox: Des
     if start.device_uuid is not None:
         # CUDA reads it once, at its first call; the fork server has made none.
         os.environ["CUDA_VISIBLE_DEVICES"] = start.device_uuid
-    with suppress(ImportError):
-        import torch
-
-        torch.set_num_threads(start.threads)
+    backends.limit_threads(start.threads)
     threading.Thread(target=_end_with, args=(sock,), daemon=True).start()
     worker = _Worker(
         WorkerEnd(sock),
@@ -74,7 +71,7 @@ def main(start: WorkerStart, sock: socket.socket, arena: Descriptor, outbox: Des
         outbox.attach(writable=True),
     )
     # A broken pipe: the daemon is gone, and nobody is left to answer.
-    with suppress(BrokenPipeError, ConnectionResetError), backends.inference_mode():
+    with suppress(BrokenPipeError, ConnectionResetError):
         worker.run()
 
 

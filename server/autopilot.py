@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import structlog
 
 from partitioner import autopilot
 from partitioner.autopilot import Proposal, Rules
-from partitioner.demand import Demand, Kind, Traffic
+from partitioner.demand import Demand, Kind, Traffic, job_demand
 from partitioner.geometry import GpuModel, IllegalLayoutError, Layout, PlacedProfile, Placement
 from partitioner.latency import LatencyTable
 from partitioner.nvml_errors import NvmlError
@@ -44,19 +44,32 @@ class View:
 class Autopilot:
     """`view` is its latest look at things. It changes layouts only where the setting `replan` is `auto`."""
 
-    def __init__(self, settings: Settings, layouts: Layouts, repository: Repository, driver: Driver) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        layouts: Layouts,
+        repository: Repository,
+        driver: Driver,
+        jobs: Callable[[], Iterable[tuple[str, float, float]]] = tuple,
+    ) -> None:
+        """`jobs`: (model, items that are left, seconds to the deadline) of those that run."""
+        self._jobs = jobs
         self._settings = settings
         self._layouts = layouts
         self._repository = repository
         self._driver = driver
-        self._started_s = time.monotonic()
-        self._demand = Demand(settings.replan_half_life_secs, self._started_s)
+        self._begin()
         self._failed: dict[str, list[str]] = {}  # the target that could not be reached, by GPU
         self._retry_at_s = 0.0
         self.view = View({}, None, "no traffic seen yet")
 
+    def _begin(self) -> None:
+        self._started_s = time.monotonic()
+        self._demand = Demand(self._settings.replan_half_life_secs, self._started_s)
+
     async def run(self) -> None:
         """Until cancelled."""
+        self._begin()  # minutes of loading models are no minutes without traffic
         while True:
             await asyncio.sleep(self._settings.replan_interval_secs)
             try:
@@ -90,9 +103,18 @@ class Autopilot:
             if model is not None and table is not None and model.serving.slo_ms is not None:
                 demands.append(ModelDemand(name, seen.rate_per_s, model.serving.slo_ms, dict(seen.items)))
                 tables[name] = table
+        for name, items, within_s in self._jobs():
+            model = models.get(name)
+            table = _table(model, self._repository.measured_ms(model)) if model is not None else None
+            if table is not None:
+                largest = max(batch for points in table.by_gpcs.values() for batch in points)
+                demand = job_demand(name, items, within_s, largest)
+                demands.append(demand)
+                tables[demand.model] = table
         if not demands:
             raise _NothingToPlanError(
-                "no model with traffic has both a latency table and an slo_ms in its serving.yaml: nothing to plan by"
+                "no model with traffic has both a latency table and an slo_ms in its serving.yaml, and no job runs: "
+                "nothing to plan by"
             )
         settings = self._settings
         rules = Rules(

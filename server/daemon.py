@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
-import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -21,24 +21,29 @@ from partitioner.intent import IntentFile
 from partitioner.nvml_errors import NvmlError
 from partitioner.reconfigure import RefusedChangeError
 from preprocess.pool import PreprocessPool
+from scheduler import spawn
 from scheduler.arena import Arena
 from scheduler.core import SchedulerCore
 from scheduler.driver import Driver
 from scheduler.fleet import Fleet
 from scheduler.journal import Header, JournalWriter
 from scheduler.policies.named import POLICIES
-from scheduler.spawn import start_other
 from scheduler.staff import State
-from server import admin, grpc_api, rest
+from server import admin, grpc_api, jobs_api, rest
 from server.app import create_app
 from server.autopilot import Autopilot
 from server.gpu_watch import GpuWatch
 from server.gpus import StartError, open_gpus
 from server.http_protocol import HttpProtocol
 from server.infer import InferRoute
+from server.job_intake import Intake
+from server.job_metrics import JobMetrics
+from server.job_preparing import JobPreparer
+from server.job_supply import Supply
+from server.jobs import Jobs
 from server.layouts import Layouts
 from server.lengths import LengthWatch
-from server.listening import listen
+from server.listening import HttpServer, listen
 from server.metrics import Metrics
 from server.preprocess_places import PreprocessPlaces
 from server.repository import ModelState, Repository
@@ -111,7 +116,7 @@ class Daemon:
         isolated, decoder = settings.isolate_decoders, settings.preprocess_decoder
         memory = self.arena.fd, self.arena.memory
         self._pool = PreprocessPool(
-            settings.preprocess_threads, decoder, isolated=isolated, start=start_other, arena=memory
+            settings.preprocess_threads, decoder, isolated=isolated, start=spawn.start_other, arena=memory
         )
         places = PreprocessPlaces(settings, self._pool, self.fleet.serving)
         self.fleet.lodger = places
@@ -120,14 +125,19 @@ class Daemon:
         self._state_dir = settings.state_dir.expanduser()
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
         places.watch(lambda: self.layouts.gpus, self.repository.models)
-        self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver)
         self.service = InferenceService(self.driver, self.arena, self._pool)
         self.metrics.add(self.service.preprocess_stats)
+        supply = Supply(core.pool, self.driver, self.repository, self.arena.size)
+        jobs = self._state_dir / "jobs"
+        preparer = JobPreparer(self._pool, settings.preprocess_threads or os.cpu_count() or 1)
+        self._jobs = Jobs(settings, jobs, supply, self.repository, self.service, preparer, self.fleet.name_of)
+        self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver, self._jobs.demands)
+        self.metrics.register(JobMetrics(self._jobs))
         self.metrics.watch(
             self.fleet, lambda: self.layouts.gpus, self._models_now, lambda: (self.arena.used, self.arena.size)
         )
         self.ports: dict[str, int] = {}  # by protocol, once it listens
-        self._http: list[_HttpServer] = []
+        self._http: list[HttpServer] = []
         self._serving: list[asyncio.Task[None]] = []
         self._grpc: grpc.aio.Server | None = None
         self._background: list[asyncio.Task[None]] = []
@@ -203,6 +213,8 @@ class Daemon:
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self._started = True
+        if self.settings.allow_jobs:
+            await self._jobs.start()
         self._background.append(asyncio.create_task(GpuWatch(self._door, self.layouts, self.metrics).run()))
         self._background.append(
             asyncio.create_task(LengthWatch(self.driver, self.fleet, self.repository.lengths).run())
@@ -232,12 +244,15 @@ class Daemon:
         return [each for gpu in self.layouts.gpus for each in gpu.slices]
 
     async def _load(self) -> None:
+        if not self.repository.needs_torch():
+            spawn.leave_torch_out()
         await self.fleet.start(self.driver, self._slices())
         await self.repository.load_all(self._progress.model)
 
     async def _drain(self) -> int:
         """Unready; serves on briefly, so that load balancers notice; then finishes what is under way."""
         self._draining = True
+        await self._jobs.stop()
         log.info("draining", unfinished=self.driver.unfinished())
         self._progress.draining(self.driver.unfinished())
         deadline = asyncio.get_running_loop().time() + self.settings.exit_timeout_secs
@@ -259,6 +274,7 @@ class Daemon:
     async def _shut_down(self) -> None:
         for task in self._background:
             task.cancel()
+        await self._jobs.stop()
         await self._close_servers()
         await self.layouts.finished()
         await self.fleet.stop(STOP_SECONDS if self._tidy else 0.0)
@@ -275,7 +291,10 @@ class Daemon:
         """Listens on every port. Raises StartError, naming the one that cannot be had."""
         settings = self.settings
         health = (self.repository, self.metrics, self, NAME, self.version)
-        app = create_app(rest.router(*health, read_timeout_s=settings.http_read_timeout_secs))
+        routes = rest.router(*health, read_timeout_s=settings.http_read_timeout_secs)
+        if settings.allow_jobs:
+            routes.include_router(jobs_api.router(self._jobs, Intake(settings, self._jobs, self.repository)))
+        app = create_app(routes)
         if settings.allow_http:
             infer = InferRoute(
                 app,
@@ -340,7 +359,7 @@ class Daemon:
             log_config=None,
             timeout_graceful_shutdown=int(self.settings.exit_timeout_secs) + 1,
         )
-        server = _HttpServer(config)
+        server = HttpServer(config)
         self._http.append(server)
         self._serving.append(asyncio.create_task(server.serve(sockets=[sock])))
         await server.listening.wait()
@@ -372,22 +391,6 @@ class Daemon:
             ready = model.state == ModelState.READY and bool(self.repository.servers(model))
             unfinished = self.driver.unfinished(model.key) if model.key else 0
             yield model.id, ready, model.emulated, unfinished
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn, without its own signal handlers: the daemon drains all its servers together."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def _version() -> str:

@@ -16,6 +16,7 @@ class Fault(Enum):
     INVALID = (400, grpc.StatusCode.INVALID_ARGUMENT)
     FORBIDDEN = (403, grpc.StatusCode.PERMISSION_DENIED)
     NOT_FOUND = (404, grpc.StatusCode.NOT_FOUND)
+    CONFLICT = (409, grpc.StatusCode.FAILED_PRECONDITION)
     TOO_LARGE = (413, grpc.StatusCode.INVALID_ARGUMENT)
     REFUSED = (429, grpc.StatusCode.RESOURCE_EXHAUSTED)
     INTERNAL = (500, grpc.StatusCode.INTERNAL)

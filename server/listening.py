@@ -1,11 +1,32 @@
-"""Ports that the daemon listens on."""
+"""Where the daemon listens: sockets, and the HTTP server on them."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
 
 from server.gpus import StartError
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, without its own signal handlers: the daemon drains all its servers together."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 def listen(name: str, address: str, port: int) -> socket.socket:

@@ -70,6 +70,10 @@ class Metrics(Collector):
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
+    def register(self, more: Collector) -> None:
+        """Shows the series of another one, too."""
+        self._registry.register(more)
+
     def watch(
         self,
         fleet: Fleet,

@@ -119,6 +119,16 @@ def versions_to_serve(folder: Path) -> tuple[list[int], list[str]]:
     return config_pbtxt.picked(config, found or [1]), config_pbtxt.ignored(config)
 
 
+def needs_torch(folder: Path) -> bool:
+    """Whether the files of a model look so: its own, or those of preprocessing, which computes with torch too."""
+    if any(path.name in MODEL_FILES for path in folder.glob("*/*")):
+        return True
+    try:
+        return "preprocess" in (folder / "serving.yaml").read_text(errors="replace")
+    except OSError:
+        return False
+
+
 def read_model(folder: Path, version: int, generation: int) -> tuple[ModelSource, ServingFile, dict[str, Any]]:
     """One version, ready to be handed to the fleet, and the version policy it was picked by. Raises ModelFileError."""
     name = folder.name

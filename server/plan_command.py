@@ -19,6 +19,7 @@ from rich.console import Console
 from partitioner import capacity, gangs, latency, optimal, paris
 from partitioner.catalog import GPU_MODELS
 from partitioner.cuts import slice_profiles
+from partitioner.demand import job_demand
 from partitioner.geometry import GpuModel
 from partitioner.latency import LatencyTableError, Measurement
 from partitioner.optimal import Choices
@@ -28,6 +29,7 @@ from server import picture, plan_drawing
 
 IMPOSSIBLE, USAGE = 1, 2
 PLANNERS = ("optimal", "paris")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 COLUMNS = ("model", "rate_per_s", "slo_ms")
 
 
@@ -44,6 +46,7 @@ class Request:
     as_json: bool
     out: Path | None
     choices: Choices
+    jobs: Sequence[str] = ()
 
 
 class UsageError(ValueError):
@@ -146,6 +149,16 @@ def _plan(request: Request) -> tuple[Plan, GpuModel]:
     demands = read_demand(request.demand, request.scenario)
     measurements, notes = measured(request.latency_table, request.skip_suspects, gpu)
     tables = gangs.gang_tables(measurements)
+    if request.jobs:
+        if request.planner != "optimal":
+            raise UsageError("--job is for the optimal planner: PARIS sizes slices by online queries")
+        for model, items, within_s in map(_job, request.jobs):
+            if model not in tables:
+                raise UsageError(f"no latency table for {model!r}; {nearest(model, sorted(tables))}")
+            largest = max(gang.batch for gangs_of in tables[model].by_gpcs.values() for gang in gangs_of)
+            demand = job_demand(model, items, within_s, largest)
+            demands.append(demand)
+            tables[demand.model] = tables[model]
     unknown = [demand.model for demand in demands if demand.model not in tables]
     if unknown:
         raise UsageError(f"no latency table for {unknown[0]!r}; {nearest(unknown[0], sorted(tables))}")
@@ -157,6 +170,19 @@ def _plan(request: Request) -> tuple[Plan, GpuModel]:
             plan = _paris(demands, measurements, gpu, request.choices)
     seconds = time.perf_counter() - begin
     return replace(plan, solve_seconds=seconds, explanation=(*plan.explanation, *notes)), gpu
+
+
+def _job(text: str) -> tuple[str, float, float]:
+    """MODEL,ITEMS,DEADLINE. Raises UsageError."""
+    model, _, rest = text.partition(",")
+    items, _, deadline = rest.partition(",")
+    try:
+        seconds = float(deadline[:-1]) * _SECONDS[deadline[-1:]]
+        if model and float(items) > 0 and seconds > 0:
+            return model, float(items), seconds
+    except (ValueError, KeyError):
+        pass
+    raise UsageError(f"--job {text!r} is not of the form MODEL,ITEMS,DEADLINE, such as bert,200000,8h")
 
 
 def _paris(

@@ -15,7 +15,7 @@ from preprocess.items import Item
 from preprocess.pipeline import PipelineFile
 from preprocess.pool import Job, PoolFullError, PreprocessPool
 from scheduler.arena import Arena, ArenaFullError
-from scheduler.core import LATEST
+from scheduler.domain import LATEST
 from scheduler.driver import Driver, Pending, now_ns
 from scheduler.messages import Reason, Request
 from server import codec

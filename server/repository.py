@@ -25,7 +25,7 @@ from scheduler.staff import Worker
 from scheduler.tensors import InputLayout, Signature
 from server.config_pbtxt import ModelFileError
 from server.errors import Fault, ServeError
-from server.model_files import ServingFile, read_model, versions_to_serve
+from server.model_files import ServingFile, needs_torch, read_model, versions_to_serve
 
 log = structlog.get_logger(__name__)
 
@@ -170,6 +170,11 @@ class Repository:
             elif model.state == ModelState.LOADING or (model.state == ModelState.UNAVAILABLE and not model.unloaded):
                 reasons.append(f"model {model.name}: {model.reason or 'loading'}")
         return reasons
+
+    def needs_torch(self) -> bool:
+        """Whether a model on disk does. Of an empty repository nothing is known: yes."""
+        folders = [path for root in self._roots for path in _model_folders(root)]
+        return not folders or any(map(needs_torch, folders))
 
     # ---- changing ----
 

@@ -58,18 +58,29 @@ class InferenceService:
         request is dropped wherever it is, and `on_outcome` is not called.
         """
         terms = read_terms(parameters, arrival_ns, model.serving.slo_ms, call_ms, model_strict=model.serving.strict)
+        return self._submit(model, tensors, terms, on_outcome)
+
+    def submit_background(
+        self, model: Model, tensors: list[Tensor], worker_id: int, arrival_ns: int, on_outcome: OnOutcome
+    ) -> Cancel:
+        """The same for a batch that runs on this worker when nobody else has anything for it."""
+        return self._submit(model, tensors, Terms(arrival_ns), on_outcome, worker_id)
+
+    def _submit(
+        self, model: Model, tensors: list[Tensor], terms: Terms, on_outcome: OnOutcome, worker_id: int | None = None
+    ) -> Cancel:
         pipeline = model.serving.preprocess
         if pipeline is not None:
             tensors, encoded = _split(tensors, pipeline.input)
             if not tensors and encoded is not None:
-                accept = partial(self._accept, model, terms, on_outcome)
+                accept = partial(self._accept, model, terms, on_outcome, worker_id)
                 return self._preparer.begin(model, pipeline, encoded, terms, accept, on_outcome)
         if model.lengths is not None:
             tensors = completed(model.signature, model.lengths, tensors)
         checked = codec.check_inputs(model.signature, tensors)
         length = length_of(model.lengths, checked)
         offset = self._place(model, checked)
-        pending = self._accept(model, terms, on_outcome, checked, length)
+        pending = self._accept(model, terms, on_outcome, worker_id, checked, length)
         self._driver.start(pending, offset)
         return partial(self._driver.cancel, pending)
 
@@ -91,7 +102,15 @@ class InferenceService:
             cancel()
             raise
 
-    def _accept(self, model: Model, terms: Terms, on_outcome: OnOutcome, checked: Checked, length: int = 0) -> Pending:
+    def _accept(
+        self,
+        model: Model,
+        terms: Terms,
+        on_outcome: OnOutcome,
+        worker_id: int | None,
+        checked: Checked,
+        length: int = 0,
+    ) -> Pending:
         """From here on the request is counted as unfinished."""
         request = Request(
             next(self._ids),
@@ -103,8 +122,9 @@ class InferenceService:
             terms.priority,
             model.signature.max_batch == 0,
             terms.strict,
-            model.signature.max_batch == 0 or not model.serving.split,
+            model.signature.max_batch == 0 or not model.serving.split or worker_id is not None,
             length,
+            worker_id,
             terms.arrival_ns,
         )
 

@@ -76,6 +76,13 @@ class Settings(BaseSettings):
     max_queue_size: int = _setting(4096, "limits", "Waiting requests of a model. More are refused with 429.", ge=1)
     batch_timeout_secs: float = _setting(60.0, "limits", "A worker whose batch takes longer is killed.", gt=0)
     load_timeout_secs: float = _setting(300.0, "limits", "A worker that loads a model for longer is killed.", gt=0)
+    jobs_max_input_mib: int = _setting(65536, "limits", "Longest input of a batch job, also once unpacked.", ge=1)
+    jobs_min_free_mib: int = _setting(
+        256, "limits", "Batch jobs pause while the disk of the state folder has less room than that.", ge=0
+    )
+    jobs_input_dir: Path | None = _setting(
+        None, "limits", "Folder whose files batch jobs may name as inputs; by default none."
+    )
     preprocess_threads: int | None = _setting(
         None, "limits", "Threads that decode images; by default as many as there are cores.", ge=1
     )
@@ -136,6 +143,7 @@ class Settings(BaseSettings):
         "is bound on arrival to the smallest slice that meets its target, as published. The others are there to "
         "compare with; docs/scheduling.md and migserve simulate tell what each costs.",
     )
+    allow_jobs: bool = _setting(True, "operation", "Take batch jobs; they are kept in the state folder.")
     strict_readiness: bool = _setting(True, "operation", "Ready only if every model is served.")
     drain_delay_secs: float = _setting(1.0, "operation", "On SIGTERM: unready, but serving on, for so long.", ge=0)
     exit_timeout_secs: float = _setting(30.0, "operation", "On SIGTERM: gone after this at the latest.", gt=0)

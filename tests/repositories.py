@@ -7,7 +7,16 @@ from pathlib import Path
 
 import torch
 
+from tests.harness import MODELS
+
 STUCK, RAISES = 13.0, 99.0
+
+
+def some_of_the_demo(root: Path, *names: str) -> Path:
+    """A repository with these demo models only: each worker loads each model, at a quarter of a second."""
+    for name in names:
+        (root / name).symlink_to(MODELS / name, target_is_directory=True)
+    return root
 
 
 def emulated(folder: Path, milliseconds: float, items: int = 16, max_batch: int = 8, serving: str = "") -> Path:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partitioner.demand import Demand, Kind
+from partitioner.demand import LEAST_JOB_S, Demand, Kind, job_demand
 
 
 def fed(*seconds: dict[Kind, int], half_life_s: float = 10.0) -> Demand:
@@ -45,3 +45,10 @@ def test_old_traffic_is_forgotten() -> None:
 
 def test_a_model_that_nobody_asks_for_any_more_goes() -> None:
     assert fed({Kind("m", 1): 5}, *[{}] * 200).traffic() == {}
+
+
+def test_a_job_is_an_even_stream_of_batches_until_its_deadline() -> None:
+    demand = job_demand("bert", 32_000, 1000.0, 64)
+    assert (demand.model, demand.rate_per_s, demand.items) == ("bert (job)", 2.0, {16: 1.0})
+    assert job_demand("bert", 32_000, 1000.0, 4).items == {4: 1.0}, "no larger than its batches"
+    assert job_demand("bert", 1600, -5.0, 64).rate_per_s == 100 / LEAST_JOB_S, "one that is late has no time"

@@ -48,6 +48,7 @@ class World:
     open: set[int] = field(default_factory=set)  # neither answered, refused, nor cancelled
     whole: set[int] = field(default_factory=set)
     alone: set[int] = field(default_factory=set)
+    background: dict[int, int] = field(default_factory=dict)  # which worker it is for
     up: set[int] = field(default_factory=set)
     serving: set[int] = field(default_factory=set)
     coming_back: set[int] = field(default_factory=set)
@@ -95,6 +96,8 @@ class World:
         batches = self.running.setdefault(run.worker_id, {})
         batches[run.batch_id] = run.pieces
         assert len(batches) <= self.depth, "more batches than the worker takes"
+        for_it = [self.background[p.request_id] for pieces in batches.values() for p in pieces if self.is_background(p)]
+        assert for_it in ([], [run.worker_id]), "more background work than one batch, or on another worker"
         for number, first, items in run.pieces:
             assert number in self.open, "run although it has ended"
             assert 0 <= first < first + items <= self.items[number], "items that it does not have"
@@ -105,6 +108,9 @@ class World:
                 elsewhere.add((number, item))
         if len(run.pieces) > 1:
             assert not self.alone & {piece.request_id for piece in run.pieces}, "not alone"
+
+    def is_background(self, piece: Piece) -> bool:
+        return piece.request_id in self.background
 
     def items_running(self) -> set[tuple[int, int]]:
         return {
@@ -121,17 +127,24 @@ class World:
         self.items[number] = items
         self.done[number] = set()
         self.open.add(number)
-        if how in ("whole", "alone"):
+        if how in ("whole", "alone", "background"):
             self.whole.add(number)
-        if how == "alone":
+        if how in ("alone", "background"):
             self.alone.add(number)
+        if how == "background":
+            self.background[number] = number % 3
+            slo_ms = None
         due_ns = None if slo_ms is None else self.now_ns + slo_ms * MS
         expires_ns = None if timeout_ms is None else self.now_ns + timeout_ms * MS
         terms = (due_ns, expires_ns, priority, how == "alone", how == "strict", how == "whole")
-        self.tell(Arrived(Request(number, "m", items, (), *terms)))
+        worker_id = self.background.get(number)
+        self.tell(Arrived(Request(number, "m", items, (), *terms, worker_id=worker_id)))
         idle = [w for w in self.serving if not self.running.get(w)]
         waits = number in self.open and not any(running == number for running, _ in self.items_running())
         all_idle = bool(idle) and len(idle) == len(self.serving)
+        if worker_id is not None:
+            assert not (waits and worker_id in idle), "background work waits although its worker is idle"
+            assert worker_id in self.serving or number not in self.open, "waits for a worker that is not there"
         assert self.may_wait or not (all_idle and waits and due_ns is None), "waits for company"
 
     def cancel(self, which: int) -> None:
@@ -197,7 +210,7 @@ ARRIVE = st.tuples(
     st.one_of(st.none(), st.integers(1, 20)),
     st.one_of(st.none(), st.integers(0, 3), st.integers(0, 20)),
     st.sampled_from([100, 100, 100, 1]),
-    st.sampled_from(["", "", "", "strict", "whole", "alone"]),
+    st.sampled_from(["", "", "", "strict", "whole", "alone", "background", "background"]),
 )
 BRING_UP = st.tuples(st.just("bring_up"), st.integers(0, 3), st.sampled_from([1, 2, 4]))
 STEPS = st.one_of(

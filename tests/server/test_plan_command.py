@@ -169,3 +169,22 @@ def test_a_plan_on_predicted_latencies_says_so(tmp_path: Path) -> None:
     result = plan("--demand", path, "--latency-table", table)
     assert result.exit_code == 0, result.output
     assert "4 of 5 points of the latency table are predicted" in " ".join(result.stdout.split())
+
+
+def test_jobs_are_planned_for_beside_online_demand(demand: Path) -> None:
+    def served(*jobs: str) -> tuple[int, float]:
+        result = plan("--demand", demand, "--json", *(word for job in jobs for word in ("--job", job)))
+        assert result.exit_code == 0, result.output
+        data = json.loads(result.stdout)
+        shares = [share for gpu in data["layout"] for each in gpu for share in each["models"]]
+        of_job = sum(share["rate_per_s"] * 16 for share in shares if share["model"] == "bert (job)")
+        return data["gpus"], of_job
+
+    alone, nothing = served()
+    beside, items_per_s = served("bert,3600000,1h")
+    assert nothing == 0
+    assert beside > alone
+    assert items_per_s == pytest.approx(1000, rel=1e-3)
+    assert "such as bert,200000,8h" in plan("--demand", demand, "--job", "bert,9").output
+    assert "did you mean" in plan("--demand", demand, "--job", "brt,9,1h").output
+    assert "PARIS" in plan("--demand", demand, "--planner", "paris", "--job", "bert,9,1h").output

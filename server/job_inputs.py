@@ -1,0 +1,302 @@
+"""The inputs of a job, read a few at a time: JSON lines, a folder of files, or a tensor file.
+
+    JSON lines   one item a line: {"x": [1, 2, 3, 4]} by the model's inputs, flat or nested; just the value where it has
+                 one input. For a model with a pipeline: {"image": "<base64>"}, {"text": "as it is"}, or the string
+                 alone; or {"file": "path"}, below --jobs-input-dir.
+    folder       all files below it, by name; kept as JSON lines of the third kind.
+    tensor file  npz or safetensors: an array an input, whose first axis runs over the items.
+
+What is wrong with one item is that item's error; what is wrong with all of them is told when the job is made.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from preprocess.pipeline import PipelineFile
+from scheduler.tensors import DATATYPES, Signature, TensorSpec
+from server.job_store import Position, full_disk
+
+JSONL, FOLDER, NPZ, SAFETENSORS = "jsonl", "folder", "npz", "safetensors"
+FORMATS = (JSONL, NPZ, SAFETENSORS)
+MAX_ITEM_BYTES = 64 * 1024 * 1024
+# The bucket of items that a pipeline is to make tensors of.
+ENCODED = (-1,)
+LISTING, TENSORS = "input", "tensors.json"
+# Rows of a tensor file that are read at once, about so many bytes.
+READ_BYTES = 4 * 1024 * 1024
+
+_decode = msgspec.json.Decoder().decode
+
+
+class Item(msgspec.Struct, gc=False):
+    """One input. `parts`: the bytes of each of the model's inputs, or the encoded element of a pipeline.
+
+    `bucket`: the sizes of the model's varying axes, since only items of the same share a batch; or ENCODED. `error`:
+    what is wrong with it, if it cannot be run. `offset`: where it begins in the file. `crashes`: workers that died of
+    batches with it.
+    """
+
+    number: int
+    offset: int
+    bucket: tuple[int, ...] = ()
+    parts: tuple[bytes, ...] = ()
+    error: str = ""
+    crashes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.parts))
+
+
+class Reader(Protocol):
+    """Reads items in order. Calls block."""
+
+    def read(self, count: int) -> list[Item]:
+        """The next ones, at most so many; none at the end. Raises OSError."""
+
+    @property
+    def position(self) -> Position:
+        """Where the next one is."""
+
+    def close(self) -> None: ...
+
+
+class BadItemError(ValueError):
+    """An item that cannot be run; the message says why."""
+
+
+# ---- JSON lines ----
+
+
+class LineReader:
+    """`inputs_dir`: where {"file": ...} is looked up, None if nowhere."""
+
+    def __init__(
+        self,
+        path: Path,
+        start: Position,
+        signature: Signature,
+        pipeline: PipelineFile | None,
+        inputs_dir: Path | None,
+    ) -> None:
+        self._file = path.open("rb")
+        self._file.seek(start.offset)
+        self._number, self._offset = start.item, start.offset
+        self._signature, self._pipeline, self._inputs_dir = signature, pipeline, inputs_dir
+
+    def read(self, count: int) -> list[Item]:
+        items: list[Item] = []
+        size = 0
+        while len(items) < count and size < READ_BYTES:
+            offset = self._offset
+            line = self._line()
+            if not line:
+                break
+            if not line.isspace():
+                items.append(self._item(line, offset))
+                size += items[-1].nbytes
+                self._number += 1
+        return items
+
+    @property
+    def position(self) -> Position:
+        return Position(self._number, self._offset)
+
+    def _line(self) -> bytes:
+        """Of a line that is too long only so much as shows that it is."""
+        line = self._file.readline(MAX_ITEM_BYTES + 1)
+        self._offset += len(line)
+        rest = line
+        while len(rest) > MAX_ITEM_BYTES and not rest.endswith(b"\n"):
+            rest = self._file.readline(MAX_ITEM_BYTES + 1)
+            self._offset += len(rest)
+        return line
+
+    def _item(self, line: bytes, offset: int) -> Item:
+        item = Item(self._number, offset)
+        try:
+            if len(line) > MAX_ITEM_BYTES:
+                raise BadItemError(f"the line is longer than {MAX_ITEM_BYTES} bytes")
+            value = parse_line(line)
+            if self._pipeline is None or self._is_ready(value):
+                item.parts, item.bucket = tensors_of(value, self._signature)
+            else:
+                item.parts, item.bucket = (element_of(value, self._pipeline, self._inputs_dir),), ENCODED
+        except BadItemError as error:
+            item.error = str(error)
+        return item
+
+    def _is_ready(self, value: object) -> bool:
+        """Whether it needs no pipeline."""
+        return isinstance(value, dict) and set(value) == {spec.name for spec in self._signature.inputs}
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def parse_line(line: bytes) -> Any:
+    """Raises BadItemError."""
+    try:
+        return _decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadItemError(f"the line is not JSON: {error}") from None
+
+
+def element_of(value: Any, pipeline: PipelineFile, inputs_dir: Path | None) -> bytes:
+    """What a line has for a pipeline. Raises BadItemError."""
+    if isinstance(value, dict):
+        if "file" in value and pipeline.input != "file":
+            return _read_file(value["file"], inputs_dir)
+        if "unreadable" in value:  # said by our own client
+            raise BadItemError(str(value["unreadable"])[:500])
+        if pipeline.input not in value and "bytes" not in value:
+            raise BadItemError(f"the line has no {pipeline.input!r}; it has {_names(value)}")
+        if pipeline.input not in value:  # a file that was sent along, by our own client
+            return _base64(value["bytes"], "bytes")
+        value = value[pipeline.input]
+    if pipeline.text is None:
+        return _base64(value, pipeline.input)
+    if not isinstance(value, str):
+        raise BadItemError(f"{pipeline.input} must be a string, not {_shortly(value)}")
+    return value.encode()
+
+
+def _base64(value: object, name: str) -> bytes:
+    if not isinstance(value, str):
+        raise BadItemError(f"{name} must be a string, not {_shortly(value)}")
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadItemError(f"{name} must be base64: {error}") from None
+
+
+def _read_file(name: object, inputs_dir: Path | None) -> bytes:
+    if not isinstance(name, str):
+        raise BadItemError(f"file must be a path, not {_shortly(name)}")
+    if inputs_dir is None:
+        raise BadItemError("files of the server are not read: it was started without --jobs-input-dir")
+    path = below(inputs_dir, name)
+    if path is None:
+        raise BadItemError(f"{name[:200]} is not below --jobs-input-dir")
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_ITEM_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise BadItemError(f"{name[:200]} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > MAX_ITEM_BYTES:
+        raise BadItemError(f"{name[:200]} is longer than {MAX_ITEM_BYTES} bytes")
+    return data
+
+
+def below(folder: Path, name: str) -> Path | None:
+    """A path inside a folder, with links followed; None for what is outside."""
+    try:
+        path = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return path if path.is_relative_to(folder.resolve()) else None
+
+
+def tensors_of(value: Any, signature: Signature) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
+    """The bytes of each input, and the sizes of the varying axes. Raises BadItemError."""
+    specs = signature.inputs
+    if not isinstance(value, dict):
+        if len(specs) != 1:
+            raise BadItemError(f"the line must be an object with {', '.join(spec.name for spec in specs)}")
+        value = {specs[0].name: value}
+    names = [spec.name for spec in specs]
+    if set(value) != set(names):
+        raise BadItemError(f"expected {', '.join(names)}; the line has {_names(value)}")
+    parts, bucket = [], []
+    for spec in specs:
+        data, varying = _tensor(value[spec.name], spec)
+        parts.append(data)
+        bucket += varying
+    return tuple(parts), tuple(bucket)
+
+
+def _tensor(value: object, spec: TensorSpec) -> tuple[bytes, list[int]]:
+    if spec.datatype == "BF16":
+        raise BadItemError(f"input {spec.name} is BF16, which JSON cannot carry; send a tensor file")
+    try:
+        array = np.array(value)
+    except (ValueError, OverflowError) as error:
+        raise BadItemError(f"input {spec.name} is not an array: {error}") from None
+    dtype = np.dtype(DATATYPES[spec.datatype].numpy)
+    kinds = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
+    if array.dtype.kind not in kinds:
+        raise BadItemError(f"input {spec.name} must hold {spec.datatype}, not {_shortly(value)}")
+    if dtype.kind in "iu" and array.size:
+        limits = np.iinfo(dtype)
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            raise BadItemError(f"input {spec.name} has a value that does not fit {spec.datatype}")
+    varying = _varying(array, spec)
+    return array.astype(dtype).tobytes(), varying
+
+
+def _varying(array: np.ndarray, spec: TensorSpec) -> list[int]:
+    """The sizes of its -1 axes. A flat list will do where nothing varies."""
+    if -1 not in spec.dims and array.size == math.prod(spec.dims) and array.ndim in (1, len(spec.dims)):
+        if array.ndim == 1 or array.shape == spec.dims:
+            return []
+    elif len(array.shape) == len(spec.dims) and all(
+        want == size or (want == -1 and size > 0) for want, size in zip(spec.dims, array.shape, strict=True)
+    ):
+        return [size for want, size in zip(spec.dims, array.shape, strict=True) if want == -1]
+    raise BadItemError(f"input {spec.name} has shape {list(array.shape)}, expected {list(spec.dims)}")
+
+
+def _names(value: dict[str, object]) -> str:
+    shown = ", ".join(str(name)[:40] for name in itertools.islice(value, 8))
+    return shown or "nothing"
+
+
+def _shortly(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def count_lines(path: Path) -> int:
+    """Items of a file of JSON lines: lines that are not blank."""
+    with path.open("rb") as file:
+        return sum(not line.isspace() for line in _lines(file))
+
+
+def _lines(file: Any) -> Iterator[bytes]:
+    """A line that is very long counts once."""
+    within = False
+    while line := file.readline(1 << 16):
+        if not within:
+            yield line
+        within = not line.endswith(b"\n")
+
+
+def list_folder(folder: Path, root: Path, listing: Path) -> int:
+    """Writes the files below a folder, by name, as JSON lines. Returns how many. Raises OSError, DiskFullError."""
+    count = 0
+    with full_disk(), listing.open("wb") as out:
+        for path in _files(folder):
+            out.write(msgspec.json.encode({"file": str(path.relative_to(root))}) + b"\n")
+            count += 1
+    return count
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as found:
+        entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
+    for name, is_folder in entries:
+        if is_folder:
+            yield from _files(folder / name)
+        else:
+            yield folder / name

@@ -1,0 +1,213 @@
+"""How a job comes in: its terms are read, its inputs go to disk as they come, and are looked at when all are there."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import math
+import re
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+
+import msgspec
+
+from server import job_inputs, job_tensors
+from server.errors import Fault, ServeError, invalid
+from server.job_inputs import FOLDER, FORMATS, JSONL, LISTING, NPZ, SAFETENSORS, TENSORS
+from server.job_results import JSONL as LINES
+from server.job_results import OUTPUTS
+from server.job_store import Asked, DiskFullError, Job, full_disk
+from server.jobs import Jobs, within_ns
+from server.repository import Model, Repository
+from server.settings import MIB, Settings
+
+PARAMETERS = ("model", "version", "deadline", "format", "output", "max_errors", "name", "folder", "strict")
+WRITE_BYTES = 1 << 20
+NAME_CHARS = 100
+# Without a word on it so many items may go wrong, or a tenth.
+FEW_ERRORS, ERROR_SHARE = 10, 0.1
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
+
+
+class Terms(msgspec.Struct, frozen=True):
+    """What was asked for, apart from the inputs. `deadline_s`: of the wall clock. `strict`: in time or not at all."""
+
+    model: str
+    version: str | None
+    deadline_s: float | None
+    format: str | None
+    output: str
+    max_errors: int | None
+    name: str
+    folder: str | None
+    strict: bool
+
+
+def read_terms(parameters: Mapping[str, str], now_s: float) -> Terms:
+    """Of a query string. Raises ServeError."""
+    for name in parameters:
+        if name not in PARAMETERS:
+            near = get_close_matches(name, PARAMETERS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PARAMETERS)}"
+            raise invalid(f"unknown parameter {name[:NAME_CHARS]}; {hint}")
+    if not parameters.get("model"):
+        raise invalid("which model? expected POST /v2/jobs?model=NAME, with the inputs as the body")
+    max_errors = parameters.get("max_errors")
+    if max_errors is not None and not (max_errors.isdecimal() and len(max_errors) < 16):
+        raise invalid(f"max_errors must be a whole number, not {max_errors[:NAME_CHARS]!r}")
+    return Terms(
+        parameters["model"],
+        parameters.get("version"),
+        _deadline(parameters["deadline"], now_s) if parameters.get("deadline") else None,
+        _one_of("format", parameters["format"], FORMATS) if parameters.get("format") else None,
+        _one_of("output", parameters.get("output") or LINES, OUTPUTS),
+        None if max_errors is None else int(max_errors),
+        parameters.get("name", "")[:NAME_CHARS],
+        parameters.get("folder"),
+        _one_of("strict", parameters.get("strict") or "false", ("true", "false")) == "true",
+    )
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise invalid(f"{name} must be {' or '.join(known)}, not {value[:NAME_CHARS]!r}")
+    return value
+
+
+def _deadline(text: str, now_s: float) -> float:
+    """Of the wall clock: from now on (90, 90s, 15m, 8h, 2d), or a time in ISO form, local without a zone."""
+    duration = _DURATION.fullmatch(text.strip())
+    if duration is not None:
+        return now_s + float(duration[1]) * _UNITS[duration[2]]
+    try:
+        return datetime.datetime.fromisoformat(text.strip().replace(" ", "+")).timestamp()
+    except (ValueError, OverflowError):
+        raise invalid(
+            f"deadline {text[:NAME_CHARS]!r} is neither a time from now on, such as 90s, 15m or 8h, nor one of the "
+            f"clock, such as 2026-11-21T06:00"
+        ) from None
+
+
+class Intake:
+    """`read_timeout_s`: for the next part of the inputs to arrive."""
+
+    def __init__(self, settings: Settings, jobs: Jobs, repository: Repository) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._repository = repository
+
+    async def take(self, terms: Terms, body: AsyncIterator[bytes]) -> Job:
+        """Raises ServeError; then nothing is left of it."""
+        model = self._repository.get(terms.model, terms.version)
+        job_id, folder = self._jobs.new_folder()
+        try:
+            await self._receive(body, folder / LISTING)
+            form = FOLDER if terms.folder is not None else terms.format or _guess(folder / LISTING)
+            items = await self._prepare(folder, form, model, terms.folder)
+            if not items:
+                raise invalid("there are no items in the inputs")
+            max_errors = max(FEW_ERRORS, int(ERROR_SHARE * items)) if terms.max_errors is None else terms.max_errors
+            asked = Asked(
+                terms.model,
+                terms.version,
+                terms.deadline_s,
+                form,
+                terms.output,
+                max_errors,
+                items,
+                model.signature,
+                terms.name,
+            )
+            job = Job(job_id, asked, time.time())
+            self._check_deadline(job, strict=terms.strict)
+            await self._jobs.add(job)
+        except DiskFullError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise ServeError(Fault.UNAVAILABLE, f"the disk is full: {error}", reason="disk_full") from error
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return job
+
+    def _check_deadline(self, job: Job, *, strict: bool) -> None:
+        holding = self._jobs.forecast(job)
+        if holding.feasible or not strict:
+            return
+        earliest = "no slice serves it now"
+        if math.isfinite(holding.ends_ns) and holding.planned:
+            late_s = (holding.ends_ns - within_ns(job)) / 1e9
+            earliest = f"the earliest end is in {holding.ends_ns / 1e9:.0f} s, {late_s:.0f} s after it"
+        raise ServeError(Fault.CONFLICT, f"the job cannot end by its deadline: {earliest}", reason="infeasible")
+
+    async def _receive(self, body: AsyncIterator[bytes], path: Path) -> None:
+        most = self._settings.jobs_max_input_mib * MIB
+        loop = asyncio.get_running_loop()
+        size, waiting = 0, bytearray()
+        with path.open("wb") as file:
+            parts = aiter(body)
+            while True:
+                try:
+                    async with asyncio.timeout(self._settings.http_read_timeout_secs):
+                        part = await anext(parts, None)
+                except TimeoutError:
+                    raise invalid("the inputs did not arrive in time") from None
+                if part is None:
+                    break
+                size += len(part)
+                waiting += part
+                if size > most:
+                    raise ServeError(Fault.TOO_LARGE, f"the inputs are longer than {most} bytes; --jobs-max-input-mib")
+                if len(waiting) >= WRITE_BYTES:
+                    with full_disk():
+                        await loop.run_in_executor(None, file.write, bytes(waiting))
+                    waiting.clear()
+            with full_disk():
+                file.write(waiting)
+
+    async def _prepare(self, folder: Path, form: str, model: Model, files: str | None) -> int:
+        """Returns how many items there are. Raises ServeError, DiskFullError."""
+        try:
+            return await asyncio.to_thread(self._prepared, folder, form, model, files)
+        except OSError as error:
+            raise invalid(f"the inputs cannot be read: {error.strerror or error}") from error
+
+    def _prepared(self, folder: Path, form: str, model: Model, files: str | None) -> int:
+        path = folder / LISTING
+        if form in (NPZ, SAFETENSORS):
+            return self._unpacked(path, form, model)
+        if form == FOLDER:
+            if model.serving.preprocess is None:
+                raise invalid(f"model {model.name} takes no files: it has no pipeline")
+            if path.stat().st_size:
+                raise invalid("the inputs are either a folder or a body, not both")
+            return job_inputs.list_folder(*self._inside(files or ""), path)
+        return job_inputs.count_lines(path)
+
+    def _unpacked(self, path: Path, form: str, model: Model) -> int:
+        most = self._settings.jobs_max_input_mib * MIB
+        found = job_tensors.unpack_npz(path, most) if form == NPZ else job_tensors.read_safetensors(path)
+        tensors, items = job_tensors.check_tensors(found, model.signature)
+        path.with_name(TENSORS).write_bytes(msgspec.json.encode(tensors))
+        return items
+
+    def _inside(self, files: str) -> tuple[Path, Path]:
+        root = self._settings.jobs_input_dir
+        if root is None:
+            raise invalid("folders of the server are not read: it was started without --jobs-input-dir")
+        folder = job_inputs.below(root, files)
+        if folder is None or not folder.is_dir():
+            raise invalid(f"{files[:200]!r} is no folder below --jobs-input-dir")
+        return folder, root.resolve()
+
+
+def _guess(path: Path) -> str:
+    """By how the file begins."""
+    with path.open("rb") as file:
+        begin = file.read(9)
+    if begin.startswith(b"PK\3\4"):
+        return NPZ
+    return SAFETENSORS if len(begin) == 9 and begin[8:] == b"{" and 0 in begin[:8] else JSONL

@@ -1,0 +1,128 @@
+"""Items of a job into tensors. Encoded ones go through the pipeline a few at a time: who is online comes between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+import structlog
+
+from preprocess.errors import BadInputError
+from preprocess.pipeline import PipelineFile
+from preprocess.pool import PoolFullError, PreprocessPool
+from scheduler.lengths import stepped
+from server import codec
+from server.codec import Tensor
+from server.job_inputs import Item
+from server.repository import Model
+
+log = structlog.get_logger(__name__)
+
+# The elements that are handed to the pool together keep its threads busy for so long, about.
+GROUP_S = 0.005
+MOST = 64
+AGAIN_S = 0.1
+# Of what an element takes: so much of the last group.
+WEIGHT = 0.2
+
+Bytes = tuple[bytes, ...]
+
+
+class JobPreparer:
+    """`threads`: of the pool."""
+
+    def __init__(self, pool: PreprocessPool, threads: int) -> None:
+        self._pool = pool
+        self._threads = threads
+        self._element_s = GROUP_S
+
+    @property
+    def group(self) -> int:
+        """How many items to prepare together."""
+        return max(self._threads, min(MOST, int(self._threads * GROUP_S / self._element_s)))
+
+    async def prepare(self, model: Model, pipeline: PipelineFile, items: Sequence[Item]) -> None:
+        """Each becomes its tensors, with the bucket of their length; or has an error."""
+        begin_s = time.monotonic()
+        while True:
+            try:
+                await self._made(model, pipeline, items)
+            except PoolFullError:
+                await asyncio.sleep(AGAIN_S)
+                continue
+            except Exception as error:
+                await self._one_by_one(model, pipeline, items, error)
+            break
+        took_s = (time.monotonic() - begin_s) * self._threads / len(items)
+        self._element_s += WEIGHT * (max(took_s, 1e-6) - self._element_s)
+
+    async def _one_by_one(self, model: Model, pipeline: PipelineFile, items: Sequence[Item], error: Exception) -> None:
+        if len(items) > 1:
+            for item in items:
+                await self.prepare(model, pipeline, [item])
+        elif isinstance(error, BadInputError):
+            items[0].error = str(error)
+        else:
+            log.error("preprocessing failed", model=model.key, exc_info=error)
+            items[0].error = "preprocessing failed; the server's log has the details"
+
+    async def _made(self, model: Model, pipeline: PipelineFile, items: Sequence[Item]) -> None:
+        elements = [item.parts[0] for item in items]
+        if not pipeline.varies:
+            slot = _Slot(model, pipeline, len(items), None)
+            await self._pool.write(pipeline, elements, slot.places).future
+            slot.fill(items)
+            return
+        by_length = defaultdict(list)
+        for item, read in zip(items, await self._pool.read(pipeline, elements).future, strict=True):
+            by_length[_padded(model, read.length)].append((item, read))
+        for length, pairs in by_length.items():
+            slot = _Slot(model, pipeline, len(pairs), length)
+            await self._pool.place(pipeline, [read for _, read in pairs], length, slot.places).future
+            slot.fill([item for item, _ in pairs])
+
+
+def _padded(model: Model, length: int) -> int:
+    """So that there are few different ones, where padding changes nothing."""
+    return length if model.lengths is None else stepped(length, model.lengths.longest)
+
+
+class _Slot:
+    """Memory for the tensors of some items, laid out as in the arena."""
+
+    def __init__(self, model: Model, pipeline: PipelineFile, items: int, length: int | None) -> None:
+        """Raises ServeError where the pipeline makes what the model does not take."""
+        self._inputs = model.signature.inputs
+        self._count = items
+        batch = () if model.signature.max_batch == 0 else (1,)
+        dims = {spec.name: spec.dims for spec in self._inputs}
+        made = []
+        for name, (datatype, of_item) in pipeline.makes.items():
+            shape = dims[name] if not of_item else tuple(length or dim if dim == -1 else dim for dim in of_item)
+            made.append(Tensor(name, datatype, (*batch, *shape), []))
+        self._dims = codec.check_inputs(model.signature, made).dims
+        # One slot an item: a model that does not batch has no other, and items go into batches one by one.
+        self._slot = model.layout.slot(1, self._dims)
+        self._sizes = [place.nbytes for place in self._slot.places]
+        self._memory = [bytearray(items * size) for size in self._sizes]
+        self.places = {spec.name: memoryview(part) for spec, part in zip(self._inputs, self._memory, strict=True)}
+
+    def fill(self, items: Sequence[Item]) -> None:
+        for index, item in enumerate(items):
+            pairs = zip(self._memory, self._sizes, strict=True)
+            item.parts = tuple(bytes(part[index * size : (index + 1) * size]) for part, size in pairs)
+            item.bucket = self._dims
+
+
+def tensors_of_batch(model: Model, items: Sequence[Item]) -> list[Tensor]:
+    """The inputs of a batch of items of one bucket."""
+    count = (len(items),)
+    varying = iter(items[0].bucket)
+    tensors = []
+    for index, spec in enumerate(model.signature.inputs):
+        of_item = tuple(next(varying) if dim == -1 else dim for dim in spec.dims)
+        shape = (*count, *of_item) if model.signature.max_batch > 0 else of_item
+        tensors.append(Tensor(spec.name, spec.datatype, shape, [memoryview(item.parts[index]) for item in items]))
+    return tensors

@@ -1,0 +1,390 @@
+"""One batch job while it runs: inputs are read ahead, batches sent to the slices that it holds, results put down.
+
+What is read and not yet in the ledger is bounded (`job_window.py`). Four things go on side by side: reading (in a
+thread), preparing what is encoded (in the preprocessing pool), sending (on the loop), and committing what is finished
+(in a thread, a few times a second).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import structlog
+
+from scheduler.answers import Answered
+from scheduler.driver import now_ns
+from scheduler.elastic import Elastic
+from server import job_results
+from server.errors import Fault, ServeError
+from server.job_inputs import ENCODED, Item, Reader
+from server.job_preparing import JobPreparer, tensors_of_batch
+from server.job_results import rows_of
+from server.job_store import DiskFullError, Job, JobState, Ledger, Position, Row
+from server.job_window import Window
+from server.repository import Model
+from server.service import InferenceService
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+READ_ITEMS = 512
+# Groups of items that are being prepared: one that keeps the pool busy, one that is ready to.
+PREPARING = 2
+# Batches that a slice has: one that runs, one that is ready to.
+AHEAD = 2
+COMMIT_EVERY_S = 0.2
+# A worker that dies of a batch may have died of anything; an item is given up after so many, the last ones alone.
+MOST_CRASHES = 3
+AGAIN_S = 0.2
+# The rate that is shown is of about so long.
+RATE_TAU_S = 10.0
+# Of a bucket's times over the table's: so much of the last batch.
+PACE_WEIGHT = 0.2
+
+Bucket = tuple[int, ...]
+# Model, worker, bucket, its factor -> items of a batch and its ns; None if it is not served there.
+BatchFor = Callable[[Model, int, Bucket, float], tuple[int, float] | None]
+_OURS = (Fault.REFUSED, Fault.UNAVAILABLE)  # nothing is wrong with the items
+
+
+class JobRun:
+    """`job` is kept up to date. `on_change`: told when it has ended or paused, or its slices refuse."""
+
+    def __init__(
+        self,
+        job: Job,
+        ledger: Ledger,
+        reader: Reader,
+        model: Callable[[], Model],
+        service: InferenceService,
+        elastic: Elastic,
+        batch_for: BatchFor,
+        preparer: JobPreparer,
+        on_change: Callable[[JobRun], None],
+    ) -> None:
+        self.job = job
+        self.ledger = ledger
+        self._reader = reader
+        self._model = model
+        self._service = service
+        self._elastic = elastic
+        self._batch_for = batch_for
+        self._preparer = preparer
+        # Its own, and one: what it does with its files is done one after the other.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"job-{job.id}")
+        self._on_change = on_change
+        self.seen: Counter[Bucket] = Counter()  # items read, by bucket
+        self.factors: dict[Bucket, float] = {}  # of a bucket's times over the table's
+        self.rate_per_s = 0.0
+        self._ready: dict[Bucket, deque[Item]] = {}
+        self._alone: deque[Item] = deque()  # suspects: each runs by itself
+        self._sent: dict[int, tuple[int, list[Item], Callable[[], object]]] = {}  # by number: worker, items, cancel
+        self._numbers = 0
+        self._on: Counter[int] = Counter()  # batches that are sent, by worker
+        self._finished: list[tuple[list[Item], Answered | str]] = []
+        self._window = Window()
+        self._encoded: deque[Item] = deque()
+        self._preparing = 0
+        self._already: set[int] = set()  # finished before a restart
+        self._read_all = False
+        self._room = asyncio.Event()
+        self._to_prepare = asyncio.Event()
+        self._to_commit = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._feeding: asyncio.TimerHandle | asyncio.Handle | None = None
+        self._committed_at = 0.0
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Reads the first items, and goes on from there."""
+        self.job.done, self.job.errors = self.ledger.counts
+        self._window.read_to = self.ledger.position
+        self._already = await self.in_thread(self.ledger.finished_from, self._window.read_to.item)
+        await self._read_some()
+        self._committed_at = asyncio.get_running_loop().time()
+        going_on = [self._read(), self._commit(), *(self._prepare() for _ in range(PREPARING))]
+        self._tasks = [asyncio.create_task(each) for each in going_on]
+        self._to_commit.set()  # it may be complete already
+
+    async def stop(self) -> None:
+        """Takes back what waits, puts down what is finished, and lets go of its files."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._feeding is not None:
+            self._feeding.cancel()
+        for _, _, cancel in list(self._sent.values()):
+            cancel()
+        self._sent.clear()
+        try:
+            await self._put_down()
+        except DiskFullError:
+            log.warning("no room for results of a job; they will be computed again", job=self.job.id)
+        await self.in_thread(self._close)
+        self._thread.shutdown(wait=False)
+
+    def _close(self) -> None:
+        self._reader.close()
+        self.ledger.close()
+
+    def in_thread(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def first_errors(self, most: int) -> list[tuple[int, str]]:
+        return list(await self.in_thread(self._errors, most))
+
+    def _errors(self, most: int) -> list[tuple[int, str]]:
+        return [(row.item, row.error or "") for row in self.ledger.rows(errors_only=True, limit=most)]
+
+    @property
+    def left(self) -> dict[Bucket, float]:
+        """Items that are not finished, by bucket: what is not read yet is taken to be like what was."""
+        left, seen = self.job.asked.items - self.job.done, self.seen.total()
+        return {bucket: left * count / seen for bucket, count in self.seen.items()} if seen else {}
+
+    # ---- reading ----
+
+    async def _read(self) -> None:
+        while not self._read_all:
+            while self._window.is_full:
+                self._room.clear()
+                await self._room.wait()
+            await self._read_some()
+            self.feed_soon()
+
+    async def _read_some(self) -> None:
+        items, self._window.read_to = await self.in_thread(self._read_items)
+        self._read_all = not items
+        for item in items:
+            if item.number in self._already:
+                self._already.discard(item.number)
+                continue
+            self._window.add(item)
+            if item.bucket == ENCODED and not item.error:
+                self._encoded.append(item)
+                self._to_prepare.set()
+            else:
+                self._is_ready(item, item.nbytes)
+
+    def _is_ready(self, item: Item, before: int) -> None:
+        """It is tensors, or has an error; `before`: its bytes until now."""
+        if item.error:
+            self._window.ended([item], were_ready=False)
+            self._finish([item], item.error)
+            return
+        self._window.ready(item, before)
+        self.seen[item.bucket] += 1
+        self._ready.setdefault(item.bucket, deque()).append(item)
+
+    def _read_items(self) -> tuple[list[Item], Position]:
+        return self._reader.read(READ_ITEMS), self._reader.position
+
+    async def _prepare(self) -> None:
+        while True:
+            while not self._encoded or self._window.is_ready_full:
+                self._to_prepare.clear()
+                await self._to_prepare.wait()
+            group = [self._encoded.popleft() for _ in range(min(self._preparer.group, len(self._encoded)))]
+            sizes = [item.nbytes for item in group]
+            self._preparing += 1
+            try:
+                model = self._model()
+                pipeline = model.serving.preprocess
+                if pipeline is None:
+                    raise ServeError(Fault.UNAVAILABLE, f"model {model.name} has no pipeline any more")
+                await self._preparer.prepare(model, pipeline, group)
+            except ServeError:
+                self._encoded.extendleft(reversed(group))
+                await asyncio.sleep(AGAIN_S)
+                continue
+            finally:
+                self._preparing -= 1
+            for item, before in zip(group, sizes, strict=True):
+                self._is_ready(item, before)
+            self.feed_soon()
+
+    # ---- sending ----
+
+    def feed_soon(self, after_s: float = 0.0) -> None:
+        """Never at once: this is called by the driver, which is not to be called back."""
+        if self._feeding is None:
+            self._feeding = asyncio.get_running_loop().call_later(after_s, self._fed)
+
+    def _fed(self) -> None:
+        self._feeding = None
+        self.feed()
+
+    def feed(self) -> None:
+        """Gives each slice that the job holds its next batches."""
+        if self.job.state != JobState.RUNNING:
+            return
+        for worker_id in self._elastic.held(self.job.id):
+            while self._on[worker_id] < AHEAD and self._feeding is None:
+                items, ns = self._next_batch(worker_id)
+                if not items:
+                    break
+                self._send(worker_id, items, ns)
+
+    def _next_batch(self, worker_id: int) -> tuple[list[Item], float]:
+        """Takes it out of what is ready."""
+        if self._alone:
+            item = self._alone.popleft()
+            return [item], self._size(worker_id, item.bucket)[1]
+        bucket = self._overtaken() or self._elastic.pick(self.job.id, worker_id, self._full_buckets(worker_id))
+        if not isinstance(bucket, tuple):
+            return [], 0.0
+        waiting = self._ready[bucket]
+        wanted, ns = self._size(worker_id, bucket)
+        items = [waiting.popleft() for _ in range(min(wanted, len(waiting)))]
+        if not waiting:
+            del self._ready[bucket]
+        if items:
+            self._elastic.started(self.job.id, worker_id, bucket, ns * len(items) / max(wanted, 1))
+        return items, ns
+
+    def _size(self, worker_id: int, bucket: Bucket) -> tuple[int, float]:
+        """Items of a batch, and its ns; none where the model is not served."""
+        try:
+            found = self._batch_for(self._model(), worker_id, bucket, self.factors.get(bucket, 1.0))
+        except ServeError:
+            return 0, 0.0
+        return found or (0, 0.0)
+
+    def _full_buckets(self, worker_id: int) -> list[Bucket]:
+        """Those that have a whole batch; all, where no more is to come before one has ended."""
+        all_prepared = self._read_all and not self._encoded and not self._preparing
+        if all_prepared or self._window.is_full or self._window.is_ready_full:
+            return list(self._ready)
+        return [bucket for bucket, waiting in self._ready.items() if len(waiting) >= self._size(worker_id, bucket)[0]]
+
+    def _overtaken(self) -> Bucket | None:
+        item = self._window.overtaken()
+        waiting = self._ready.get(item.bucket) if item is not None else None
+        return waiting[0].bucket if waiting and waiting[0] is item else None
+
+    def _send(self, worker_id: int, items: list[Item], ns: float) -> None:
+        self._numbers += 1
+        number = self._numbers
+        self._on[worker_id] += 1
+        self._sent[number] = worker_id, items, _nothing
+        ended = partial(self._batch_ended, number, ns)
+        try:
+            model = self._model()
+            cancel = self._service.submit_background(model, tensors_of_batch(model, items), worker_id, now_ns(), ended)
+        except ServeError as error:
+            ended(error)
+            return
+        if number in self._sent:  # it may have been refused meanwhile
+            self._sent[number] = worker_id, items, cancel
+
+    def _batch_ended(self, number: int, ns: float, outcome: Answered | ServeError) -> None:
+        worker_id, items, _ = self._sent.pop(number)
+        self._on[worker_id] -= 1
+        if isinstance(outcome, Answered):
+            self._learn(worker_id, items, outcome)
+            self._let_go(items, outcome)
+            self.feed_soon()
+        elif outcome.fault in _OURS:
+            again = self._alone if items[0].crashes else self._ready.setdefault(items[0].bucket, deque())
+            again.extendleft(reversed(items))
+            self.feed_soon(AGAIN_S)
+            self._on_change(self)
+        else:
+            self._blame(items, outcome)
+            self.feed_soon()
+
+    def _blame(self, items: list[Item], error: ServeError) -> None:
+        """One of them may be at fault: each has to show by itself."""
+        crashed = error.reason == "crashed"
+        for item in items:
+            item.crashes += crashed
+            if len(items) > 1 or (crashed and item.crashes < MOST_CRASHES):
+                self._alone.append(item)
+            else:
+                self._let_go([item], error.message)
+
+    def _let_go(self, items: list[Item], outcome: Answered | str) -> None:
+        self._window.ended(items, were_ready=True)
+        self._to_prepare.set()
+        self._room.set()
+        self._finish(items, outcome)
+
+    def _learn(self, worker_id: int, items: list[Item], answered: Answered) -> None:
+        """How a bucket's batches differ from what the table says."""
+        bucket = items[0].bucket
+        wanted, ns = self._size(worker_id, bucket)
+        if len(items) == wanted and ns > 0 and answered.started_ns:
+            ratio = min(max((now_ns() - answered.started_ns) / ns, 0.1), 10.0)
+            factor = self.factors.get(bucket, 1.0)
+            self.factors[bucket] = min(max(factor * (1 + PACE_WEIGHT * (ratio - 1)), 0.02), 50.0)
+
+    # ---- finishing ----
+
+    def _finish(self, items: list[Item], outcome: Answered | str) -> None:
+        self._finished.append((items, outcome))
+        self._to_commit.set()
+
+    async def _commit(self) -> None:
+        while True:
+            await self._to_commit.wait()
+            await asyncio.sleep(COMMIT_EVERY_S)
+            self._to_commit.clear()
+            try:
+                await self._put_down()
+                if self.job.errors > self.job.asked.max_errors:
+                    self.job.state = JobState.STOPPED
+                    self.job.reason = self._too_many(await self.first_errors(3))
+                elif self.job.done >= self.job.asked.items:
+                    self.job.reason = await self.in_thread(job_results.write_as_asked, self.ledger, self.job.asked)
+                    self.job.state = JobState.DONE
+            except (DiskFullError, OSError) as error:
+                self.job.state, self.job.reason = JobState.PAUSED, f"the disk: {error}"
+                self._to_commit.set()
+            if self.job.state != JobState.RUNNING:
+                self._on_change(self)
+                return
+
+    async def _put_down(self) -> None:
+        """What is finished, into the ledger."""
+        finished, self._finished = self._finished, []
+        position = self._window.position()
+        try:
+            counts = await self.in_thread(self._add, finished, position)
+        except BaseException:
+            self._finished = finished + self._finished
+            raise
+        self._count_rate(counts[0] - self.job.done)
+        self.job.done, self.job.errors = counts
+        self._window.put_down(sum(len(items) for items, _ in finished))
+        self._room.set()
+
+    def _add(self, finished: list[tuple[list[Item], Answered | str]], position: Position) -> tuple[int, int]:
+        asked = self.job.asked
+        batches, as_json = asked.signature.max_batch > 0, asked.output == job_results.JSONL
+        rows: list[Row] = []
+        for items, outcome in finished:
+            if isinstance(outcome, str):
+                rows += [Row(item.number, outcome, None) for item in items]
+            else:
+                numbers = [item.number for item in items]
+                rows += rows_of(numbers, outcome, asked.signature.outputs, batches=batches, as_json=as_json)
+        return self.ledger.add(rows, position)
+
+    def _too_many(self, errors: Sequence[tuple[int, str]]) -> str:
+        shown = "; ".join(f"item {item}: {error}" for item, error in errors)
+        return f"{self.job.errors} items have errors, more than max_errors={self.job.asked.max_errors}; {shown}"
+
+    def _count_rate(self, done: int) -> None:
+        at = asyncio.get_running_loop().time()
+        took_s, self._committed_at = max(at - self._committed_at, 1e-3), at
+        weight = min(took_s / RATE_TAU_S, 1.0) if self.rate_per_s else 1.0
+        self.rate_per_s += weight * (done / took_s - self.rate_per_s)
+
+
+def _nothing() -> None: ...

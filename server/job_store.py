@@ -1,0 +1,237 @@
+"""Jobs on disk: one SQLite database (WAL) of all jobs, and of each a folder with its inputs, ledger and results.
+
+    jobs/jobs.sqlite          what was asked for, and what has become of it
+    jobs/ID/input             the inputs as they came; a folder's listing
+    jobs/ID/ledger.sqlite     what is finished, by item; in any order
+    jobs/ID/results.jsonl     in the order of the inputs, once all is finished; or results.npz
+
+An item is finished once its row is in the ledger, which a crash leaves as it was committed. Nothing here knows the
+event loop: calls block, and are made in a thread, one at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from scheduler.tensors import Signature
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+PAGE = 256
+
+
+class DiskFullError(Exception):
+    """There is no room; what was to be written is not, and may be tried again."""
+
+
+class JobState(StrEnum):
+    """`paused`: by itself, and it goes on by itself. `stopped`: too many errors."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    STOPPED = "stopped"
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What a job was asked to be. `deadline_s`: of the wall clock, since 1970; None: as soon as can be.
+
+    `format`: of the inputs. `signature`: of the model when the job was made; a job is for no other.
+    """
+
+    model: str
+    version: str | None
+    deadline_s: float | None
+    format: str
+    output: str
+    max_errors: int
+    items: int
+    signature: Signature
+    name: str = ""
+
+
+class Job(msgspec.Struct):
+    """One job, as it is on disk. Times are of the wall clock, in seconds since 1970.
+
+    `done`: items that are finished, `errors` of them with one; `first_errors` of those.
+    """
+
+    id: str
+    asked: Asked
+    created_s: float
+    state: JobState = JobState.RUNNING
+    reason: str = ""
+    done: int = 0
+    errors: int = 0
+    ended_s: float | None = None
+    first_errors: list[tuple[int, str]] = []
+
+
+class Row(msgspec.Struct, array_like=True):
+    """A finished item: its outputs, packed, or its error."""
+
+    item: int
+    error: str | None
+    value: bytes | None
+
+
+class Position(msgspec.Struct, frozen=True):
+    """Where to read on: the first item that is not finished, and where it begins in the input."""
+
+    item: int = 0
+    offset: int = 0
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA busy_timeout=5000")
+    return connection
+
+
+class _FullDisk:
+    """Turns what a full disk raises into a DiskFullError."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise DiskFullError("no room for the ledger") from error
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise DiskFullError(os.strerror(error.errno or 0)) from error
+
+
+full_disk = _FullDisk
+
+
+class JobStore:
+    """All jobs. `folder` is made where it is not there. Raises OSError and sqlite3.Error where it cannot be had."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.root = folder
+        self._jobs = _connect(folder / "jobs.sqlite")
+        self._jobs.execute("CREATE TABLE IF NOT EXISTS jobs (id TEXT PRIMARY KEY, created REAL, job BLOB)")
+
+    def folder(self, job_id: str) -> Path:
+        return self.root / job_id
+
+    def results_path(self, job: Job) -> Path:
+        return self.folder(job.id) / f"results.{job.asked.output}"
+
+    def all(self) -> list[Job]:
+        """By when they came."""
+        rows = self._jobs.execute("SELECT job FROM jobs ORDER BY created, id")
+        return [msgspec.json.decode(row[0], type=Job) for row in rows]
+
+    def save(self, job: Job) -> None:
+        """Raises DiskFullError."""
+        with full_disk():
+            self._jobs.execute(
+                "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", (job.id, job.created_s, msgspec.json.encode(job))
+            )
+
+    def remove(self, job_id: str) -> None:
+        """Its folder goes last: what is left of one that no row knows is swept at the next start."""
+        self._jobs.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+        shutil.rmtree(self.folder(job_id), ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Folders of submissions that were cut off."""
+        known = {row[0] for row in self._jobs.execute("SELECT id FROM jobs")}
+        for path in self.root.iterdir():
+            if path.is_dir() and path.name not in known:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.root).free
+
+    def close(self) -> None:
+        self._jobs.close()
+
+
+class Ledger:
+    """What is finished of one job. Counts and rows change together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / "ledger.sqlite"
+        with full_disk():
+            self._rows = _connect(self._path)
+            self._rows.execute("CREATE TABLE IF NOT EXISTS done (item INTEGER PRIMARY KEY, error TEXT, value BLOB)")
+            self._rows.execute("CREATE TABLE IF NOT EXISTS totals (done INTEGER, errors INTEGER, position BLOB)")
+            if self._totals() is None:
+                self._rows.execute("INSERT INTO totals VALUES (0, 0, ?)", (msgspec.json.encode(Position()),))
+
+    def _totals(self) -> tuple[int, int, bytes] | None:
+        found: tuple[int, int, bytes] | None = self._rows.execute(
+            "SELECT done, errors, position FROM totals"
+        ).fetchone()
+        return found
+
+    def limit_pages(self, pages: int) -> None:
+        """As if the disk had room for so many more only; for tests."""
+        (now,) = self._rows.execute("PRAGMA page_count").fetchone()
+        self._rows.execute(f"PRAGMA max_page_count={now + pages}")
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Finished items, and those of them with an error."""
+        totals = self._totals()
+        return (totals[0], totals[1]) if totals is not None else (0, 0)
+
+    @property
+    def position(self) -> Position:
+        totals = self._totals()
+        return msgspec.json.decode(totals[2], type=Position) if totals is not None else Position()
+
+    def add(self, rows: Iterable[Row], position: Position) -> tuple[int, int]:
+        """Adds what is not there yet; returns the counts. All of it or nothing. Raises DiskFullError."""
+        with full_disk():
+            self._rows.execute("BEGIN IMMEDIATE")
+            try:
+                done = errors = 0
+                for row in rows:
+                    values = (row.item, row.error, row.value)
+                    new = self._rows.execute("INSERT OR IGNORE INTO done VALUES (?, ?, ?)", values).rowcount
+                    done += new
+                    errors += new and row.error is not None
+                self._rows.execute(
+                    "UPDATE totals SET done = done + ?, errors = errors + ?, position = ?",
+                    (done, errors, msgspec.json.encode(position)),
+                )
+                self._rows.execute("COMMIT")
+            except BaseException:
+                if self._rows.in_transaction:  # a full disk may have ended it
+                    self._rows.execute("ROLLBACK")
+                raise
+        return self.counts
+
+    def finished_from(self, item: int) -> set[int]:
+        """Items from that one on that are finished."""
+        return {row[0] for row in self._rows.execute("SELECT item FROM done WHERE item >= ?", (item,))}
+
+    def rows(self, *, errors_only: bool = False, limit: int = -1) -> Iterator[Row]:
+        """In the order of the items."""
+        where = "WHERE error IS NOT NULL" if errors_only else ""
+        cursor = self._rows.execute(f"SELECT item, error, value FROM done {where} ORDER BY item LIMIT ?", (limit,))
+        while page := cursor.fetchmany(PAGE):
+            yield from (Row(*values) for values in page)
+
+    def close(self) -> None:
+        self._rows.close()
+
+    def remove(self) -> None:
+        self.close()
+        for suffix in ("", "-wal", "-shm"):
+            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""The items of a job that are read and not yet in its ledger: how many, how large, where to read on after a crash."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from server.job_inputs import Item
+from server.job_store import Position
+
+# What is read ahead, at most about: items, and bytes of those that are not finished.
+ITEMS, BYTES = 8192, 48 * 1024 * 1024
+# Of these, bytes of tensors, which are larger than what a pipeline makes them from.
+READY_BYTES = 48 * 1024 * 1024
+# An item that so many have overtaken goes next, whatever its bucket.
+OVERTAKEN = 4 * ITEMS
+
+
+class Window:
+    """`read_to`: where the next item is that is not read yet."""
+
+    def __init__(self) -> None:
+        self.read_to = Position()
+        self._order: deque[Item] = deque()  # all from the first unfinished one on
+        self._ended: set[int] = set()  # of these, the finished ones
+        self._items = self._bytes = self._ready_bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self._items >= ITEMS or self._bytes - self._ready_bytes >= BYTES or self.is_ready_full
+
+    @property
+    def is_ready_full(self) -> bool:
+        return self._ready_bytes >= READY_BYTES
+
+    def add(self, item: Item) -> None:
+        """It was read."""
+        self._order.append(item)
+        self._items += 1
+        self._bytes += item.nbytes
+
+    def ready(self, item: Item, before: int) -> None:
+        """It is tensors now; `before`: its bytes until then."""
+        self._bytes += item.nbytes - before
+        self._ready_bytes += item.nbytes
+
+    def ended(self, items: Iterable[Item], *, were_ready: bool) -> None:
+        """They are finished: what they were made of is let go."""
+        for item in items:
+            self._ended.add(item.number)
+            self._bytes -= item.nbytes
+            self._ready_bytes -= item.nbytes if were_ready else 0
+            item.parts = ()
+
+    def put_down(self, items: int) -> None:
+        """So many are in the ledger."""
+        self._items -= items
+
+    def position(self) -> Position:
+        """Of the first item that is not finished."""
+        while self._order and self._order[0].number in self._ended:
+            self._ended.discard(self._order.popleft().number)
+        return Position(self._order[0].number, self._order[0].offset) if self._order else self.read_to
+
+    def overtaken(self) -> Item | None:
+        """One that was left behind for too long."""
+        if self._order and self._order[-1].number - self._order[0].number >= OVERTAKEN:
+            return self._order[0]
+        return None

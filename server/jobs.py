@@ -1,0 +1,388 @@
+"""Batch jobs: made, run, paused, gone on with. Which slices they hold is for `scheduler/elastic.py` to say."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from scheduler.driver import now_ns
+from scheduler.elastic import Elastic, Holding, Place, Work, decide
+from server.errors import Fault, ServeError
+from server.job_inputs import LISTING, TENSORS, LineReader, Reader
+from server.job_preparing import JobPreparer
+from server.job_run import JobRun
+from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger
+from server.job_supply import Supply
+from server.job_tensors import RawTensor, TensorReader
+from server.repository import Model, Repository
+from server.service import InferenceService
+from server.settings import MIB, Settings
+
+log = structlog.get_logger(__name__)
+
+THREADS = 4
+DECIDE_EVERY_S = 1.0
+ENDED = (JobState.DONE, JobState.CANCELLED, JobState.STOPPED)
+ID_BYTES = 5
+ERRORS_SHOWN = 10
+
+
+class Jobs:
+    """All of them. Every method runs on the event loop's thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Path,
+        supply: Supply,
+        repository: Repository,
+        service: InferenceService,
+        preparer: JobPreparer,
+        slice_name: Callable[[int], str],
+    ) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._supply = supply
+        self._repository = repository
+        self._service = service
+        self._preparer = preparer
+        self._slice_name = slice_name
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="jobs")
+        self._elastic = Elastic()
+        self._jobs: dict[str, Job] = {}
+        self._runs: dict[str, JobRun] = {}
+        self._changing: dict[str, asyncio.Lock] = {}
+        self._again = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._store: JobStore | None = None
+        self._unusable = "the server is starting"
+        self._stopping = False
+        self._infeasible: set[str] = set()  # that were told so
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Opens what is on disk, and goes on with what had not ended."""
+        try:
+            store = await self._in_thread(JobStore, self._folder)
+            await self._in_thread(store.sweep)
+            found: list[Job] = await self._in_thread(store.all)
+        except (OSError, sqlite3.Error, msgspec.MsgspecError) as error:
+            self._unusable = f"jobs cannot be kept in {self._folder}: {error}"
+            log.warning("no batch jobs", reason=self._unusable)
+            return
+        self._store = store
+        self._jobs = {job.id: job for job in found}
+        for job in found:
+            if job.state not in ENDED:
+                await self._begin(job)
+        self._task = asyncio.create_task(self._decide_for_ever())
+
+    async def stop(self) -> None:
+        """What is finished is put down; what runs is let go."""
+        if self._stopping:
+            return
+        self._stopping = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for run in list(self._runs.values()):
+            await run.stop()
+        self._runs.clear()
+        self._threads.shutdown()
+        if self._store is not None:
+            self._store.close()
+
+    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    @property
+    def store(self) -> JobStore:
+        """Raises ServeError."""
+        if self._store is None or self._stopping:
+            raise ServeError(Fault.UNAVAILABLE, self._unusable if self._store is None else "the server is stopping")
+        return self._store
+
+    # ---- what users do ----
+
+    def all(self) -> list[Job]:
+        return list(self._jobs.values())
+
+    def get(self, job_id: str) -> Job:
+        """Raises ServeError."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise ServeError(Fault.NOT_FOUND, f"unknown job {job_id[:40]!r}; GET /v2/jobs lists those there are")
+        return job
+
+    def new_folder(self) -> tuple[str, Path]:
+        """For the inputs of a job that is being sent. Raises ServeError, OSError."""
+        store = self.store
+        if store.free_bytes() < self._settings.jobs_min_free_mib * MIB:
+            raise ServeError(Fault.UNAVAILABLE, "there is no room on the disk of the state folder", reason="disk_full")
+        job_id = secrets.token_hex(ID_BYTES)
+        folder = store.folder(job_id)
+        folder.mkdir(mode=0o700)
+        return job_id, folder
+
+    def forecast(self, job: Job) -> Holding:
+        """What would become of a job that is not there yet, beside those that are."""
+        works, places = self._works()
+        model = self._repository.get(job.asked.model, job.asked.version)
+        left: dict[Any, float] = {(): float(job.asked.items)}
+        works = [*works, Work(job.id, left, within_ns(job))]
+        places = {**places, job.id: self._supply.places(model, left, {})}
+        return decide(works, places, {})[job.id]
+
+    async def add(self, job: Job) -> None:
+        """Takes on a job whose inputs are in its folder. Raises ServeError."""
+        try:
+            await self._in_thread(self.store.save, job)
+        except DiskFullError as error:
+            raise ServeError(Fault.UNAVAILABLE, f"the disk is full: {error}", reason="disk_full") from error
+        self._jobs[job.id] = job
+        log.info("job", job=job.id, model=job.asked.model, items=job.asked.items)
+        await self._begin(job)
+
+    async def cancel(self, job_id: str) -> Job:
+        """What is finished stays, for `resume`. Raises ServeError."""
+        async with self._lock(job_id):
+            job = self.get(job_id)
+            if job.state in ENDED:
+                raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state} already")
+            job.state, job.reason = JobState.CANCELLED, ""
+            await self._let_go(job)
+            return job
+
+    async def resume(self, job_id: str, max_errors: int | None = None) -> Job:
+        """Goes on with one that was cancelled, or stopped by its errors. Raises ServeError."""
+        async with self._lock(job_id):
+            job = self.get(job_id)
+            if job.state not in (JobState.CANCELLED, JobState.STOPPED):
+                raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}; only what was stopped can be resumed")
+            if max_errors is not None:
+                job.asked = msgspec.structs.replace(job.asked, max_errors=max_errors)
+            job.state, job.reason, job.ended_s = JobState.RUNNING, "", None
+            await self._in_thread(self.store.save, job)
+            await self._begin(job)
+            return job
+
+    async def remove(self, job_id: str) -> None:
+        """With all its files. Raises ServeError."""
+        async with self._lock(job_id):
+            job = self.get(job_id)
+            if job.state not in ENDED:
+                raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}; cancel it first")
+            await self._in_thread(self.store.remove, job_id)
+            del self._jobs[job_id]
+
+    async def first_errors(self, job: Job) -> list[tuple[int, str]]:
+        """The first items that went wrong."""
+        run = self._runs.get(job.id)
+        if run is not None and job.errors > len(job.first_errors) < ERRORS_SHOWN:
+            job.first_errors = await run.first_errors(ERRORS_SHOWN)
+        return job.first_errors
+
+    def results(self, job_id: str) -> Path:
+        """The file of a job that is done. Raises ServeError."""
+        job = self.get(job_id)
+        if job.state != JobState.DONE:
+            raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}, {job.done} of {job.asked.items} items done")
+        for path in (self.store.results_path(job), self.store.folder(job.id) / "results.jsonl"):
+            if path.exists():
+                return path
+        raise ServeError(Fault.NOT_FOUND, f"the results of job {job_id} are not there any more")
+
+    def progress(self, job: Job) -> dict[str, Any]:
+        """What changes while it runs: rate, slices, forecast."""
+        run, holding = self._runs.get(job.id), self._elastic.holdings.get(job.id)
+        if run is None:
+            return {}
+        slices = [self._slice_name(worker_id) for worker_id in self._elastic.held(job.id)]
+        found: dict[str, Any] = {"rate_per_s": round(run.rate_per_s, 1), "slices": slices}
+        if holding is not None and holding.planned:
+            found["ends_in_s"] = round(holding.ends_ns / 1e9, 1)
+            found["in_time"] = holding.feasible
+        return found
+
+    def demands(self) -> list[tuple[str, float, float]]:
+        """Of each model with jobs that have a deadline: items that are left, and seconds to the first deadline."""
+        found: dict[str, tuple[float, float]] = {}
+        for run in self._runs.values():
+            job = run.job
+            if job.state == JobState.RUNNING and job.asked.deadline_s is not None:
+                items, within_s = found.get(job.asked.model, (0.0, float("inf")))
+                left = job.asked.items - job.done
+                found[job.asked.model] = items + left, min(within_s, within_ns(job) / 1e9)
+        return [(model, items, within_s) for model, (items, within_s) in found.items() if items]
+
+    # ---- running ----
+
+    def _lock(self, job_id: str) -> asyncio.Lock:
+        self.get(job_id)
+        return self._changing.setdefault(job_id, asyncio.Lock())
+
+    async def _begin(self, job: Job) -> None:
+        """Runs it, or pauses it where that cannot be now."""
+        try:
+            model = self._usable_model(job)
+            ledger, reader = await self._in_thread(self._open, job, model)
+        except ServeError as error:
+            job.state, job.reason = JobState.PAUSED, error.message
+            return
+        except (OSError, DiskFullError, sqlite3.Error) as error:
+            job.state, job.reason = JobState.PAUSED, f"the disk: {error}"
+            return
+        job.state, job.reason = JobState.RUNNING, ""
+        run = JobRun(
+            job,
+            ledger,
+            reader,
+            lambda: self._usable_model(job),
+            self._service,
+            self._elastic,
+            self._supply.batch,
+            self._preparer,
+            self._changed,
+        )
+        self._runs[job.id] = run
+        try:
+            await run.start()
+        except (OSError, sqlite3.Error) as error:
+            job.state, job.reason = JobState.PAUSED, f"the disk: {error}"
+            self._changed(run)
+        self._again.set()
+
+    def _open(self, job: Job, model: Model) -> tuple[Ledger, Reader]:
+        folder = self.store.folder(job.id)
+        ledger = Ledger(folder)
+        tensors = folder / TENSORS
+        try:
+            if tensors.exists():
+                raw = msgspec.json.decode(tensors.read_bytes(), type=list[RawTensor])
+                return ledger, TensorReader(folder, raw, ledger.position, model.signature)
+            pipeline, inputs_dir = model.serving.preprocess, self._settings.jobs_input_dir
+            return ledger, LineReader(folder / LISTING, ledger.position, model.signature, pipeline, inputs_dir)
+        except BaseException:
+            ledger.close()
+            raise
+
+    def _usable_model(self, job: Job) -> Model:
+        """Raises ServeError: unavailable, until there is one that the job is for."""
+        try:
+            model = self._repository.get(job.asked.model, job.asked.version)
+        except ServeError as error:
+            raise ServeError(Fault.UNAVAILABLE, error.message) from error
+        had, has = job.asked.signature, model.signature
+        if (had.inputs, had.outputs, had.max_batch > 0) != (has.inputs, has.outputs, has.max_batch > 0):
+            raise ServeError(Fault.UNAVAILABLE, f"model {model.name} has other inputs or outputs than it had")
+        return model
+
+    def _changed(self, run: JobRun) -> None:
+        """Told by a run: it has ended or paused, or its slices are not what they were."""
+        self._again.set()
+
+    async def _decide_for_ever(self) -> None:
+        while True:
+            self._again.clear()
+            try:
+                await self._look()
+            except Exception:
+                log.exception("jobs: deciding failed; it is tried again")
+            try:
+                async with asyncio.timeout(DECIDE_EVERY_S):
+                    await self._again.wait()
+                await asyncio.sleep(DECIDE_EVERY_S / 20)  # what comes together is decided together
+            except TimeoutError:
+                pass
+
+    async def _look(self) -> None:
+        self._supply.observe(now_ns())
+        for job in list(self._jobs.values()):
+            async with self._changing.setdefault(job.id, asyncio.Lock()):
+                if job.state in ENDED and job.id in self._runs:
+                    await self._let_go(job)
+                elif job.state == JobState.RUNNING:
+                    self._pause_if_needed(job)
+                if job.state == JobState.PAUSED:
+                    await self._go_on(job)
+        works, places = self._works()
+        self._elastic.decide(works, places)
+        for job_id, holding in self._elastic.holdings.items():
+            self._tell_infeasible(job_id, holding)
+        for run in self._runs.values():
+            run.feed()
+
+    def _pause_if_needed(self, job: Job) -> None:
+        try:
+            self._usable_model(job)
+            if self.store.free_bytes() < self._settings.jobs_min_free_mib * MIB:
+                raise ServeError(Fault.UNAVAILABLE, "the disk: there is too little room, see --jobs-min-free-mib")
+        except ServeError as error:
+            job.state, job.reason = JobState.PAUSED, error.message
+            log.warning("job paused", job=job.id, reason=job.reason)
+
+    async def _go_on(self, job: Job) -> None:
+        """If what paused it is over. It begins anew from what is on disk."""
+        try:
+            self._usable_model(job)
+        except ServeError as error:
+            job.reason = error.message
+            return
+        if self.store.free_bytes() < self._settings.jobs_min_free_mib * MIB:
+            return
+        run = self._runs.pop(job.id, None)
+        if run is not None:
+            await run.stop()
+        await self._begin(job)
+        if job.state == JobState.RUNNING:
+            log.info("job goes on", job=job.id)
+
+    async def _let_go(self, job: Job) -> None:
+        """Of a job that has ended: its state goes to disk before what is not needed any more goes from there."""
+        run = self._runs.pop(job.id, None)
+        if run is not None:
+            if job.errors:
+                job.first_errors = await run.first_errors(ERRORS_SHOWN)
+            await run.stop()
+        job.ended_s = time.time()
+        await self._in_thread(self.store.save, job)
+        if job.state == JobState.DONE:
+            await self._in_thread(self._tidy, job)
+        log.info("job ended", job=job.id, state=job.state, done=job.done, errors=job.errors, reason=job.reason)
+
+    def _tidy(self, job: Job) -> None:
+        folder = self.store.folder(job.id)
+        for path in folder.iterdir():
+            if not path.name.startswith("results."):
+                path.unlink()
+
+    def _tell_infeasible(self, job_id: str, holding: Holding) -> None:
+        if holding.feasible:
+            self._infeasible.discard(job_id)
+        elif holding.planned and job_id not in self._infeasible:  # without slices nobody knows
+            self._infeasible.add(job_id)
+            log.warning("job will be late", job=job_id, ends_in_s=round(holding.ends_ns / 1e9, 1))
+
+    def _works(self) -> tuple[list[Work], dict[str, list[Place]]]:
+        works, places = [], {}
+        for job_id, run in self._runs.items():
+            if run.job.state == JobState.RUNNING and run.left:
+                works.append(Work(job_id, run.left, within_ns(run.job)))
+                places[job_id] = self._supply.places(self._usable_model(run.job), run.left, run.factors)
+        return works, places
+
+
+def within_ns(job: Job) -> float:
+    """By the wall clock as it is now: one that is set right sets this right. Infinite without a deadline."""
+    deadline_s = job.asked.deadline_s
+    return float("inf") if deadline_s is None else (deadline_s - time.time()) * 1e9

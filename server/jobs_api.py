@@ -1,0 +1,103 @@
+"""The HTTP routes of batch jobs. Ordinary FastAPI."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.requests import ClientDisconnect
+
+from server.app import refuse_web_pages
+from server.errors import invalid
+from server.job_intake import Intake, read_terms
+from server.job_store import Job
+from server.jobs import Jobs
+
+_TYPES = {".jsonl": "application/x-ndjson", ".npz": "application/octet-stream"}
+
+
+def router(jobs: Jobs, intake: Intake) -> APIRouter:
+    """All routes under /v2/jobs."""
+    routes = APIRouter(dependencies=[Depends(refuse_web_pages)])
+
+    @routes.post("/v2/jobs")
+    async def submit(request: Request) -> JSONResponse:
+        """The inputs are the body; in the query stand model, deadline and the rest, see docs/jobs.md."""
+        terms = read_terms(request.query_params, time.time())
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise invalid("the inputs of a job are taken as they are: send them without Content-Encoding")
+        try:
+            job = await intake.take(terms, request.stream())
+        except ClientDisconnect:
+            raise invalid("the inputs were not sent to their end") from None
+        return JSONResponse(await _shown(jobs, job), 201)
+
+    @routes.get("/v2/jobs")
+    async def index() -> dict[str, Any]:
+        return {"jobs": [_job(jobs, job) for job in jobs.all()]}
+
+    @routes.get("/v2/jobs/{job_id}")
+    async def show(job_id: str) -> dict[str, Any]:
+        return await _shown(jobs, jobs.get(job_id))
+
+    @routes.get("/v2/jobs/{job_id}/results")
+    async def results(job_id: str) -> FileResponse:
+        path = jobs.results(job_id)
+        return FileResponse(path, media_type=_TYPES[path.suffix])
+
+    @routes.post("/v2/jobs/{job_id}/cancel")
+    async def cancel(job_id: str) -> dict[str, Any]:
+        return await _shown(jobs, await jobs.cancel(job_id))
+
+    @routes.post("/v2/jobs/{job_id}/resume")
+    async def resume(job_id: str, request: Request) -> dict[str, Any]:
+        max_errors = request.query_params.get("max_errors")
+        if max_errors is not None and not (max_errors.isdecimal() and len(max_errors) < 16):
+            raise invalid(f"max_errors must be a whole number, not {max_errors[:100]!r}")
+        return await _shown(jobs, await jobs.resume(job_id, None if max_errors is None else int(max_errors)))
+
+    @routes.delete("/v2/jobs/{job_id}")
+    async def remove(job_id: str) -> dict[str, Any]:
+        await jobs.remove(job_id)
+        return {"removed": job_id}
+
+    return routes
+
+
+def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
+    asked = job.asked
+    found: dict[str, Any] = {
+        "id": job.id,
+        "name": asked.name,
+        "model": asked.model,
+        "state": job.state,
+        "items": asked.items,
+        "done": job.done,
+        "errors": job.errors,
+        "created": _clock(job.created_s),
+        "deadline": None if asked.deadline_s is None else _clock(asked.deadline_s),
+        **jobs.progress(job),
+    }
+    if job.reason:
+        found["reason"] = job.reason
+    if job.ended_s is not None:
+        found["ended"] = _clock(job.ended_s)
+    if found.get("in_time") is False and "ends_in_s" in found:
+        end = _clock(time.time() + found["ends_in_s"])
+        found["warning"] = f"it cannot end by its deadline: the earliest end is {end}"
+    return found
+
+
+async def _shown(jobs: Jobs, job: Job) -> dict[str, Any]:
+    errors = [{"item": item, "error": error} for item, error in await jobs.first_errors(job)]
+    asked = job.asked
+    more = {"format": asked.format, "output": asked.output, "max_errors": asked.max_errors, "first_errors": errors}
+    return {**_job(jobs, job), **more}
+
+
+def _clock(seconds: float) -> str:
+    at = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return at.isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,0 +1,314 @@
+"""`migserve jobs`: talks to a daemon over HTTP. Each verb returns an exit code."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from server.plan_command import complain
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+TIMEOUT_S = 60.0
+LOOK_EVERY_S = 0.5
+CHUNK = 1 << 20
+ENDED = ("done", "cancelled", "stopped")
+
+
+class CommandError(Exception):
+    """What to tell, and the exit code."""
+
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A job, as the command line asks for it."""
+
+    model: str
+    inputs: Path | None
+    deadline: str | None
+    server_folder: str | None
+    output: str
+    max_errors: int | None
+    name: str
+    strict: bool
+
+    def query(self) -> str:
+        model, _, version = self.model.partition("/")
+        asked = {
+            "model": model,
+            "version": version or None,
+            "deadline": self.deadline,
+            "folder": self.server_folder,
+            "output": self.output,
+            "max_errors": self.max_errors,
+            "name": self.name or None,
+            "strict": "true" if self.strict else None,
+        }
+        return urlencode({name: value for name, value in asked.items() if value is not None})
+
+
+class Client:
+    """Of a daemon. Raises CommandError."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url if "//" in url else f"http://{url}"
+        parts = urlsplit(self.url)
+        self._place = parts.hostname or "localhost", parts.port or (443 if parts.scheme == "https" else 80)
+        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+
+    def open(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
+        """The answer, if it is a good one."""
+        connection = self._kind(*self._place, timeout=TIMEOUT_S)
+        try:
+            # A refusal may come, and the connection be closed, while the inputs are still being sent.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, path, body, {"Connection": "close"})
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise CommandError(f"{self.url} cannot be reached: {error}") from error
+        if response.status >= 400:
+            raise CommandError(_error(response.read()))
+        return response
+
+    def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.open(method, path, body).read())
+        return found
+
+    def jobs(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.ask("GET", "/v2/jobs")["jobs"]
+        return found
+
+    def path(self, job: str) -> str:
+        """Of a job by its id, or by how that begins."""
+        found = [each["id"] for each in self.jobs() if each["id"].startswith(job)]
+        if len(found) > 1 and job not in found:
+            raise CommandError(f"several jobs begin with {job}: {', '.join(found)}", USAGE)
+        return f"/v2/jobs/{quote(job if job in found or not found else found[0], safe='')}"
+
+
+def _error(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:500]
+
+
+def told(act: Any) -> int:
+    """Runs a verb; what goes wrong is said in a sentence."""
+    try:
+        return int(act())
+    except CommandError as error:
+        return complain(str(error), error.code)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def submit(client: Client, wish: Wish, *, wait: bool, out: Path | None, as_json: bool) -> int:
+    def act() -> int:
+        with _body(wish) as body:
+            job = client.ask("POST", f"/v2/jobs?{wish.query()}", body)
+        if as_json:
+            print(json.dumps(job))
+        else:
+            _say(f"job {job['id']}: {job['items']} items for {job['model']}")
+            if "warning" in job:
+                _say(f"[yellow]{job['warning']}[/]")
+        return _watch(client, job["id"], out) if wait else 0
+
+    return told(act)
+
+
+@contextmanager
+def _body(wish: Wish) -> Iterator[Any]:
+    """What is sent."""
+    if (wish.inputs is None) == (wish.server_folder is None):
+        raise CommandError("give inputs, or a --server-folder", USAGE)
+    if wish.inputs is None:
+        yield None
+    elif str(wish.inputs) == "-":
+        yield iter(lambda: sys.stdin.buffer.read(CHUNK), b"")
+    elif wish.inputs.is_dir():
+        yield _folder(wish.inputs)
+    else:
+        try:
+            file = wish.inputs.open("rb")
+        except OSError as error:
+            raise CommandError(f"{wish.inputs} cannot be read: {error.strerror}", USAGE) from error
+        with file:
+            yield file
+
+
+def _folder(folder: Path) -> Iterator[bytes]:
+    """Its files, by name, as JSON lines; what cannot be read becomes an item with that error."""
+    for path in sorted(each for each in folder.rglob("*") if not each.is_dir()):
+        name = str(path.relative_to(folder))
+        try:
+            item = {"bytes": base64.b64encode(path.read_bytes()).decode()}
+        except OSError as error:
+            item = {"unreadable": f"{name} cannot be read: {error.strerror}"}
+        yield json.dumps({"name": name, **item}).encode() + b"\n"
+
+
+def show_all(client: Client, *, as_json: bool) -> int:
+    def act() -> int:
+        jobs = client.jobs()
+        if as_json:
+            print(json.dumps(jobs))
+            return 0
+        table = Table(box=None)
+        for column in ("id", "model", "state", "done", "errors", "deadline", "ends", "slices", "name"):
+            table.add_column(column, no_wrap=column in ("id", "done", "ends"))
+        for job in jobs:
+            table.add_row(
+                job["id"],
+                job["model"],
+                job["state"],
+                f"{job['done']}/{job['items']}",
+                str(job["errors"]),
+                _short(job["deadline"]),
+                _ends(job),
+                str(len(job.get("slices", ())) or ""),
+                job["name"],
+            )
+        Console(highlight=False).print(table if jobs else "there are no jobs")
+        return 0
+
+    return told(act)
+
+
+def _ends(job: dict[str, Any]) -> str:
+    if job["state"] in ENDED or "ends_in_s" not in job:
+        return _short(job.get("ended"))
+    return f"in {_time(job['ends_in_s'])}{'' if job['in_time'] else ', late'}"
+
+
+def _short(clock: str | None) -> str:
+    """Without year and seconds."""
+    return clock[5:16].replace("T", " ") if clock else ""
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def show(client: Client, job: str, *, as_json: bool) -> int:
+    def act() -> int:
+        found = client.ask("GET", client.path(job))
+        if as_json:
+            print(json.dumps(found))
+            return 0
+        errors = found.pop("first_errors")
+        for name, value in found.items():
+            shown = ", ".join(value) if isinstance(value, list) else value
+            print(f"{name:12} {shown if shown is not None else ''}")
+        for error in errors:
+            print(f"item {error['item']}: {error['error']}")
+        return 0
+
+    return told(act)
+
+
+def wait(client: Client, job: str, out: Path | None) -> int:
+    return told(lambda: _watch(client, client.path(job).rsplit("/", 1)[1], out))
+
+
+def _watch(client: Client, job: str, out: Path | None) -> int:
+    """0 once it is done, with its results in `out`; 1 where it ends otherwise."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(job, total=None, note="")
+        while True:
+            found = client.ask("GET", f"/v2/jobs/{job}")
+            bar.update(task, total=found["items"], completed=found["done"], note=_note(found))
+            if found["state"] in ENDED:
+                break
+            time.sleep(LOOK_EVERY_S)
+    if found["state"] != "done":
+        raise CommandError(f"job {job} is {found['state']}: {found.get('reason', '')}".rstrip(": "))
+    if found["errors"]:
+        _say(f"[yellow]{found['errors']} items have errors[/]")
+    if out is not None:
+        _save(client, f"/v2/jobs/{job}", out)
+    return 0
+
+
+def _note(job: dict[str, Any]) -> str:
+    if job["state"] == "paused":
+        return f"paused: {job.get('reason', '')}"
+    if "rate_per_s" not in job:
+        return str(job["state"])
+    late = "" if job.get("in_time", True) else ", LATE"
+    ends = f", ends in {_time(job['ends_in_s'])}{late}" if "ends_in_s" in job else ""
+    return f"{job['rate_per_s']:g}/s on {len(job['slices'])} slices{ends}"
+
+
+def change(client: Client, job: str, verb: str, max_errors: int | None = None) -> int:
+    def act() -> int:
+        query = "" if max_errors is None else f"?max_errors={max_errors}"
+        found = client.ask("POST", f"{client.path(job)}/{verb}{query}")
+        _say(f"job {found['id']} is {found['state']}, {found['done']} of {found['items']} items done")
+        return 0
+
+    return told(act)
+
+
+def results(client: Client, job: str, out: Path | None) -> int:
+    def act() -> int:
+        path = client.path(job)
+        if out is not None:
+            _save(client, path, out)
+        else:
+            shutil.copyfileobj(client.open("GET", f"{path}/results"), sys.stdout.buffer, CHUNK)
+            sys.stdout.flush()
+        return 0
+
+    return told(act)
+
+
+def _save(client: Client, path: str, out: Path) -> None:
+    """As a whole or not at all."""
+    unfinished = out.with_name(out.name + ".unfinished")
+    response = client.open("GET", f"{path}/results")
+    try:
+        with unfinished.open("wb") as file:
+            shutil.copyfileobj(response, file, CHUNK)
+        unfinished.replace(out)
+    except OSError as error:
+        raise CommandError(f"{out} cannot be written: {error}") from error
+    _say(f"results in {out}")
+
+
+def remove(client: Client, job: str) -> int:
+    def act() -> int:
+        found = client.ask("DELETE", client.path(job))
+        _say(f"job {found['removed']} is removed")
+        return 0
+
+    return told(act)
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False).print(text)

@@ -1,0 +1,259 @@
+"""Inputs of jobs: what can be read, and what is said of what cannot."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from preprocess.pipeline import PipelineFile
+from preprocess.steps import ImageSteps, TextSteps
+from scheduler.tensors import Signature, TensorSpec
+from server import job_inputs, job_tensors
+from server.errors import ServeError
+from server.job_inputs import BadItemError, LineReader, element_of, parse_line, tensors_of
+from server.job_intake import read_terms
+from server.job_store import Position
+from server.job_tensors import TensorReader
+
+ONE = Signature((TensorSpec("x", "FP32", (2, 2)),), (), 8)
+TWO = Signature((TensorSpec("ids", "INT64", (-1,)), TensorSpec("mask", "BOOL", (-1,))), (), 8)
+PICTURE = PipelineFile(input="image", output="x", image=ImageSteps(mode="L", size=(1, 1)))
+TEXT = PipelineFile(input="text", output="ids", text=TextSteps(tokenizer="t.json", max_tokens=6))
+
+
+def test_a_line_is_one_item_flat_or_nested_named_or_not() -> None:
+    wanted = np.array([1, 2, 3, 4], np.float32).tobytes()
+    for line in (b"[1,2,3,4]", b"[[1,2],[3,4]]", b'{"x": [1.0,2,3,4]}'):
+        assert tensors_of(parse_line(line), ONE) == ((wanted,), ())
+    parts, bucket = tensors_of({"mask": [True, False, True], "ids": [7, 8, 9]}, TWO)
+    assert (parts[0], parts[1], bucket) == (np.array([7, 8, 9]).tobytes(), b"\1\0\1", (3, 3))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"{", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[" * 5000, "not JSON"),
+        (b"[1,2,3]", r"shape \[3\], expected \[2, 2\]"),
+        (b"[[1,2],[3]]", "not an array"),
+        (b'{"y": 1}', "expected x; the line has y"),
+        (b"{}", "the line has nothing"),
+        (b'["a","b","c","d"]', "must hold FP32"),
+        (b"[null,1,2,3]", "must hold FP32"),
+    ],
+)
+def test_what_is_wrong_with_a_line(line: bytes, said: str) -> None:
+    with pytest.raises(BadItemError, match=said):
+        tensors_of(parse_line(line), ONE)
+
+
+def test_values_that_do_not_fit() -> None:
+    small = Signature((TensorSpec("x", "UINT8", (2,)),), (), 8)
+    with pytest.raises(BadItemError, match="does not fit UINT8"):
+        tensors_of([1, 256], small)
+    with pytest.raises(BadItemError, match="must hold UINT8"):
+        tensors_of([1, 1.5], small)
+    with pytest.raises(BadItemError, match="must be an object"):
+        tensors_of([1, 2], TWO)
+
+
+def test_elements_of_a_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"png")
+    encoded = base64.b64encode(b"png")
+    for line in (b'"' + encoded + b'"', b'{"image": "' + encoded + b'"}', b'{"file": "a.png"}', b'{"bytes":"cG5n"}'):
+        assert element_of(parse_line(line), PICTURE, tmp_path) == b"png"
+    assert element_of("häuser", TEXT, None) == "häuser".encode()
+    bad = {
+        '{"file": "../x"}': "not below",
+        '{"file": "b.png"}': "b.png cannot be read: No such file",
+        '{"file": 3}': "must be a path",
+        '{"picture": ""}': "has no 'image'",
+        '"?"': "must be base64",
+        "3": "must be a string",
+        '{"unreadable": "c.png cannot be read"}': "c.png cannot be read",
+    }
+    for line, said in bad.items():
+        with pytest.raises(BadItemError, match=said):
+            element_of(parse_line(line.encode()), PICTURE, tmp_path)
+    with pytest.raises(BadItemError, match="--jobs-input-dir"):
+        element_of({"file": "a.png"}, PICTURE, None)
+
+
+def test_a_model_with_a_pipeline_takes_ready_tensors_too(tmp_path: Path) -> None:
+    path = tmp_path / "input"
+    path.write_text('{"x": [[1,2],[3,4]]}\n"cG5n"\n')
+    reader = LineReader(path, Position(), ONE, PICTURE, None)
+    ready, encoded = reader.read(2)
+    assert (ready.bucket, ready.parts) == ((), (np.array([1, 2, 3, 4], np.float32).tobytes(),))
+    assert (encoded.bucket, encoded.parts) == (job_inputs.ENCODED, (b"png",))
+    reader.close()
+
+
+def test_a_link_that_leads_out_of_the_folder_is_outside(tmp_path: Path) -> None:
+    inside = tmp_path / "in"
+    inside.mkdir()
+    (tmp_path / "secret").write_text("s")
+    (inside / "link").symlink_to(tmp_path / "secret")
+    assert job_inputs.below(inside, "link") is None
+    assert job_inputs.below(inside, "/etc/passwd") is None
+    assert job_inputs.below(inside, "a\0b") is None
+    assert job_inputs.below(inside, ".") == inside
+
+
+def test_reading_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "input"
+    path.write_text("[1,2,3,4]\n\n  \n[2,2,2,2]\nrubbish\n[3,3,3,3]")
+    assert job_inputs.count_lines(path) == 4
+    reader = LineReader(path, Position(), ONE, None, None)
+    first = reader.read(2)
+    assert [(item.number, item.error) for item in first] == [(0, ""), (1, "")]
+    rest = reader.read(100)
+    assert [item.number for item in rest] == [2, 3]
+    assert "not JSON" in rest[0].error
+    assert reader.read(100) == []
+    reader.close()
+    again = LineReader(path, Position(1, first[1].offset), ONE, None, None)
+    assert [item.parts for item in again.read(1)] == [first[1].parts]
+    assert again.position == Position(2, rest[0].offset)
+    again.close()
+
+
+def test_a_line_that_is_too_long_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_inputs, "MAX_ITEM_BYTES", 20)
+    path = tmp_path / "input"
+    path.write_text("[1,2,3,4]\n[1,2,3," + "4" * 70_000 + "]\n[5,6,7,8]\n")
+    assert job_inputs.count_lines(path) == 3
+    reader = LineReader(path, Position(), ONE, None, None)
+    items = reader.read(10)
+    assert [item.number for item in items] == [0, 1, 2]
+    assert [bool(item.error) for item in items] == [False, True, False]
+    reader.close()
+
+
+def test_the_files_of_a_folder_by_name(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    for name in ("b/2.png", "b/1.png", "a.png", "c.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    assert job_inputs.list_folder(root, root, tmp_path / "input") == 4
+    listed = [json.loads(line)["file"] for line in (tmp_path / "input").read_text().splitlines()]
+    assert listed == ["a.png", "b/1.png", "b/2.png", "c.png"]
+    assert job_inputs.list_folder(root / "b", root, tmp_path / "input") == 2
+    assert '"b/1.png"' in (tmp_path / "input").read_text(), "named as --jobs-input-dir sees them"
+
+
+# ---- tensor files ----
+
+
+def write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    names = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
+    header, data = {"__metadata__": {"by": "test"}}, b""
+    for name, array in arrays.items():
+        offsets = [len(data), len(data) + array.nbytes]
+        header[name] = {"dtype": names[array.dtype.name], "shape": array.shape, "data_offsets": offsets}  # type: ignore[dict-item]
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("form", ["npz", "compressed", "safetensors"])
+def test_rows_of_a_tensor_file(form: str, tmp_path: Path) -> None:
+    arrays = {"ids": np.arange(30).reshape(10, 3), "mask": np.ones((10, 3), bool)}
+    path = tmp_path / "input"
+    if form == "safetensors":
+        write_safetensors(path, arrays)
+        found = job_tensors.read_safetensors(path)
+    else:
+        with path.open("wb") as file:
+            (np.savez if form == "npz" else np.savez_compressed)(file, **arrays)
+        found = job_tensors.unpack_npz(path, 1 << 20)
+    tensors, items = job_tensors.check_tensors(found, TWO)
+    assert items == 10
+    reader = TensorReader(tmp_path, tensors, Position(4), TWO)
+    read = reader.read(3)
+    assert [(item.number, item.bucket) for item in read] == [(n, (3, 3)) for n in (4, 5, 6)]
+    assert read[0].parts == (arrays["ids"][4].tobytes(), arrays["mask"][4].tobytes())
+    assert len(reader.read(100)) == 3
+    assert reader.read(100) == []
+    reader.close()
+
+
+def test_tensor_files_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "input"
+
+    def npz(**arrays: np.ndarray) -> None:
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+
+    npz(x=np.asfortranarray(np.ones((3, 2, 2), np.float32)))
+    with pytest.raises(ServeError, match="Fortran"):
+        job_tensors.unpack_npz(path, 1 << 20)
+    npz(x=np.array(["a"]))
+    with pytest.raises(ServeError, match="expected little-endian numbers"):
+        job_tensors.unpack_npz(path, 1 << 20)
+    npz(x=np.ones((3, 2, 2), np.float32))
+    with pytest.raises(ServeError, match="holds more than"):
+        job_tensors.unpack_npz(path, 10)
+    path.write_bytes(b"PK\3\4 rubbish")
+    with pytest.raises(ServeError, match="cannot be read"):
+        job_tensors.unpack_npz(path, 1 << 20)
+    for broken in (b"\xff" * 8 + b"{}", (5).to_bytes(8, "little") + b"{    ", b"{"):
+        path.write_bytes(broken)
+        with pytest.raises(ServeError, match="safetensors file"):
+            job_tensors.read_safetensors(path)
+    entry = {"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}
+    text = json.dumps(entry).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(ServeError, match="not where they should be"):
+        job_tensors.read_safetensors(path)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"y": np.ones((3, 2, 2), np.float32)}, "expected arrays x; the file has y"),
+        ({"x": np.ones((3, 2, 2))}, "is FP64"),
+        ({"x": np.ones((3, 4), np.float32)}, r"\[3, 4\], expected FP32 \[3, 2, 2\]"),
+        ({"x": np.float32(3)}, "expected FP32"),
+    ],
+)
+def test_arrays_that_are_not_the_models_inputs(arrays: dict[str, np.ndarray], said: str, tmp_path: Path) -> None:
+    with (tmp_path / "input").open("wb") as file:
+        np.savez(file, **arrays)
+    with pytest.raises(ServeError, match=said):
+        job_tensors.check_tensors(job_tensors.unpack_npz(tmp_path / "input", 1 << 20), ONE)
+
+
+# ---- terms ----
+
+
+def test_terms_of_a_job() -> None:
+    terms = read_terms({"model": "m", "deadline": "90", "max_errors": "3", "output": "npz"}, 1000.0)
+    assert (terms.deadline_s, terms.max_errors, terms.output, terms.strict) == (1090.0, 3, "npz", False)
+    for text, seconds in (("15m", 900), ("1.5h", 5400), ("2d", 172800), ("7s", 7)):
+        assert read_terms({"model": "m", "deadline": text}, 0.0).deadline_s == seconds
+    assert read_terms({"model": "m", "deadline": "2026-11-21T06:00:00Z"}, 0.0).deadline_s == 1795240800.0
+    assert read_terms({"model": "m", "deadline": "2026-11-21T06:00:00 01:00"}, 0.0).deadline_s == 1795237200.0
+    assert read_terms({"model": "m"}, 0.0).deadline_s is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({}, "which model"),
+        ({"model": "m", "deadine": "8h"}, "did you mean deadline"),
+        ({"model": "m", "deadline": "soon"}, "neither a time"),
+        ({"model": "m", "max_errors": "-1"}, "whole number"),
+        ({"model": "m", "output": "csv"}, "jsonl or npz"),
+        ({"model": "m", "format": "csv"}, "safetensors"),
+        ({"model": "m", "strict": "yes"}, "true or false"),
+    ],
+)
+def test_terms_that_make_no_sense(parameters: dict[str, str], said: str) -> None:
+    with pytest.raises(ServeError, match=said):
+        read_terms(parameters, 0.0)

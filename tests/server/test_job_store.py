@@ -1,0 +1,131 @@
+"""The ledger of a job: exactly once, all or nothing, also on a full disk; results that appear as a whole."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scheduler.channel import Done
+from scheduler.driver import Answered, BatchOutputs, Share
+from scheduler.tensors import Signature, TensorSpec
+from server import job_results
+from server.job_results import rows_of
+from server.job_store import Asked, DiskFullError, Job, JobState, JobStore, Ledger, Position, Row
+
+Y = TensorSpec("y", "FP32", (2,))
+LABEL = TensorSpec("label", "INT64", ())
+
+
+def answered(values: np.ndarray, labels: np.ndarray, first: int = 0) -> Answered:
+    outbox = values.tobytes() + labels.tobytes()
+    sizes = [values.nbytes, labels.nbytes]
+    done = Done(1, [0, sizes[0]], sizes, [values.shape, labels.shape], 1, 1, 1)
+    return Answered((Share(BatchOutputs(done, memoryview(outbox)), first, len(values) - first, 0),), 0)
+
+
+def some(count: int) -> Answered:
+    return answered(np.arange(2 * count, dtype=np.float32).reshape(count, 2), np.arange(count))
+
+
+def rows(items: list[int], outcome: Answered, *, as_json: bool = True) -> list[Row]:
+    return rows_of(items, outcome, (Y, LABEL), batches=True, as_json=as_json)
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_item_counts_once_however_often_it_is_told(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    assert ledger.add([Row(3, None, b"x"), Row(1, "bad", None)], Position(0)) == (2, 1)
+    assert ledger.add([Row(3, "late", None), Row(2, None, b"y")], Position(4, 99)) == (3, 1)
+    ledger.close()
+    again = Ledger(tmp_path)
+    assert (again.counts, again.position) == ((3, 1), Position(4, 99))
+    assert [(row.item, row.error, row.value) for row in again.rows()] == [
+        (1, "bad", None),
+        (2, None, b"y"),
+        (3, None, b"x"),
+    ]
+    assert again.finished_from(2) == {2, 3}
+    assert [row.item for row in again.rows(errors_only=True)] == [1]
+    again.close()
+
+
+def test_a_full_disk_leaves_the_ledger_as_it_was_and_room_lets_it_go_on(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.add([Row(0, None, b"x")], Position(1))
+    ledger.limit_pages(4)
+    big = [Row(item, None, bytes(4096)) for item in range(1, 50)]
+    with pytest.raises(DiskFullError):
+        ledger.add(big, Position(50))
+    assert (ledger.counts, ledger.position) == ((1, 0), Position(1))
+    ledger.limit_pages(1000)
+    assert ledger.add(big, Position(50)) == (50, 0)
+    ledger.close()
+
+
+def test_jobs_are_there_again_and_folders_of_none_are_swept(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "jobs")
+    asked = Asked("m", None, 5.0, "jsonl", "npz", 3, 10, Signature((Y,), (Y,), 8), "mine")
+    first, second = Job("a", asked, 2.0), Job("b", asked, 1.0, JobState.PAUSED, "why", 4, 1, None, [(3, "bad")])
+    for job in (first, second):
+        store.folder(job.id).mkdir()
+        store.save(job)
+    (tmp_path / "jobs" / "cut-off").mkdir()
+    store.close()
+    again = JobStore(tmp_path / "jobs")
+    again.sweep()
+    assert again.all() == [second, first]
+    assert sorted(path.name for path in (tmp_path / "jobs").iterdir() if path.is_dir()) == ["a", "b"]
+    again.remove("a")
+    assert again.all() == [second]
+    assert not again.folder("a").exists()
+    again.close()
+
+
+def test_results_are_in_order_whatever_the_order_of_batches(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.add(rows([4, 1], some(2)), Position())
+    ledger.add([Row(0, "no good", None)], Position())
+    ledger.add(rows([3, 2], some(2)), Position())
+    path = tmp_path / "results.jsonl"
+    job_results.write(ledger, (Y, LABEL), 5, "jsonl", path)
+    assert lines(path) == [
+        {"item": 0, "error": "no good"},
+        {"item": 1, "outputs": {"y": [2.0, 3.0], "label": 1}},
+        {"item": 2, "outputs": {"y": [2.0, 3.0], "label": 1}},
+        {"item": 3, "outputs": {"y": [0.0, 1.0], "label": 0}},
+        {"item": 4, "outputs": {"y": [0.0, 1.0], "label": 0}},
+    ]
+    assert not path.with_name("results.jsonl.unfinished").exists()
+    job_results.write(ledger, (Y, LABEL), 5, "npz", tmp_path / "results.npz")
+    with np.load(tmp_path / "results.npz") as found:
+        assert found["y"].tolist() == [[0, 0], [2, 3], [2, 3], [0, 1], [0, 1]]
+        assert (found["label"].dtype, found["label"].shape) == (np.int64, (5,))
+        assert found["ok"].tolist() == [False, True, True, True, True]
+    with zipfile.ZipFile(tmp_path / "results.npz") as archive:
+        assert json.load(io.BytesIO(archive.read("errors.jsonl"))) == {"item": 0, "error": "no good"}
+    ledger.close()
+
+
+def test_what_json_cannot_carry_is_the_error_of_that_item_alone() -> None:
+    values = np.array([[1, 2], [np.inf, 2], [3, np.nan]], np.float32)
+    found = rows([7, 8, 9], answered(values, np.arange(3)))
+    assert [row.error is None for row in found] == [True, False, False]
+    assert "output=npz" in str(found[1].error)
+    assert all(row.error is None for row in rows([7, 8, 9], answered(values, np.arange(3)), as_json=False))
+
+
+def test_outputs_of_different_shapes_fit_no_array(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.add(rows([0], some(1)) + rows([1], answered(np.zeros((1, 3), np.float32), np.arange(1))), Position())
+    with pytest.raises(job_results.ShapesDifferError, match="output y has shape"):
+        job_results.write(ledger, (Y, LABEL), 2, "npz", tmp_path / "results.npz")
+    assert not (tmp_path / "results.npz").exists()
+    ledger.close()

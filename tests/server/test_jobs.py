@@ -1,0 +1,364 @@
+"""Jobs over the driver and core as they are, with batches that end when the test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from scheduler.channel import Failed
+from server.errors import Fault, ServeError
+from server.job_intake import Intake, Terms
+from server.job_preparing import JobPreparer
+from server.job_store import Job, JobState
+from server.job_supply import Supply
+from server.jobs import Jobs
+from server.settings import Settings
+from tests.served import Served, make_model
+from tests.stage import KEY, WHERE
+
+
+class Repository:
+    """One model, loaded or not."""
+
+    def __init__(self, stage: Served) -> None:
+        self.model = stage.model
+        self.gone = ""
+
+    def get(self, name: str, version: str | None = None) -> Any:
+        if self.gone or name != self.model.name:
+            raise ServeError(Fault.UNAVAILABLE, self.gone or f"unknown model {name}")
+        return self.model
+
+    def models(self) -> list[Any]:
+        return [self.model]
+
+
+class Story:
+    """A stage with jobs, which live on in `folder`."""
+
+    def __init__(self, folder: Path, *, pictures: bool = False, **settings: Any) -> None:
+        self.stage = Served(make_model(pictures=pictures), 1 << 20)
+        self.repository: Any = Repository(self.stage)
+        self.settings = Settings(jobs_min_free_mib=0, **settings)
+        stage = self.stage
+        supply = Supply(stage.driver._core.pool, stage.driver, self.repository, stage.arena.size)
+        preparer = JobPreparer(stage.pool, 1)
+        name: Callable[[int], str] = "slice {}".format
+        self.jobs = Jobs(self.settings, folder, supply, self.repository, stage.service, preparer, name)
+        self.intake = Intake(self.settings, self.jobs, self.repository)
+        self._at = 0
+
+    async def submit(self, *values: object, **terms: Any) -> Job:
+        asked = {"deadline_s": None, "format": None, "output": "jsonl", "max_errors": None, "folder": None, **terms}
+        asked = {"model": "m", "version": None, "name": "", "strict": False, **asked}
+        body = "\n".join(value if isinstance(value, str) else json.dumps([value]) for value in values)
+
+        async def parts() -> AsyncIterator[bytes]:
+            for begin in range(0, len(body), 10):
+                yield body[begin : begin + 10].encode()
+
+        return await self.intake.take(Terms(**asked), parts())
+
+    async def sent(self, number: int = 1) -> None:
+        """So many batches more are on their way."""
+        await until(lambda: len(self.stage.sent) >= self._at + number)
+
+    async def finish(self) -> None:
+        """The next batch is done: y = 2 x."""
+        await self.sent()
+        batch = self.stage.sent[self._at]
+        values = []
+        for offset, items in zip(batch.offsets, batch.items, strict=True):
+            place = self.stage.arena.memory[offset : offset + 4 * items].cast("f")
+            values += [2 * value for value in place]
+        self.stage.finish(self._at, *values)
+        self._at += 1
+
+    async def fail(self) -> None:
+        """The model raises on it."""
+        await self.sent()
+        self.stage.driver.batch_failed(0, Failed(self.stage.sent[self._at].batch_id, KEY, "raised", ""))
+        self._at += 1
+
+    async def die(self) -> None:
+        """The worker dies of it, and comes back."""
+        await self.sent()
+        driver = self.stage.driver
+        driver.worker_lost(0, "killed", comes_back=True, batch_ids=[self.stage.sent[self._at].batch_id])
+        self._at += 1
+        driver.worker_up(0, WHERE, 1)
+        driver.serves(0, KEY, tuple(range(1000, 1008)), 1.0)
+
+    async def all_done(self, job: Job) -> list[dict[str, Any]]:
+        while job.state == JobState.RUNNING:
+            waiting = asyncio.create_task(self.finish())
+            await until(lambda task=waiting: task.done() or job.state != JobState.RUNNING)  # type: ignore[misc]
+            waiting.cancel()
+        await until(lambda: job.ended_s is not None)
+        return results(self.jobs, job)
+
+
+def results(jobs: Jobs, job: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in jobs.results(job.id).read_text().splitlines()]
+
+
+def y(*values: float) -> list[dict[str, Any]]:
+    return [{"item": item, "outputs": {"y": [value]}} for item, value in enumerate(values)]
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  # what it looks at is not told of
+            await asyncio.sleep(0.002)
+
+
+def on(folder: Path, story: Callable[[Story], Awaitable[None]], *, pictures: bool = False, **settings: Any) -> None:
+    async def run() -> None:
+        told = Story(folder, pictures=pictures, **settings)
+        await told.jobs.start()
+        try:
+            await story(told)
+        finally:
+            await told.jobs.stop()
+            told.stage.pool.close()
+
+    asyncio.run(run())
+
+
+def test_a_job_runs_in_batches_and_its_results_are_in_order(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit(*range(20))
+        assert (job.state, job.asked.items) == (JobState.RUNNING, 20)
+        found = await told.all_done(job)
+        assert found == y(*(2.0 * value for value in range(20)))
+        assert [sum(batch.items) for batch in told.stage.sent] == [8, 8, 4]
+        assert job.state == JobState.DONE
+        folder = told.jobs.store.folder(job.id)
+        await until(lambda: [path.name for path in folder.iterdir()] == ["results.jsonl"])  # nothing else is needed
+
+    on(tmp_path, story)
+
+
+def test_what_is_wrong_with_a_line_is_the_error_of_that_item(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        found = await told.all_done(await told.submit(1, "nonsense", 3))
+        assert found[0] == y(2.0)[0]
+        assert "not JSON" in found[1]["error"]
+        assert found[2] == {"item": 2, "outputs": {"y": [6.0]}}
+
+    on(tmp_path, story)
+
+
+def test_a_job_with_nothing_but_errors_ends(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        found = await told.all_done(await told.submit("a", "b"))
+        assert [sorted(row) for row in found] == [["error", "item"]] * 2
+
+    on(tmp_path, story)
+
+
+def test_too_many_errors_stop_a_job_and_it_can_go_on_with_more(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit("a", 1, "b", 2, max_errors=1)
+        await until(lambda: job.ended_s is not None)
+        assert job.state == JobState.STOPPED
+        assert job.reason.startswith("2 items have errors, more than max_errors=1; item 0: the line is not JSON")
+        assert [item for item, _ in job.first_errors] == [0, 2]
+        with pytest.raises(ServeError, match="is stopped"):
+            told.jobs.results(job.id)
+        # The batch that ran when it was stopped ends for nobody.
+        if told.stage.sent:
+            await told.finish()
+        await told.jobs.resume(job.id, 5)
+        found = await told.all_done(job)
+        assert [row.get("outputs") for row in found] == [None, {"y": [2.0]}, None, {"y": [4.0]}]
+
+    on(tmp_path, story)
+
+
+def test_a_batch_that_fails_costs_the_culprit_only(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit(1, 2, 3)
+        await told.fail()
+        await told.finish()
+        await told.fail()
+        found = await told.all_done(job)
+        assert [sum(batch.items) for batch in told.stage.sent] == [3, 1, 1, 1]
+        errors = [row for row in found if "error" in row]
+        assert len(errors) == 1
+        assert "raised" in errors[0]["error"]
+
+    on(tmp_path, story)
+
+
+def test_a_worker_that_dies_costs_nothing_and_an_item_that_kills_is_given_up(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit(1, 2)
+        await told.die()  # of both
+        await told.die()  # of one, alone
+        await told.finish()  # the other one
+        await told.die()  # and again of that one: it is given up
+        found = await told.all_done(job)
+        assert sorted("error" in row for row in found) == [False, True]
+        assert "died" in next(row["error"] for row in found if "error" in row)
+
+    on(tmp_path, story)
+
+
+def test_cancelled_and_resumed_nothing_is_lost_and_nothing_doubled(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit(*range(40))
+        await told.finish()
+        await until(lambda: job.done == 8)
+        await told.sent()
+        await told.jobs.cancel(job.id)
+        assert job.state == JobState.CANCELLED
+        with pytest.raises(ServeError, match="cancelled already"):
+            await told.jobs.cancel(job.id)
+        await told.finish()  # it ran on, for nobody
+        await told.jobs.resume(job.id)
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(40)))
+        with pytest.raises(ServeError, match="only what was stopped"):
+            await told.jobs.resume(job.id)
+        await told.jobs.remove(job.id)
+        assert told.jobs.all() == []
+
+    on(tmp_path, story)
+
+
+def test_after_a_restart_it_goes_on_with_what_is_not_finished(tmp_path: Path) -> None:
+    ids = []
+
+    async def before(told: Story) -> None:
+        job = await told.submit(*range(40))
+        ids.append(job.id)
+        await told.finish()
+        await told.finish()
+        await until(lambda: job.done == 16)
+
+    async def after(told: Story) -> None:
+        job = told.jobs.get(ids[0])
+        assert (job.state, job.done) == (JobState.RUNNING, 16)
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(40)))
+        assert sum(sum(batch.items) for batch in told.stage.sent) == 24
+
+    on(tmp_path, before)
+    on(tmp_path, after)
+
+
+def test_without_its_model_a_job_pauses(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit(*range(40))
+        await told.finish()
+        told.repository.gone = "model m is not ready, it is UNAVAILABLE: unloaded"
+        await told.finish()
+        await until(lambda: job.state == JobState.PAUSED)
+        assert "unloaded" in job.reason
+        told.repository.gone = ""
+        await until(lambda: job.state == JobState.RUNNING)
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(40)))
+
+    on(tmp_path, story)
+
+
+def test_a_full_disk_pauses_it_until_there_is_room(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit(*range(4000))
+        told.jobs._runs[job.id].ledger.limit_pages(0)
+        for _ in range(300):
+            await told.finish()
+            if job.state == JobState.PAUSED:
+                break
+        assert (job.state, "disk" in job.reason) == (JobState.PAUSED, True)
+        # It begins anew, with a ledger that nobody limits.
+        await until(lambda: job.state == JobState.RUNNING)
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(4000)))
+
+    on(tmp_path, story)
+
+
+def test_no_job_is_taken_where_there_is_no_room(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        told.settings.jobs_min_free_mib = 1 << 40
+        with pytest.raises(ServeError, match="no room"):
+            await told.submit(1)
+        assert told.jobs.all() == []
+
+    on(tmp_path, story)
+
+
+def test_what_cannot_end_in_time_is_said_or_refused(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        soon = time.time() + 1e-4
+        with pytest.raises(ServeError, match="the earliest end is in"):
+            await told.submit(*range(4000), deadline_s=soon, strict=True)
+        assert not list(tmp_path.glob("*/")), "nothing is left of it"  # noqa: ASYNC240
+        job = await told.submit(*range(40), deadline_s=soon)
+        await until(lambda: told.jobs.progress(job).get("in_time") is False)
+        assert (await told.all_done(job))[39] == {"item": 39, "outputs": {"y": [78.0]}}
+
+    on(tmp_path, story)
+
+
+def test_online_work_goes_first_and_a_jobs_batches_are_not_counted_as_requests(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        await told.submit(*range(40))
+        await told.sent()
+        replies = told.stage.post({"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [7]}]})
+        await told.finish()
+        await told.sent()
+        assert told.stage.sent[1].items == [1], "before the job's next batch"
+        await told.finish()
+        await until(lambda: replies)
+        assert json.loads(replies[0].body)["outputs"][0]["data"] == [14.0]
+        await until(lambda: len(told.stage.seen.records) == 2)
+        assert [len(record.request_ns) for record in told.stage.seen.records] == [0, 1]
+
+    on(tmp_path, story)
+
+
+def test_pictures_go_through_the_pipeline_and_bad_ones_have_their_errors(tmp_path: Path) -> None:
+    def picture(value: int) -> str:
+        out = io.BytesIO()
+        Image.new("L", (3, 3), value).save(out, "PNG")
+        return json.dumps(base64.b64encode(out.getvalue()).decode())
+
+    files = tmp_path / "files"
+    files.mkdir()
+    Image.new("L", (2, 2), 51).save(files / "there.png")
+
+    async def story(told: Story) -> None:
+        lines = [picture(0), '"AAAA"', '{"file": "there.png"}', '{"file": "missing.png"}', '{"x": [[[0.5]]]}']
+        found = await told.all_done(await told.submit(*lines, *(picture(255) for _ in range(20))))
+        assert found[0]["outputs"] == {"y": [0.0]}
+        assert "not a JPEG, PNG" in found[1]["error"]
+        assert found[2]["outputs"]["y"][0] == pytest.approx(0.4)
+        assert "missing.png cannot be read" in found[3]["error"]
+        assert found[4]["outputs"] == {"y": [1.0]}, "a ready tensor needs no pipeline"
+        assert [row["outputs"] for row in found[5:]] == [{"y": [2.0]}] * 20
+        folder = await told.submit(folder=".")
+        assert (await told.all_done(folder))[0]["outputs"]["y"][0] == pytest.approx(0.4)
+        with pytest.raises(ServeError, match="no folder below"):
+            await told.submit(folder="../..")
+
+    on(tmp_path / "jobs", story, pictures=True, jobs_input_dir=files)
+
+
+def test_inputs_that_are_none(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        with pytest.raises(ServeError, match="no items"):
+            await told.submit("", " ")
+        told.settings.jobs_max_input_mib = 0
+        with pytest.raises(ServeError, match="longer than"):
+            await told.submit(1)
+
+    on(tmp_path, story)

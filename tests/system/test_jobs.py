@@ -1,0 +1,175 @@
+"""Batch jobs in the real daemon: through real workers, kills and restarts, to the answers there should be."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from typer.testing import CliRunner, Result
+
+from server.__main__ import app
+from server.demo import digits_split, picture_of
+from tests import repositories
+from tests.harness import MODELS, RunningDaemon, running, until
+from tests.preprocess.pictures import encoded
+from tests.server.raw_http import request
+
+JOBS = "/v2/jobs"
+
+
+def ask(daemon: RunningDaemon, method: str, path: str, body: bytes = b"") -> Any:
+    reply = request(daemon.http, method, path, body)
+    assert reply.status < 300, (reply.status, reply.body)
+    return reply.json
+
+
+def results(daemon: RunningDaemon, job: str) -> list[dict[str, Any]]:
+    body = request(daemon.http, "GET", f"{JOBS}/{job}/results").body
+    return [json.loads(line) for line in body.splitlines()]
+
+
+def show(daemon: RunningDaemon, job: str) -> Any:
+    return ask(daemon, "GET", f"{JOBS}/{job}")
+
+
+def until_state(daemon: RunningDaemon, job: str, state: str, seconds: float = 60.0) -> Any:
+    def there() -> Any:
+        found = show(daemon, job)
+        return found if found["state"] == state else None
+
+    return until(there, f"job {job} is {state}", seconds)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def digits_offline(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and scores, by the model's file alone."""
+    module = torch.export.load(MODELS / "digits" / "1" / "model.pt2").module()
+    with torch.no_grad():
+        found = [module(torch.from_numpy(images[at : at + 50])) for at in range(0, len(images), 50)]
+    labels, scores = ([each[name].numpy() for each in found] for name in ("label", "scores"))
+    return np.concatenate(labels), np.concatenate(scores)
+
+
+def lines_of_digits(count: int, size: int) -> tuple[bytes, np.ndarray]:
+    """So many digits as pictures, `size` times as large, as JSON lines; and as tensors."""
+    _, _, images, _ = digits_split()
+    texts = []
+    images = images[:200]
+    for image in images:
+        large = picture_of(image).resize((8 * size, 8 * size), resample=0)
+        texts.append(json.dumps({"image": base64.b64encode(encoded(large)).decode()}))
+    chosen = [number % len(images) for number in range(count)]
+    return "\n".join(texts[number] for number in chosen).encode(), images[chosen]
+
+
+def test_kill_9_of_every_worker_and_of_the_daemon_loses_nothing_and_doubles_nothing(
+    demo_models: None, tmp_path: Path
+) -> None:
+    body, images = lines_of_digits(2000, 60)
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "digits").symlink_to(MODELS / "digits")
+    # One thread for pictures of 480 x 480, so that it takes long enough to be killed.
+    flags = ("--drain-delay-secs", "0", "--model-repository", str(models), "--state-dir", str(tmp_path / "state"))
+    with running(*flags, "--preprocess-threads", "1") as daemon:
+        job = ask(daemon, "POST", f"{JOBS}?model=digits", body)["id"]
+        for worker in list(daemon.workers()):
+            before = show(daemon, job)
+            assert before["state"] == "running"
+            daemon.kill_worker(worker)
+            until(lambda done=before["done"]: show(daemon, job)["done"] > done, "it goes on")  # type: ignore[misc]
+        before = show(daemon, job)
+        assert 0 < before["done"] < 2000, "the daemon is killed while it runs"
+        kill(daemon.process.pid)
+        daemon.process.wait()
+    with running(*flags) as daemon:
+        assert show(daemon, job)["done"] >= before["done"], "what was finished stays finished"
+        found = until_state(daemon, job, "done")
+        assert (found["done"], found["errors"]) == (2000, 0)
+        rows = results(daemon, job)
+    assert [row["item"] for row in rows] == list(range(2000))
+    labels, scores = digits_offline(images)
+    assert [row["outputs"]["label"] for row in rows] == labels.tolist()
+    assert np.allclose([row["outputs"]["scores"] for row in rows], scores, atol=1e-5)
+    assert not list((tmp_path / "state" / "jobs" / job).glob("*.unfinished"))
+
+
+def test_the_life_of_a_job(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "models" / "slow", 60, max_batch=1)
+    flags = ("--model-repository", str(tmp_path / "models"), "--layout", "3g.40gb+3g.40gb", "--drain-delay-secs", "0")
+    body = b"\n".join(b"[" + b",".join([b"%d" % n] * 16) + b"]" for n in range(60))
+    right = [{"item": n, "outputs": {"y": [16.0 * n]}} for n in range(60)]
+    with running(*flags, "--state-dir", str(tmp_path / "state")) as daemon:
+        # Cancelled and resumed.
+        job = ask(daemon, "POST", f"{JOBS}?model=slow&name=mine", body)["id"]
+        until(lambda: show(daemon, job)["done"], "it has begun")
+        found = ask(daemon, "POST", f"{JOBS}/{job}/cancel")
+        assert (found["state"], 0 < found["done"] < 60) == ("cancelled", True)
+        assert request(daemon.http, "GET", f"{JOBS}/{job}/results").status == 409
+        assert ask(daemon, "POST", f"{JOBS}/{job}/resume")["state"] == "running"
+        # Its model is unloaded under it, and comes back.
+        until(lambda: show(daemon, job)["done"] > found["done"], "it goes on")
+        request(daemon.http, "POST", "/v2/repository/models/slow/unload")
+        assert "unloaded" in until_state(daemon, job, "paused")["reason"]
+        series = request(daemon.metrics, "GET", "/metrics").body.decode()
+        assert 'migserve_jobs{state="paused"} 1.0' in series
+        assert f'migserve_job_items{{job="{job}",model="slow"}} 60.0' in series
+        request(daemon.http, "POST", "/v2/repository/models/slow/load")
+        until_state(daemon, job, "running")
+        # A drain lets it be gone on with after a restart.
+        daemon.terminate()
+        assert daemon.wait() == 0
+    with running(*flags, "--state-dir", str(tmp_path / "state")) as daemon:
+        done = show(daemon, job)["done"]
+        assert done > 0
+        # Another one beside it, which cannot be in time.
+        reply = request(daemon.http, "POST", f"{JOBS}?model=slow&deadline=1s&strict=true", body)
+        assert (reply.status, "the earliest end is in" in reply.json["error"]) == (409, True)
+        late = ask(daemon, "POST", f"{JOBS}?model=slow&deadline=1s", body)["id"]
+        until(lambda: "warning" in show(daemon, late), "it says so")
+        assert [each["id"] for each in ask(daemon, "GET", JOBS)["jobs"]] == [job, late]
+        until_state(daemon, job, "done")
+        assert results(daemon, job) == right
+        assert daemon.events("job will be late", job=late)
+        until_state(daemon, late, "done")
+
+        # The command line.
+        def command(*arguments: str) -> Result:
+            return CliRunner().invoke(app, ["jobs", *arguments], env={"MIGSERVE_URL": f"http://{daemon.http}"})
+
+        array = tmp_path / "x.npz"
+        np.savez(array, x=np.ones((4, 16), np.float32))
+        out = tmp_path / "y.npz"
+        told = command("submit", "slow", str(array), "--deadline", "1m", "--output", "npz", "--out", str(out))
+        assert told.exit_code == 0, told.stderr
+        with np.load(out) as arrays:
+            assert arrays["y"].tolist() == [[16.0]] * 4
+        assert job in command("list").stdout
+        assert "state        done" in command("show", job[:6]).stdout
+        assert command("results", job).stdout.splitlines() == [json.dumps(row, separators=(",", ":")) for row in right]
+        assert command("remove", late).exit_code == 0
+        assert "unknown job" in command("show", late).stderr
+        assert "neither a time" in command("submit", "slow", str(array), "--deadline", "soon").stderr
+        assert request(daemon.http, "POST", f"{JOBS}?model=slow&deadine=1s", b"[1]").status == 400
+        assert request(daemon.http, "POST", f"{JOBS}?model=none", b"[1]").status == 404
+        assert request(daemon.http, "POST", f"{JOBS}?model=slow", b"[1]", {"Content-Encoding": "gzip"}).status == 400
+        assert request(daemon.http, "POST", f"{JOBS}?model=slow", b"[1]", {"Origin": "http://evil"}).status == 403
+        # A client that leaves in the middle leaves nothing behind.
+        folders = tmp_path / "state" / "jobs"
+        there = len(list(folders.glob("*/")))
+        host, port = daemon.http.split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"POST /v2/jobs?model=slow HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n[1")
+            until(lambda: len(list(folders.glob("*/"))) == there + 1, "it has begun")
+        until(lambda: len(list(folders.glob("*/"))) == there, "nothing is left of it")
+        assert "Traceback" not in "".join(daemon.text)
