@@ -151,7 +151,7 @@ def tokens_of_all_lengths(count: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("model", "requests"), [("tones", clips_of_all_lengths(48)), ("sentences", tokens_of_all_lengths(48))]
+    ("model", "requests"), [("tones", clips_of_all_lengths(48)), ("sentences", tokens_of_all_lengths(24))]
 )
 def test_tensors_of_mixed_lengths_share_batches_and_each_is_answered_as_alone(
     examples: RunningDaemon, model: str, requests: list[dict[str, Any]]
