@@ -232,10 +232,12 @@ class Daemon:
     async def _drain(self) -> int:
         """Unready; serves on briefly, so that load balancers notice; then finishes what is under way."""
         self._draining = True
-        await self._jobs.stop()
         log.info("draining", unfinished=self.driver.unfinished())
         self._progress.draining(self.driver.unfinished())
         deadline = asyncio.get_running_loop().time() + self.settings.exit_timeout_secs
+        with suppress(TimeoutError):  # what is not on disk by then is done again after the next start
+            async with asyncio.timeout(min(STOP_SECONDS, self.settings.exit_timeout_secs)):
+                await self._jobs.stop()
         delay_s = min(self.settings.drain_delay_secs, self.settings.exit_timeout_secs)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), delay_s)
