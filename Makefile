@@ -12,7 +12,7 @@ GPU := $(wildcard /dev/nvidiactl)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(if $(GPU),,-c constraints-cpu.txt $(shell curl -fsIm 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX)))
 
-.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-policies bench-overload bench-predictor bench-jobs system-tools check-gpu clean
+.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-pictures bench-preba peers bench-policies bench-overload bench-predictor bench-jobs system-tools bench-gpu check-gpu clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -29,7 +29,7 @@ test-models: $(VENV)/serve
 
 test: $(VENV)/dev $(TOOLS)/perf_analyzer test-models ## run the whole test suite
 	@tests/missing_tools.sh
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/dev ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff format --check .
@@ -43,6 +43,19 @@ bench-overhead: $(VENV)/dev test-models ## what a request costs, beside a bare u
 bench-preprocess: $(VENV)/dev ## pictures: images a second of a core, beside torchvision's way with Pillow
 	$(BIN)/python -m benchmarks.preprocess $(ARGS)
 
+bench-pictures: $(VENV)/dev ## JPEGs over HTTP through preprocessing and a small CNN, beside the peers that make peers installs (needs wrk)
+	$(BIN)/python -m benchmarks.pictures $(ARGS)
+
+bench-preba: $(VENV)/dev ## what preprocessing costs seven slices: on the CPU, on an emulated accelerator, for nothing
+	$(BIN)/python -m benchmarks.preba $(ARGS)
+
+# Apart, since they want other versions of what migserve is built on; torch they share with it, so the same Python.
+# nvidia-pytriton 0.7 carries a Python of its own, and does not start beside a 3.11 from 3.11.7 on: PYTHON=/usr/bin/python3.
+peers: $(VENV)/dev ## install other servers for bench-pictures, in .peers
+	$(PYTHON) -m venv .peers
+	cd .peers/lib/python3.*/site-packages && realpath $(CURDIR)/$(VENV)/lib/python3.*/site-packages > migserve.pth
+	.peers/bin/pip install -q --disable-pip-version-check mosec litserve mlserver nvidia-pytriton 'uvloop<0.22'
+
 bench-policies: $(VENV)/dev ## all scheduling policies in the simulator: hours the first time, may be stopped (ARGS=--quick)
 	$(BIN)/python -m benchmarks.policies $(ARGS)
 
@@ -55,6 +68,9 @@ bench-predictor: $(VENV)/dev ## latency tables predicted from a tenth of their p
 bench-jobs: $(VENV)/dev ## a batch job beside online traffic, in the simulator
 	$(BIN)/python -m benchmarks.jobs $(ARGS)
 
+bench-gpu: $(VENV)/dev ## preprocessing on a GPU: agreement, safety, speed; one JSON and one picture ("not measured" without one)
+	$(BIN)/python -m benchmarks.gpu_pictures $(ARGS)
+
 check-gpu: $(VENV)/dev test-models ## the checks that need a GPU with CUDA
 	$(BIN)/pytest tests/gpu -m gpu $(ARGS)
 	$(BIN)/python -m benchmarks.gpu_worker --write
@@ -64,7 +80,7 @@ system-tools: ## install what comes from Debian (as root): wrk, Prometheus, and 
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends wrk prometheus libb64-0d
 
 clean: ## remove everything that was made; your own models in models/ stay
-	rm -rf $(VENV) $(TOOLS) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TOOLS) .peers build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -rf $(addprefix models/,affine mlp digits resnet50)
 	@rmdir models 2>/dev/null || true
 

@@ -12,11 +12,10 @@ from typing import NamedTuple
 import httptools
 import numpy as np
 
-from scheduler import backends
+from scheduler.answers import Answered, BatchOutputs, Share
 from scheduler.arena import Arena
 from scheduler.channel import Done, Load, ModelSource, RunBatch, WorkerEnd, _decode_to_worker, _encode
 from scheduler.core import SchedulerCore
-from scheduler.driver import Answered, BatchOutputs, Share
 from scheduler.messages import Arrived, BatchDone, Request, Run, Serves, WorkerUp
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from scheduler.worker import _Worker
@@ -44,8 +43,7 @@ class Part(NamedTuple):
 
 def breakdown() -> list[Part]:
     """Every part, in the order of the request's story."""
-    with backends.inference_mode():  # as in a worker process
-        worker = _worker()
+    worker = _worker()
     return [_parse(), _decode(), _place(), *_schedule(), _encode_reply(), *worker]
 
 

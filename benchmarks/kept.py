@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, fields
 from functools import cache
@@ -22,7 +23,7 @@ Row = dict[str, Any]
 Case = TypeVar("Case")  # a frozen dataclass of plain values, one of them the policy's name
 
 SHARED = ("core", "domain", "estimates", "batching", "simulator", "mix", "workload")
-OWN = {"pool": ("lanes", "rates"), "elsa": (), "marginal": ()}
+OWN = {"pool": ("admission", "blocking", "lanes", "promises", "rates", "shares"), "elsa": (), "marginal": ()}
 
 
 @cache
@@ -46,15 +47,31 @@ class Kept(Generic[Case]):
         self._kind, self._path, self._settings = kind, paths[0], settings
         self._policies = frozenset(policies)
         self.by_case: dict[Case, Row] = {}
+        self._others: dict[tuple[str, str], dict[Case, Row]] = {}  # by policy and code
         for path in reversed(paths):
             if path.exists():
                 for line in path.read_text().splitlines():
                     self._add(json.loads(line))
 
     def _add(self, row: Row) -> None:
-        of_settings = all(row.get(name) == value for name, value in self._settings.items())
-        if of_settings and row["policy"] in self._policies and row["code"] == code_of(row["policy"]):
-            self.by_case[self._kind(**{each.name: row[each.name] for each in fields(self._kind)})] = row  # type: ignore[arg-type]
+        if all(row.get(name) == value for name, value in self._settings.items()) and row["policy"] in self._policies:
+            case = self._kind(**{each.name: row[each.name] for each in fields(self._kind)})  # type: ignore[arg-type]
+            if row["code"] == code_of(row["policy"]):
+                self.by_case[case] = row
+            else:
+                self._others.setdefault((row["policy"], row["code"]), {})[case] = row
+
+    def take_over(self, measure: Callable[[Case], Row], count: int) -> Iterator[str]:
+        """What other code has measured counts, if `count` figures, drawn by chance, are the same when measured anew."""
+        for (policy, code), rows in self._others.items():
+            missing = [case for case in rows if case not in self.by_case]
+            drawn = random.Random(code).sample(missing, min(count, len(missing)))
+            differ = [case for case in drawn if _figures(measure(case)) - _figures(rows[case])]
+            for case in [] if differ else missing:
+                self.keep(case, {name: value for name, value in rows[case].items() if name not in asdict(case)})  # type: ignore[call-overload]
+            yield f"{policy}, {code}: {len(differ)} of {len(drawn)} differ, {len(missing)} figures" + (
+                " not taken over" if differ else ""
+            )
 
     def keep(self, case: Case, figures: Row) -> None:
         of_case = asdict(case)  # type: ignore[call-overload]
@@ -72,6 +89,11 @@ class Kept(Generic[Case]):
         names = [each.name for each in fields(self._kind)]  # type: ignore[arg-type]
         rows = sorted(self.by_case.values(), key=lambda row: [str(row[name]) for name in names])
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _figures(row: Row) -> set[str]:
+    """All but how long it took."""
+    return {f"{name} {value}" for name, value in row.items() if name != "seconds"}
 
 
 def measure_all(

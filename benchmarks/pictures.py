@@ -3,23 +3,25 @@
     python -m benchmarks.pictures                prints the table
     python -m benchmarks.pictures --write        also keeps it, in benchmarks/results/pictures.md
 
-wrk (Debian) sends, on the same cores. All servers are up at once, and take turns; those that are not installed are left
-out: pip install mosec. The daemon has one slice, so one worker, and the pool of its defaults.
+wrk (Debian) sends, on the same cores. All servers are up at once and take turns, round by round ("idle": what of a core
+each uses when nothing is asked of it). Peers that are not installed (make peers), or that fail, are left out, and said
+so. Each runs the same exported CNN on what torchvision's evaluation transform makes of a Pillow image, in two processes
+or more where it has such, and in batches where it has those. The daemon has one slice, so one worker, and the pool of
+its defaults.
+
+Beside the best peer: by the ratios of each round, so that a slow moment of the machine counts for both; and by
+processor time, which what else runs on the machine falsifies less.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 import statistics
 import subprocess
-import sys
 import tempfile
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from importlib.util import find_spec
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -30,12 +32,13 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.overhead import TICKS_PER_SECOND, found, microseconds
+from benchmarks.peers import PEERS, Post, is_there, raw, started
 from benchmarks.preprocess import SIZES, photograph
-from tests.harness import running, until
+from tests.harness import running
 
 RESULTS = Path(__file__).parent / "results" / "pictures.md"
 CONNECTIONS = (8, 64)
-PEERS = ("fastapi", "mosec")
+IDLE_S = 5.0
 
 
 class Small(nn.Module):
@@ -64,31 +67,6 @@ def make_model(folder: Path) -> Path:
     return folder / "small" / "1" / "model.pt2"
 
 
-@contextmanager
-def peer(name: str, model: Path) -> Iterator[tuple[str, int]]:
-    """Its URL, once it answers, and its process."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", f"benchmarks.peer_{name}", str(port), str(model)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    url = f"http://127.0.0.1:{port}/" + ("inference" if name == "mosec" else "")
-    try:
-        until(lambda: answers(url), f"{name} answers", 30)
-        yield url, process.pid
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(20)
-
-
-def answers(url: str) -> bool:
-    request = urllib.request.Request(url, data=photograph(640, 480, 88), method="POST")
-    try:
-        with urllib.request.urlopen(request, timeout=10) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
-
-
 class Window(NamedTuple):
     """`cpu_ms`: processor time of all of the server's processes for a picture; what else runs weighs little in it."""
 
@@ -111,18 +89,36 @@ def cpu_of_tree_s(root: int) -> float:
     return sum(own.get(pid, 0) for pid in tree) / TICKS_PER_SECOND
 
 
-def load(url: str, pid: int, script: str, connections: int, seconds: int) -> Window:
+class Side(NamedTuple):
+    """A server, and what wrk sends to it."""
+
+    name: str
+    url: str
+    pid: int
+    script: str
+
+
+class FailedError(Exception):
+    """Not every request was answered."""
+
+
+Seen = dict[tuple[str, int], list[Window]]
+
+
+def load(side: Side, connections: int, seconds: int) -> Window:
     """One window of wrk."""
-    before_s = cpu_of_tree_s(pid)
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", "--latency", "--timeout", "20", "-s", script, url]
+    before_s = cpu_of_tree_s(side.pid)
+    options = [f"-c{connections}", f"-d{seconds}", "--latency", "--timeout", "20", "-s", side.script]
+    command = ["wrk", "-t1", *options, side.url]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in output or "Socket errors" in output:
-        raise SystemExit(f"{url}: some requests failed:\n{output}")
+        lines = [line.strip() for line in output.splitlines() if "Non-2xx" in line or "Socket errors" in line]
+        raise FailedError("; ".join(lines))
     pictures = int(found(r"(\d+) requests in", output))
     return Window(
         float(found(r"Requests/sec:\s+([\d.]+)", output)),
         microseconds(found(r"\s99%\s+(\S+)", output)) / 1e3,
-        1e3 * (cpu_of_tree_s(pid) - before_s) / pictures,
+        1e3 * (cpu_of_tree_s(side.pid) - before_s) / pictures,
     )
 
 
@@ -134,42 +130,104 @@ def main(
     """Measures, and prints the table."""
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is missing; install it with: sudo make system-tools")
+    picture = photograph(640, 480, SIZES[640, 480])
+    missing = [name for name in PEERS if not is_there(name)]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
         model = make_model(Path(folder))
-        script = Path(folder) / "post.lua"
-        body = "".join(f"\\{byte:03d}" for byte in photograph(640, 480, SIZES[640, 480]))
-        script.write_text(f'wrk.method = "POST"\nwrk.body = "{body}"\n')
         flags = ("--model-repository", folder, "--layout", "7g.80gb", "--drain-delay-secs", "0")
-        urls = {}
+        sides = []
         for name, more in (("migserve", ()), ("migserve, threads", ("--no-isolate-decoders",))):
             daemon = servers.enter_context(running(*flags, *more))
-            urls[name] = f"http://{daemon.http}/v2/models/small/infer", daemon.process.pid
+            url = f"http://{daemon.http}/v2/models/small/infer"
+            sides.append(Side(name, url, daemon.process.pid, script(folder, name, raw(picture))))
         for name in PEERS:
-            if find_spec(name) is not None:
-                urls[name] = servers.enter_context(peer(name, model))
-        seen: dict[tuple[str, int], list[Window]] = {}
-        for round_number in range(rounds + 1):
-            for connections in CONNECTIONS:
-                for name, (url, pid) in urls.items():
-                    measured = load(url, pid, str(script), connections, seconds if round_number else 1)
-                    if round_number:  # the first one warms up
-                        seen.setdefault((name, connections), []).append(measured)
-    console = Console(record=True, width=100)
+            if name not in missing:
+                peer = servers.enter_context(started(name, model, picture))
+                lua = script(folder, name, PEERS[name].post(picture))
+                sides.append(Side(name, peer.url, peer.pid, lua))
+        idle = idle_cores(sides)
+        seen, failed = measure(sides, rounds, seconds)
+    console = Console(record=True, width=110)
     console.print(f"{os.cpu_count()} cores, wrk on the same; {rounds} rounds of {seconds} s; medians")
-    console.print(table(seen))
+    console.print(table(seen, idle))
+    for connections in CONNECTIONS:
+        console.print(verdict(seen, connections))
+    for name, why in failed.items():
+        console.print(f"{name} failed, and was left out: {why}")
+    if missing:
+        console.print(f"not installed, so left out: {', '.join(missing)} (make peers)")
     if write:
         RESULTS.write_text(
-            f"# Pictures over HTTP\n\n`python -m benchmarks.pictures`\n\n```\n{console.export_text()}```\n"
+            f"# Pictures over HTTP\n\n`python -m benchmarks.pictures`, {time.strftime('%Y-%m-%d')}\n\n"
+            f"```\n{console.export_text()}```\n"
         )
 
 
-def table(seen: dict[tuple[str, int], list[Window]]) -> Table:
+def idle_cores(sides: list[Side]) -> dict[str, float]:
+    """Of each, while nothing is asked of any."""
+    before = [cpu_of_tree_s(side.pid) for side in sides]
+    time.sleep(IDLE_S)
+    return {side.name: (cpu_of_tree_s(side.pid) - then) / IDLE_S for side, then in zip(sides, before, strict=True)}
+
+
+def measure(sides: list[Side], rounds: int, seconds: int) -> tuple[Seen, dict[str, str]]:
+    """All windows, and which side failed how."""
+    seen: Seen = {}
+    failed: dict[str, str] = {}
+    for round_number in range(rounds + 1):
+        for connections in CONNECTIONS:
+            for side in sides:
+                if side.name in failed:
+                    continue
+                try:
+                    measured = load(side, connections, seconds if round_number else 1)
+                except FailedError as error:
+                    failed[side.name] = f"at {connections} connections: {error}"
+                    continue
+                if round_number:  # the first one warms up
+                    seen.setdefault((side.name, connections), []).append(measured)
+    return {key: windows for key, windows in seen.items() if key[0] not in failed}, failed
+
+
+def script(folder: str, name: str, post: Post) -> str:
+    """For wrk."""
+    body = "".join(f"\\{byte:03d}" for byte in post.body)
+    headers = "".join(f'wrk.headers["{key}"] = "{value}"\n' for key, value in post.headers.items())
+    path = Path(folder) / f"{name.replace(', ', '-')}.lua"
+    path.write_text(f'wrk.method = "POST"\n{headers}wrk.body = "{body}"\n')
+    return str(path)
+
+
+def verdict(seen: Seen, connections: int) -> str:
+    """How many times the best peer, by the median of the ratios of all rounds."""
+    rates = {
+        name: [window.per_s for window in windows] for (name, each), windows in seen.items() if each == connections
+    }
+    peers = {name: statistics.median(found) for name, found in rates.items() if name in PEERS}
+    if not peers:
+        return f"{connections} connections: no peer to compare with"
+    best = max(peers, key=lambda name: peers[name])
+    ratios = sorted(ours / theirs for ours, theirs in zip(rates["migserve"], rates[best], strict=True))
+    cpu_ms = {
+        name: statistics.median(window.cpu_ms for window in windows)
+        for (name, each), windows in seen.items()
+        if each == connections
+    }
+    ours_ms, thrifty = cpu_ms["migserve"], min(peers, key=lambda name: cpu_ms[name])
+    return (
+        f"{connections} connections: migserve does {statistics.median(ratios):.2f} times {best}, the best peer "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds); with a second of a core "
+        f"{cpu_ms[best] / ours_ms:.2f} times it, and {cpu_ms[thrifty] / ours_ms:.2f} times {thrifty}"
+    )
+
+
+def table(seen: Seen, idle: dict[str, float]) -> Table:
     made = Table(title="640 x 480 JPEGs of 100 kB through preprocessing and a small CNN")
-    for column in ("server", "connections", "pictures/s", "p99 ms", "CPU ms a picture"):
+    for column in ("server", "connections", "pictures/s", "p99 ms", "CPU ms a picture", "idle, cores"):
         made.add_column(column, justify="left" if column == "server" else "right")
     for (name, connections), windows in sorted(seen.items(), key=lambda entry: entry[0][1]):
         rate, p99_ms, cpu_ms = (statistics.median(column) for column in zip(*windows, strict=True))
-        made.add_row(name, str(connections), f"{rate:.0f}", f"{p99_ms:.0f}", f"{cpu_ms:.2f}")
+        made.add_row(name, str(connections), f"{rate:.0f}", f"{p99_ms:.0f}", f"{cpu_ms:.2f}", f"{idle[name]:.2f}")
     return made
 
 

@@ -171,6 +171,9 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Short runs, one seed; kept apart.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
     minutes: Annotated[float, typer.Option(help="Then it stops, and prints what there is.")] = float("inf"),
+    take_over: Annotated[
+        int, typer.Option(help="Figures of older code count, if so many of them, drawn by chance, are the same now.")
+    ] = 0,
     write: Annotated[bool, typer.Option("--write", help="Keep the page in benchmarks/results/policies.md.")] = False,
 ) -> None:
     """Measures what is missing, and prints all that is known."""
@@ -179,6 +182,8 @@ def main(
         model or MODELS, gpus or GPUS, factor or FACTORS, policy or list(POLICIES), 1 if quick else seeds, thorough
     )
     kept = Kept(Cell, (KEPT, RAW), {"length": [length.queries, length.slos]}, POLICIES)
+    for told in kept.take_over(lambda case: measure(case, length, hint(case, kept)), take_over) if take_over else ():
+        print(told)
     until = time.monotonic() + 60 * minutes
     for what, group in groups(selection, kept):
         measure_all(group, kept, lambda cell: partial(measure, cell, length, hint(cell, kept)), jobs, until, what)

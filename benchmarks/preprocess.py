@@ -4,9 +4,10 @@
     python -m benchmarks.preprocess --write     also keeps it, in benchmarks/results/preprocess.md
 
 The ways take turns in windows of half a second. "A core" is processor time: images for each second that this process
-computed, so that what else runs on the machine weighs little. Threads are compared by the clock, in windows that leave
-the machine to this process: what others used of it, by /proc/stat, is printed; busier windows than --busy do not count.
-Beside it stands what each did with a second of a core, in all windows: what is lost there is lost to each other.
+computed, so that what else runs on the machine weighs little. Two threads, and two processes, are compared with one by
+the clock, from which the time is taken that they were ready and waited for a core (schedstat): what others take, they
+would have. Beside it the ratio in quiet windows, with how many there were (--busy), the cores that others used, and
+what each did with a second of a core: what two lose there is lost to each other.
 
 Pillow's time for large pictures depends on glibc's allocator: it returns large blocks and faults them in again. The
 column "Pillow, tuned" is the same in a process whose allocator keeps them.
@@ -45,6 +46,7 @@ MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 SIZES = {(640, 480): 88, (1920, 1080): 93}  # pixels -> JPEG quality, for about 100 and 500 kB
 WINDOW_S = 0.5
+KINDS = ("threads", "processes")
 TUNED = {
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
@@ -59,6 +61,7 @@ class Window(NamedTuple):
     per_s: float
     per_core_s: float
     others: float
+    alone_per_s: float = 0.0
 
 
 def photograph(width: int, height: int, quality: int) -> bytes:
@@ -116,26 +119,57 @@ def for_a_while(work: Callable[[], object]) -> int:
     return images
 
 
-def through_pool(data: bytes, threads: int, isolated: bool = False) -> int:
-    """Requests of one picture each through the pool of the daemon, some always waiting."""
+class Pooled:
+    """The daemon's pool, with requests of one picture each always waiting, in windows. `isolated`: in processes."""
 
-    async def run() -> int:
-        pool = PreprocessPool(threads, isolated=isolated)
-        end = time.perf_counter() + WINDOW_S
+    def __init__(self, data: bytes, threads: int, *, isolated: bool) -> None:
+        self._data = data
+        self._threads = threads
+        self._runner = asyncio.Runner()
+        self._pool = PreprocessPool(threads, isolated=isolated)
+        self._runner.run(self._pool.prepare(PIPELINE))
+        self._isolated = isolated
+
+    def close(self) -> None:
+        self._pool.close()
+        self._runner.close()
+
+    def window(self) -> Window:
+        """`alone_per_s`: the time that its threads, or processes, were ready and waited for a core is taken out."""
+        before, begin = self._tasks(), time.perf_counter()
+        own, busy = time.process_time(), _busy_s()
+        images = self._runner.run(self._work(begin + WINDOW_S))
+        wall, after = time.perf_counter() - begin, self._tasks()
+        own, busy = time.process_time() - own, _busy_s() - busy
+        used = sorted(
+            (cpu - before.get(task, (0, 0))[0], queued - before.get(task, (0, 0))[1])
+            for task, (cpu, queued) in after.items()
+        )[-self._threads :]
+        core_s = own + (sum(cpu for cpu, _ in used) / 1e9 if self._isolated else 0.0)
+        queued_s = sum(queued for _, queued in used) / len(used) / 1e9
+        return Window(images / wall, images / core_s, max(0.0, (busy - core_s) / wall), images / (wall - queued_s))
+
+    async def _work(self, end: float) -> int:
         done = 0
 
         async def client() -> None:
             nonlocal done
             target = memoryview(bytearray(4 * STEPS.shape[0] * STEPS.shape[1] * STEPS.shape[2]))
             while time.perf_counter() < end:
-                await pool.write(PIPELINE, [data], {"x": target}).future
+                await self._pool.write(PIPELINE, [self._data], {"x": target}).future
                 done += 1
 
-        await asyncio.gather(*(client() for _ in range(3 * threads)))
-        pool.close()
+        await asyncio.gather(*(client() for _ in range(3 * self._threads)))
         return done
 
-    return asyncio.run(run())
+    def _tasks(self) -> dict[str, tuple[int, int]]:
+        """ns on a core and ns ready but waiting for one, of each thread that may decode (/proc/.../schedstat)."""
+        found = {}
+        for pid in self._pool.pids() if self._isolated else [os.getpid()]:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                cpu, queued, _ = (task / "schedstat").read_text().split()
+                found[str(task)] = int(cpu), int(queued)
+        return found
 
 
 def tuned_pillow(size: tuple[int, int], rounds: int) -> float:
@@ -147,24 +181,27 @@ def tuned_pillow(size: tuple[int, int], rounds: int) -> float:
     return float(done.stdout)
 
 
-def measure(size: tuple[int, int], rounds: int, busy: float) -> tuple[list[str], list[str]]:
-    """A row of each table."""
+def measure(size: tuple[int, int], rounds: int, busy: float) -> tuple[list[str], list[list[str]]]:
+    """A row of the one table, and those of the other."""
     data = photograph(*size, SIZES[size])
     target = torch.empty(STEPS.shape)
-    ways: dict[str, Callable[[], int]] = {
-        "pillow": lambda: for_a_while(lambda: by_pillow(data)),
-        "ours": lambda: for_a_while(lambda: ours(data, target)),
-        "one": lambda: through_pool(data, 1),
-        "two": lambda: through_pool(data, 2),
+    pools = {
+        f"{number} {kind}": Pooled(data, number, isolated=kind == "processes") for kind in KINDS for number in (1, 2)
+    }
+    ways: dict[str, Callable[[], Window]] = {
+        "pillow": lambda: window(lambda: for_a_while(lambda: by_pillow(data))),
+        "ours": lambda: window(lambda: for_a_while(lambda: ours(data, target))),
+        **{name: pooled.window for name, pooled in pools.items()},
     }
     for run in ways.values():
         run()
-    seen = {name: [window(run)] for name, run in ways.items()}
-    for _ in range(rounds - 1):
+    seen: dict[str, list[Window]] = {name: [] for name in ways}
+    for _ in range(rounds):
         for name, run in ways.items():
-            seen[name].append(window(run))
+            seen[name].append(run())
+    for pooled in pools.values():
+        pooled.close()
     core = {name: statistics.median(each.per_core_s for each in windows) for name, windows in seen.items()}
-    quiet = [pair for pair in zip(seen["one"], seen["two"], strict=True) if max(each.others for each in pair) <= busy]
     tuned = tuned_pillow(size, max(3, rounds // 4))
     name = f"{size[0]} x {size[1]}, {len(data) // 1000} kB"
     gain, tuned_gain = core["ours"] / core["pillow"], core["ours"] / tuned
@@ -174,19 +211,22 @@ def measure(size: tuple[int, int], rounds: int, busy: float) -> tuple[list[str],
         f"{gain:.2f}",
         f"{tuned_gain:.2f}",
     ]
-    return first, [name, *_scaling(quiet), f"{len(quiet)} of {rounds}", f"{core['one']:.0f}", f"{core['two']:.0f}"]
+    return first, [[name, kind, *_scaling(seen, kind, busy)] for kind in KINDS]
 
 
-def _scaling(quiet: list[tuple[Window, Window]]) -> list[str]:
-    if not quiet:
-        return ["-"] * 4
-    one, two = (statistics.median(each.per_s for each in windows) for windows in zip(*quiet, strict=True))
-    others = statistics.median(each.others for pair in quiet for each in pair)
+def _scaling(seen: dict[str, list[Window]], kind: str, busy: float) -> list[str]:
+    """Of windows one after the other: as it was measured, where others left the machine alone, and as if they had."""
+    pairs = list(zip(seen[f"1 {kind}"], seen[f"2 {kind}"], strict=True))
+    quiet = [two.per_s / one.per_s for one, two in pairs if max(one.others, two.others) <= busy]
+    one, two = (statistics.median(each.alone_per_s for each in windows) for windows in zip(*pairs, strict=True))
+    efficient = [statistics.median(each.per_core_s for each in windows) for windows in zip(*pairs, strict=True)]
     return [
         f"{one:.0f}",
         f"{two:.0f}",
-        f"{statistics.median(b.per_s / a.per_s for a, b in quiet):.2f}",
-        f"{others:.2f}",
+        f"{statistics.median(b.alone_per_s / a.alone_per_s for a, b in pairs):.2f}",
+        f"{statistics.median(quiet):.2f} ({len(quiet)})" if quiet else "-",
+        f"{statistics.median(each.others for pair in pairs for each in pair):.2f}",
+        *(f"{each:.0f}" for each in efficient),
     ]
 
 
@@ -208,13 +248,14 @@ def main(
     for column in ("picture", "Pillow", "Pillow, tuned", "migserve", "gain", "gain on tuned"):
         core.add_column(column, justify="left" if column == "picture" else "right")
     threads = Table(title="Images a second through the pool")
-    columns = ("1 thread", "2 threads", "ratio", "cores of others", "quiet windows", "a core-s: 1 thread", "2 threads")
-    for column in ("picture", *columns):
-        threads.add_column(column, justify="left" if column == "picture" else "right")
+    columns = ("one", "two", "ratio", "ratio, quiet", "others", "a core-s: one", "two")
+    for column in ("picture", "of", *columns):
+        threads.add_column(column, justify="left" if column in ("picture", "of") else "right")
     for size in SIZES:
         first, second = measure(size, rounds, busy)
         core.add_row(*first)
-        threads.add_row(*second)
+        for row in second:
+            threads.add_row(*row)
     console = Console(record=True, width=120)
     console.print(f"{os.cpu_count()} cores, torch {torch.__version__}, Pillow {Image.__version__}")
     console.print(core)

@@ -54,12 +54,25 @@ class QueryClass:
         steady_per_s = gang.queries_per_s(self.items)
         if not self.burst_s or not steady_per_s:
             return steady_per_s
-        slices = max(1.0, self.rate_per_s / steady_per_s)
-        wait_s = (self.slo_ms - gang.latency_ms * (1 + 1 / slices)) / 1e3
+        wait_s = (self.slo_ms - gang.latency_ms - self.until_free_ms(gang)) / 1e3
         if wait_s <= 0:
             return 0.0
-        rarely = math.log(ONE_IN / min(slices, MOST_SLICES))
+        rarely = math.log(ONE_IN / min(self._slices(gang), MOST_SLICES))
         return 2 * steady_per_s / (1 + math.sqrt(1 + 4 * rarely * self.burst_s / wait_s))
+
+    def _slices(self, gang: Gang) -> float:
+        """How many the class keeps busy."""
+        return max(1.0, self.rate_per_s / gang.queries_per_s(self.items))
+
+    def until_free_ms(self, gang: Gang) -> float:
+        """How long a query that comes in a burst waits at most for a slice of the class to be free."""
+        return gang.latency_ms / self._slices(gang) if self.burst_s else 0.0
+
+    def least_slo_ms(self, gang: Gang, slo_share: float) -> float:
+        """The SLO above which the gang can serve the class, its batch taking at most `slo_share` of it."""
+        queries = gang.processes * (gang.batch // self.items)
+        fill_ms = 1e3 * queries / self.rate_per_s + GUARD * gang.latency_ms if self.burst_s and queries > 1 else 0.0
+        return max(gang.latency_ms / slo_share, gang.latency_ms + self.until_free_ms(gang), fill_ms)
 
     def fills(self, gang: Gang) -> bool:
         """Whether so many queries come together within what the gang leaves of the SLO; always, without bursts."""

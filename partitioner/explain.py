@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from partitioner import capacity
-from partitioner.capacity import Capacities
+from partitioner.capacity import Capacities, QueryClass
 from partitioner.cuts import slice_profiles
-from partitioner.gangs import GangTable
+from partitioner.gangs import Gang, GangTable
 from partitioner.geometry import GpuModel
 from partitioner.plans import ModelDemand
 from partitioner.programme import InfeasibleError
@@ -66,28 +66,34 @@ def optimal(setting: Setting, found: Found, before: Found | None) -> tuple[str, 
     return tuple(lines)
 
 
-def unreachable(setting: Setting, slo_share: float) -> str:
-    """The model whose SLO is out of reach, and the SLO that is not."""
-    found = setting.capacities(slo_share)
-    binding = next(each for each in found.classes if not any((each, gpcs) in found.gangs for gpcs in setting.sizes))
-    times = [
-        (gang.latency_ms, gpcs)
-        for gpcs in setting.sizes
-        for gang in setting.tables[binding.model].fitting(gpcs, setting.max_processes, binding.items)
-        if gang.batch >= binding.items
-    ]
+def unreachable(setting: Setting, possible: Capacities, slo_share: float) -> str:
+    """The queries whose SLO is furthest out of reach, and the one that is not. `possible`: what was found possible."""
+    out = [each for each in possible.classes if not any((each, gpcs) in possible.gangs for gpcs in setting.sizes)]
+    quickest = {each: _least_slo(setting, each, slo_share) for each in out}
+    binding = max(out, key=lambda each: quickest[each][0] / each.slo_ms)
+    least_slo_ms, gpcs, gang = quickest[binding]
     items = f"{binding.items} item{'s' if binding.items > 1 else ''}"
-    if not times:
-        return (
-            f"no number of {setting.gpu.name} meets this demand: {binding.model} was never measured with {items} in a "
-            f"batch; give a latency table that has such rows"
-        )
-    quickest_ms, gpcs = min(times)
+    never = f"no number of {setting.gpu.name} meets this demand: {binding.model}"
+    if gang is None:
+        return f"{never} was never measured with {items} in a batch; give a latency table that has such rows"
+    until_free_ms = binding.until_free_ms(gang)
+    wait = f" and up to {until_free_ms:.3g} ms until a slice is free for it," if until_free_ms else ""
     return (
-        f"no number of {setting.gpu.name} meets this demand: {binding.model} needs at least {quickest_ms:.3g} ms for a "
-        f"query of {items} (on {gpcs} GPCs), and may take {slo_share:.0%} of its SLO of {binding.slo_ms:g} ms; "
-        f"an SLO of {math.ceil(quickest_ms / slo_share)} ms is within reach"
+        f"{never} needs at least {gang.latency_ms:.3g} ms for a query of {items} (on {gpcs} GPCs),{wait} and a batch "
+        f"may take {slo_share:.0%} of its SLO of {binding.slo_ms:g} ms; an SLO of {math.floor(least_slo_ms) + 1} ms is "
+        f"within reach"
     )
+
+
+def _least_slo(setting: Setting, each: QueryClass, slo_share: float) -> tuple[float, int, Gang | None]:
+    """The SLO above which queries can be served, and the size and the gang that can; infinite where none could."""
+    found = [
+        (each.least_slo_ms(gang, slo_share), gpcs, gang)
+        for gpcs in setting.sizes
+        for gang in setting.tables[each.model].fitting(gpcs, setting.max_processes, each.items)
+        if gang.batch >= each.items
+    ]
+    return min(found, key=lambda one: one[:2], default=(math.inf, 0, None))
 
 
 def too_few(setting: Setting, found: Found, enough: int) -> str:

@@ -76,8 +76,13 @@ class LatencyTable:
 
     def stand_in(self, gpcs: int) -> int:
         """Which measured size the figures of a slice of `gpcs` compute slices are taken from."""
-        smaller = [size for size in self.by_gpcs if size <= gpcs]
-        return max(smaller) if smaller else min(self.by_gpcs)
+        return stand_in(self.by_gpcs, gpcs)
+
+
+def stand_in(sizes: Iterable[int], gpcs: int) -> int:
+    """Of the measured sizes, the one whose figures are taken for a slice of `gpcs` compute slices."""
+    known = sorted(sizes)
+    return max((size for size in known if size <= gpcs), default=known[0])
 
 
 def read_measurements(path: Path) -> list[Measurement]:

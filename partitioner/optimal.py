@@ -112,7 +112,8 @@ class _Search:
             if all(any((each, gpcs) in found.gangs for gpcs in self._sizes) for each in found.classes)
         }
         if not self._capacities_of:
-            raise PlanError(explain.unreachable(self.setting(), max(self._shares)))
+            largest = max(self._shares)
+            raise PlanError(explain.unreachable(self.setting(), possible[largest], largest))
 
     def setting(self) -> explain.Setting:
         return explain.Setting(

@@ -8,6 +8,7 @@ from preprocess import gate
 from preprocess.decoders import Decoder, Picture
 from preprocess.errors import BadInputError
 from preprocess.image import transform
+from preprocess.stages import stage
 from preprocess.steps import ImageSteps
 
 # A JPEG that is decoded at a fraction of its size stays so many times larger than what it is resized to.
@@ -16,11 +17,14 @@ DCT_HEADROOM = 2
 
 def write_image(data: bytes, steps: ImageSteps, decoder: Decoder, target: torch.Tensor) -> None:
     """One picture into `target`, a tensor of `steps.shape` and dtype. Raises BadInputError."""
-    header = gate.inspect(data, steps.max_pixels)
-    (decoded,) = decoder.decode([Picture(data, header, steps.mode == "L", _at_least(header, steps))])
+    with stage("gate"):
+        header = gate.inspect(data, steps.max_pixels)
+    with stage("decode"):
+        (decoded,) = decoder.decode([Picture(data, header, steps.mode == "L", _at_least(header, steps))])
     if isinstance(decoded, BadInputError):
         raise decoded
-    transform(decoded, header.orientation if steps.exif else 1, steps, target)
+    with stage("transform"):
+        transform(decoded, header.orientation if steps.exif else 1, steps, target)
 
 
 def _at_least(header: gate.ImageHeader, steps: ImageSteps) -> tuple[int, int] | None:

@@ -11,9 +11,9 @@ In serving.yaml:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from preprocess.errors import BadInputError
 from preprocess.steps import AudioSteps, ImageSteps, TextSteps
@@ -29,8 +29,8 @@ class PipelineFile(BaseModel):
     """The `preprocess` section of serving.yaml.
 
     `length`: the model's INT64 input that is told how much of each item is no padding. `mask`: that which has a 1 for
-    each token and a 0 for padding. `buckets`: lengths, ascending,
-    of the axis that varies; each request is filled up with zeros to the next one, so that more of them share a batch.
+    each token and a 0 for padding. `longest`: longer items are refused; set by the model's `lengths`.
+    `device`: where pictures are decoded, see devices.py.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,7 +39,8 @@ class PipelineFile(BaseModel):
     output: str
     length: str | None = None
     mask: str | None = None
-    buckets: tuple[int, ...] = ()
+    longest: int | None = Field(None, ge=1)
+    device: Literal["auto", "cpu", "slice", "dedicated"] = "auto"
     image: ImageSteps | None = None
     audio: AudioSteps | None = None
     text: TextSteps | None = None
@@ -48,14 +49,10 @@ class PipelineFile(BaseModel):
     def _makes_sense(self) -> PipelineFile:
         if sum(steps is not None for steps in (self.image, self.audio, self.text)) != 1:
             raise ValueError("give one of image, audio and text")
-        if self.image is not None and (self.length or self.buckets):
-            raise ValueError("length and buckets are for what varies in length, which pictures do not")
+        if self.image is not None and self.length:
+            raise ValueError("length is for what varies in length, which pictures do not")
         if self.text is None and self.mask:
             raise ValueError("mask is for text; sound has length")
-        if self.buckets and not self.varies:
-            raise ValueError("buckets are for clips of different lengths, and seconds makes them all of one")
-        if self.buckets and (self.buckets[0] < 1 or any(low >= high for low, high in pairwise(self.buckets))):
-            raise ValueError("buckets must be lengths in ascending order")
         return self
 
     @property
@@ -78,21 +75,18 @@ class PipelineFile(BaseModel):
     def varies(self) -> bool:
         return -1 in self.steps.shape
 
-    def beside(self, folder: str) -> PipelineFile:
+    def placed(self, folder: str, longest: int | None) -> PipelineFile:
         """The same, with files that are named by where they are in the model's folder."""
+        pipeline = self if longest is None else self.model_copy(update={"longest": longest})
         if self.text is None:
-            return self
+            return pipeline
         text = self.text.model_copy(update={"tokenizer": f"{folder}/{self.text.tokenizer}"})
-        return self.model_copy(update={"text": text})
+        return pipeline.model_copy(update={"text": text})
 
-    def bucket(self, length: int) -> int:
-        """The length that an item of `length` is filled up to. Raises BadInputError if it is longer than any."""
-        if not self.buckets:
-            return length
-        for bucket in self.buckets:
-            if length <= bucket:
-                return bucket
-        raise BadInputError(f"a length of {length}; at most {self.buckets[-1]} is taken")
+    def check_length(self, length: int) -> None:
+        """Raises BadInputError for what is longer than the model takes."""
+        if self.longest is not None and length > self.longest:
+            raise BadInputError(f"a length of {length}; at most {self.longest} is taken")
 
 
 def checked(pipeline: PipelineFile, inputs: Inputs) -> None:

@@ -10,15 +10,16 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from preprocess import glance
+from preprocess import glance, stages
 from preprocess.cost import CostModel, Effort
-from preprocess.errors import BadInputError
+from preprocess.devices import Target
+from preprocess.errors import BadInputError, ClosedError
 from preprocess.items import Item
 from preprocess.pipeline import PipelineError, PipelineFile
 from preprocess.places import Places, write_items
@@ -51,7 +52,7 @@ class Job(Generic[Result]):
     StoppedError.
     """
 
-    __slots__ = ("estimate_ns", "future", "results", "stopped", "took_ns")
+    __slots__ = ("begun_ns", "estimate_ns", "future", "made_ns", "results", "stages_ns", "stopped", "took_ns")
 
     future: asyncio.Future[list[Result]]
 
@@ -60,6 +61,16 @@ class Job(Generic[Result]):
         self.stopped = False
         self.results: dict[int, Result] = {}
         self.took_ns: dict[int, int] = {}  # by element
+        self.stages_ns: dict[int, dict[str, int]] = {}  # by element and stage
+        self.made_ns = self.begun_ns = time.perf_counter_ns()  # begun: its first element
+
+    def times_ns(self) -> dict[str, int]:
+        """By stage, over all its elements; `queue`: until the first one was begun."""
+        times = {"queue": self.begun_ns - self.made_ns}
+        for stages_ns in self.stages_ns.values():
+            for stage, ns in stages_ns.items():
+                times[stage] = times.get(stage, 0) + ns
+        return times
 
     def stop(self) -> None:
         """Nobody waits for it any more: no further element is begun."""
@@ -69,6 +80,7 @@ class Job(Generic[Result]):
 class PreprocessPool:
     """`threads`: cores that preprocessing may use, by default all. `decoder`: of pictures, see cards.py. `isolated`:
     each thread has a process that does its work, so that what a native decoder dies of costs no more than that.
+    `arena`: file descriptor and memory of where places mostly are: processes then write there themselves.
     """
 
     def __init__(
@@ -78,22 +90,29 @@ class PreprocessPool:
         *,
         isolated: bool = False,
         start: Callable[..., BaseProcess] | None = None,
+        arena: tuple[int, memoryview] | None = None,
     ) -> None:
         threads = threads or os.cpu_count() or 1
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="preprocess")
         self._threads = threads
-        self._decoder = decoder
+        self._own = Target(decoder)
         self._isolated = isolated
         self._start = start  # of processes
-        self._runner: Local | Isolated | None = None
+        self._arena = arena
+        self._runners: dict[Target, Local | Isolated] = {}
+        self._targets: dict[PipelineFile, Target] = {}  # of pipelines whose target is not the pool's own
         self._starting = threading.Lock()
         self._limit = threads * (1 + QUEUE_PER_THREAD)
         self._jobs: set[Job[Any]] = set()
         self._queued_ns = 0  # estimate of what is not done yet
         self._costs: dict[tuple[PipelineFile, str], CostModel] = {}
 
-    async def prepare(self, pipeline: PipelineFile) -> None:
-        """Gets ready what pipelines need, before the first request. Raises PipelineError if that cannot be had."""
+    async def prepare(self, pipeline: PipelineFile, target: Target | None = None) -> None:
+        """Gets ready what a pipeline needs, before its first request. Raises PipelineError if that cannot be had.
+
+        `target`: who decodes its pictures from now on; None: the pool's own decoder.
+        """
+        self._targets[pipeline] = self._own if target is None else target
         try:
             await asyncio.get_running_loop().run_in_executor(self._executor, self._prepare, pipeline)
         except ImportError as error:
@@ -101,26 +120,59 @@ class PreprocessPool:
                 f"preprocess needs a package that is not there: {error}; pip install 'migserve[torch,text]'"
             ) from error
 
+    def leave(self, uuids: Collection[str]) -> None:
+        """Ends all processes that hold one of these devices; what they did is done by the CPU from now on. Blocks."""
+        for pipeline, target in list(self._targets.items()):
+            if not set(uuids).isdisjoint(target.uuids):
+                self._targets[pipeline] = Target()
+        for target in [each for each in self._runners if not set(uuids).isdisjoint(each.uuids)]:
+            self._runners.pop(target).close()
+
+    def pids(self, device_uuid: str | None = None) -> list[int]:
+        """Of its processes, all or those on one device."""
+        return [
+            pid
+            for target, runner in list(self._runners.items())
+            if device_uuid is None or device_uuid in target.uuids
+            for pid in getattr(runner, "pids", ())
+        ]
+
     def _prepare(self, pipeline: PipelineFile) -> None:
-        self._ready()
+        self._ready(self._targets.get(pipeline, self._own))
         if pipeline.text is not None:  # also where processes have it: its file is looked at here
             from preprocess import text
 
             text.load(pipeline.text)
 
-    def _ready(self) -> Local | Isolated:
+    def _ready(self, target: Target) -> Local | Isolated:
         """In a thread: torch takes a second to import, a process as long to start."""
         with self._starting:
-            if self._runner is None:
-                if self._isolated:
-                    from preprocess import isolated
+            if target not in self._runners:
+                self._runners[target] = self._new_runner(target)
+            return self._runners[target]
 
-                    self._runner = isolated.Isolated(self._threads, self._decoder, start=self._start or isolated.start)
-                else:
-                    from preprocess.work import Local
+    def _new_runner(self, target: Target) -> Local | Isolated:
+        if self._isolated:
+            from preprocess import isolated
 
-                    self._runner = Local(self._decoder)
-            return self._runner
+            seen = [{"CUDA_VISIBLE_DEVICES": uuid} for uuid in target.uuids]
+            arena = None if self._arena is None else isolated.Arena(*self._arena)
+            return isolated.Isolated(self._threads, target.decoder, seen, self._start or isolated.start, arena)
+        from preprocess.work import Local
+
+        return Local(target.decoder)
+
+    def _do(self, pipeline: PipelineFile, element: Callable[[Local | Isolated], Result]) -> Result:
+        """By whoever is to; by the CPU where that one has had to go meanwhile."""
+        runner = self._ready(self._targets.get(pipeline, self._own))
+        try:
+            return element(runner)
+        except ClosedError:
+            return element(self._ready(self._targets.get(pipeline, self._own)))
+
+    @property
+    def threads(self) -> int:
+        return self._threads
 
     @property
     def waiting(self) -> int:
@@ -139,7 +191,7 @@ class PreprocessPool:
         """
 
         def work(index: int) -> None:
-            self._ready().write_item(pipeline, elements[index], index, len(elements), places)
+            self._do(pipeline, lambda by: by.write_item(pipeline, elements[index], index, len(elements), places))
 
         return self._begin_all(pipeline, elements, work)
 
@@ -147,7 +199,7 @@ class PreprocessPool:
         """For what varies in length: the elements in memory of their own. Raises PoolFullError."""
 
         def work(index: int) -> Item:
-            return self._ready().read_item(pipeline, elements[index])
+            return self._do(pipeline, lambda by: by.read_item(pipeline, elements[index]))
 
         return self._begin_all(pipeline, elements, work)
 
@@ -203,8 +255,8 @@ class PreprocessPool:
             job.stop()
             job.future.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
-        if self._runner is not None:
-            self._runner.close()
+        for runner in list(self._runners.values()):
+            runner.close()
 
 
 def _efforts(pipeline: PipelineFile, elements: Sequence[bytes]) -> list[Effort]:
@@ -226,6 +278,9 @@ def _work_off(job: Job[Result], name: str, indexes: Iterator[int], work: Callabl
         if job.stopped:
             raise StoppedError("nobody waits for it any more")
         begin_ns = time.perf_counter_ns()
+        if not index:
+            job.begun_ns = begin_ns
+        stages.take()
         try:
             result = work(index)
         except BadInputError as error:
@@ -235,6 +290,7 @@ def _work_off(job: Job[Result], name: str, indexes: Iterator[int], work: Callabl
             job.stop()
             raise
         job.took_ns[index] = time.perf_counter_ns() - begin_ns
+        job.stages_ns[index] = stages.take()
         job.results[index] = result
 
 

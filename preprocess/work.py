@@ -11,6 +11,7 @@ from preprocess.images import write_image
 from preprocess.items import Item
 from preprocess.pipeline import PipelineFile
 from preprocess.places import Places, array, write_values
+from preprocess.stages import stage
 
 # One picture has one thread: there are others to decode, and waking a team for a millisecond's work costs as much.
 torch.set_num_threads(1)
@@ -53,9 +54,10 @@ def read_item(pipeline: PipelineFile, data: bytes) -> Item:
     if pipeline.text is not None:
         from preprocess.text import read_text  # a package that only these need
 
-        item = read_text(data, pipeline.text)
+        with stage("transform"):
+            item = read_text(data, pipeline.text)
     else:
         assert pipeline.audio is not None
         item = read_clip(data, pipeline.audio)
-    pipeline.bucket(item.length)
+    pipeline.check_length(item.length)
     return item

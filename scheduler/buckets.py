@@ -126,9 +126,7 @@ def relearned(
     seen = {length: weight for length, weight in weights.items() if weight > 0}
     if not seen:
         return edges or (longest,)
-    if max(seen) >= longest:
-        found = exact_edges(seen, cost, count)
-    else:
-        found = (*(exact_edges(seen, cost, count - 1) if count > 1 else ()), longest)
+    # So little that it moves no other edge, but enough to be the last one.
+    found = exact_edges({longest: NEGLIGIBLE**2} | seen, cost, count)
     saved = 1 - padded_work(found, seen, cost) / padded_work(edges, seen, cost) if edges else 1.0
     return found if saved >= WORTH_IT else edges

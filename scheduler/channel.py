@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from scheduler.lengths import ByLength, Lengths
 from scheduler.tensors import Signature, TensorSpec
 
 # Bounds one message; a batch of 4096 requests needs about 60 KiB.
@@ -29,7 +30,8 @@ class ModelSource(msgspec.Struct, frozen=True):
     `key` names this load of it, so that a reload is another model. `inputs`, `outputs`, `max_batch`: as
     declared beside the model, None where the model file is to say. `latency_ms`: (batch, ms) points by
     compute slices, None where they are to be measured. `mig_profiles`: where it is served; empty: everywhere.
-    `weight`: its part of slices that it shares.
+    `weight`: its part of slices that it shares. `lengths`: of a model whose items are padded, `lengths_ms` then: the
+    points by compute slices and length, where they are known.
     """
 
     key: str
@@ -43,6 +45,8 @@ class ModelSource(msgspec.Struct, frozen=True):
     latency_ms: dict[int, tuple[tuple[int, float], ...]] | None = None
     mig_profiles: tuple[str, ...] = ()
     weight: float = 1.0
+    lengths: Lengths | None = None
+    lengths_ms: dict[int, ByLength] | None = None
 
 
 class ToWorker(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -50,10 +54,11 @@ class ToWorker(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Load(ToWorker, frozen=True):
-    """Load a model; `latency_ms`: (batch, ms) points if known, else measure them."""
+    """Load a model; `latency_ms`: (batch, ms) points if known, else measure them. `by_length`: of one with lengths."""
 
     source: ModelSource
     latency_ms: tuple[tuple[int, float], ...] | None
+    by_length: ByLength = ()
 
 
 class Unload(ToWorker, frozen=True):
@@ -63,7 +68,8 @@ class Unload(ToWorker, frozen=True):
 class RunBatch(ToWorker, frozen=True):
     """Run one batch. Piece i is `items[i]` items, of equal `dims`, of the request whose slot is at `offsets[i]`.
 
-    `cut`: of each piece that is not its whole request, the first item, and the items of the whole request.
+    `cut`: of each piece that is not its whole request, the first item, and the items of the whole request. Where items
+    are padded `lengths` has that of each piece, `length` is the batch's, and `dims` is empty.
     """
 
     batch_id: int
@@ -72,6 +78,8 @@ class RunBatch(ToWorker, frozen=True):
     offsets: Sequence[int]
     items: Sequence[int]
     cut: Mapping[int, tuple[int, int]] = {}
+    length: int = 0
+    lengths: Sequence[int] = ()
 
 
 class FromWorker(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -85,11 +93,14 @@ class Ready(FromWorker, frozen=True):
 
 
 class Loaded(FromWorker, frozen=True):
-    """`latency_ms`: (batch, ms) points, as told or as measured."""
+    """`latency_ms`: (batch, ms) points, as told or as measured. `by_length`: of a model with lengths; then
+    `latency_ms` is of the longest.
+    """
 
     key: str
     signature: Signature
     latency_ms: tuple[tuple[int, float], ...]
+    by_length: ByLength = ()
 
 
 class LoadFailed(FromWorker, frozen=True):

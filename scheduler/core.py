@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from scheduler.background import Background, is_background
-from scheduler.domain import Batch, Kind, Part, Pool, Query, Worker, models_of
+from scheduler.domain import LATEST, Batch, Kind, Part, Pool, Query, Worker, models_of
 from scheduler.messages import (
     Answer,
     AnyCommand,
@@ -47,8 +47,6 @@ from scheduler.policies.pool import OnePool
 CRASHES_PER_REQUEST = 2
 # How long before the end of the running batch the next one is staged: time to gather it and copy it in.
 STAGE_AHEAD_NS = 2_000_000
-# Rule 7.
-LATEST = 10
 
 
 class SchedulerCore:
@@ -130,17 +128,18 @@ class SchedulerCore:
                 self._commands.append(Refuse(request.id, Reason.EXPIRED))
                 return
             heapq.heappush(self._expiries, (request.expires_ns, request.id))
-        query = self._queries[request.id] = Query(request, now_ns)
+        arrived_ns = now_ns if request.arrived_ns is None else request.arrived_ns
+        query = self._queries[request.id] = Query(request, arrived_ns)
         self._waiting[model] += 1
-        self._place(now_ns, query.parts[0], self._bound_ns(now_ns, request))
+        self._place(now_ns, query.parts[0], self._bound_ns(arrived_ns, request))
 
-    def _bound_ns(self, now_ns: int, request: Request) -> int | None:
+    def _bound_ns(self, arrived_ns: int, request: Request) -> int | None:
         """How long after its due time a new request may end."""
         if request.due_ns is None:
             return None
         if request.strict:
             return 0
-        return (LATEST - 1) * max(request.due_ns - now_ns, 0) if self._bounded else None
+        return (LATEST - 1) * max(request.due_ns - arrived_ns, 0) if self._bounded else None
 
     def _cancelled(self, event: Cancelled) -> None:
         query = self._queries.get(event.request_id)
@@ -314,7 +313,7 @@ class SchedulerCore:
     def _start(self, now_ns: int, worker: Worker, kind: Kind, parts: list[Part]) -> None:
         batch_id = self._next_batch_id
         self._next_batch_id += 1
-        items = 0
+        items = length = 0
         pieces = []
         for part in parts:
             part.batch_id = batch_id
@@ -325,12 +324,14 @@ class SchedulerCore:
             if not query.unstarted:
                 self._waiting[kind[0]] -= 1
             pieces.append(part.piece())
+            length = max(length, query.request.length)
         worker.start(now_ns, batch_id, Batch(parts, kind, worker.tables[kind].time_ns(items), now_ns))
         del self._pool.ready[worker.id]
         self._staging.pop(worker.id, None)
         if worker.has_room():
             self._staging[worker.id] = worker
-        self._commands.append(Run(worker.id, batch_id, kind[0], tuple(pieces)))
+        padded = self._pool.padded(kind[0], length) if length else 0
+        self._commands.append(Run(worker.id, batch_id, kind[0], tuple(pieces), padded))
 
     def _finish(self, now_ns: int, worker_id: int, batch_id: int) -> Batch:
         worker = self._pool.workers[worker_id]

@@ -11,6 +11,8 @@ from partitioner import latency
 from scheduler.estimates import Estimate
 from scheduler.messages import Piece, Request
 
+# Within so many SLOs of its own everything ends, or is refused: rule 7 of the core, and what a rate is judged by.
+LATEST = 10
 # What was learned so long before the last batch may be of another time.
 OLD_NS = 1_000_000_000
 
@@ -264,6 +266,12 @@ class Pool:
         """The length bucket of a model that somebody serves; what is longer than all counts as the last."""
         lengths = self.lengths[request.model]
         return request.model, min(bisect.bisect_left(lengths, request.length), len(lengths) - 1)
+
+    def padded(self, model: str, length: int) -> int:
+        """What a batch is filled up to whose longest item is so long: an edge, or nothing where it is beyond all."""
+        edges = self.lengths.get(model, ())
+        place = bisect.bisect_left(edges, length)
+        return edges[place] if place < len(edges) else length
 
     def serve(self, worker: Worker, model: str, latency_ns: tuple[int, ...], lengths: tuple[int, ...]) -> None:
         self.withdraw(worker, model)

@@ -11,13 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import msgspec
-import numpy as np
 import structlog
 
 from partitioner.geometry import Slice
+from scheduler.answers import Answered, BatchOutputs, Share
 from scheduler.arena import Arena
 from scheduler.channel import Done, Failed, RunBatch
 from scheduler.core import SchedulerCore
@@ -60,46 +59,6 @@ class RefusedError(Exception):
         self.reason = reason
         self.retry_after_s = retry_after_s
         self.detail = detail
-
-
-class BatchOutputs:
-    """The outputs of one batch, copied out of the worker's outbox once, shared by its requests.
-
-    One entry an output: its bytes and its shape.
-    """
-
-    __slots__ = ("_values", "data", "shapes")
-
-    def __init__(self, done: Done, outbox: memoryview) -> None:
-        self.shapes = done.shapes
-        self.data = [
-            bytes(outbox[offset : offset + size]) for offset, size in zip(done.offsets, done.sizes, strict=True)
-        ]
-        self._values: dict[int, list[Any]] = {}
-
-    def values(self, index: int, dtype: str) -> list[Any]:
-        """Output `index` of the whole batch as a flat list of Python numbers; made once a batch."""
-        values = self._values.get(index)
-        if values is None:
-            values = self._values[index] = np.frombuffer(self.data[index], dtype).tolist()
-        return values
-
-
-class Share(msgspec.Struct, frozen=True):
-    """What a batch made of a piece of a request: `items` rows from `row` on, for its items from `first` on."""
-
-    outputs: BatchOutputs
-    row: int
-    items: int
-    first: int
-
-
-class Answered(msgspec.Struct, frozen=True):
-    """All outputs of a request, in the order of its items. `late_ns`: after its due time."""
-
-    shares: tuple[Share, ...]
-    late_ns: int
-    started_ns: int = 0
 
 
 OnEnd = Callable[[Answered | RefusedError], None]
@@ -175,7 +134,8 @@ class Driver:
         self._timer: asyncio.TimerHandle | None = None
         self._given_up = ""  # why, once no request is taken any more
         self.counts_arrivals = False  # for somebody who takes them
-        self._arrivals: Counter[tuple[str, int, tuple[int, ...]]] = Counter()
+        self._arrivals: Counter[tuple[str, int, int]] = Counter()
+        self._lengths: dict[str, Counter[int]] = {}  # items by length, of models that have one
         self.busy_ns: Counter[int] = Counter()  # by worker, of what is not background work
 
     # ---- requests ----
@@ -200,8 +160,11 @@ class Driver:
             return
         pending.offset = offset
         request = pending.request
+        if request.length and request.worker_id is None:
+            self._lengths.setdefault(request.model, Counter())[request.length] += request.items
         if self.counts_arrivals and request.worker_id is None:
-            self._arrivals[request.model, request.items, request.dims] += 1
+            length = request.length or next(iter(request.dims), 0)
+            self._arrivals[request.model, request.items, length] += 1
         if self._given_up:
             self._tell(pending, RefusedError(Reason.UNAVAILABLE, 0.0, self._given_up))
         else:
@@ -231,10 +194,15 @@ class Driver:
             self._tell(pending, RefusedError(Reason.UNAVAILABLE, 0.0, why))
             self._feed(Cancelled(pending.request.id))
 
-    def take_arrivals(self) -> Counter[tuple[str, int, tuple[int, ...]]]:
-        """How many requests came since the last call, by model, items and values of the varying axes."""
+    def take_arrivals(self) -> Counter[tuple[str, int, int]]:
+        """How many requests came since the last call, by model, items and length, 0 where there is none."""
         arrivals, self._arrivals = self._arrivals, Counter()
         return arrivals
+
+    def take_lengths(self) -> dict[str, Counter[int]]:
+        """How many items of each length came since the last call, by model."""
+        lengths, self._lengths = self._lengths, {}
+        return lengths
 
     def unfinished(self, model: str = "") -> int:
         """Requests that have not ended, of one model or in all."""
@@ -260,8 +228,10 @@ class Driver:
     def drains(self, worker_id: int) -> None:
         self._feed(Drains(worker_id))
 
-    def serves(self, worker_id: int, key: str, latency_ns: tuple[int, ...], weight: float) -> None:
-        self._feed(Serves(worker_id, key, latency_ns, weight=weight))
+    def serves(
+        self, worker_id: int, key: str, latency_ns: tuple[int, ...], weight: float, lengths: tuple[int, ...] = ()
+    ) -> None:
+        self._feed(Serves(worker_id, key, latency_ns, lengths, weight))
 
     def stops_serving(self, worker_id: int, key: str) -> None:
         self._feed(StopsServing(worker_id, key))
@@ -339,6 +309,8 @@ class Driver:
                 [pending.offset for pending in requests],
                 [piece.items for piece in command.pieces],
                 cut,
+                command.length,
+                [pending.request.length for pending in requests] if command.length else (),
             ),
         )
 
@@ -351,7 +323,8 @@ class Driver:
                     if len(shares) > 1:
                         shares = tuple(sorted(shares, key=attrgetter("first")))
                     self._complete.append(pending)
-                    self._tell(pending, Answered(shares, _late_ns(pending.request, at_ns), pending.started_ns))
+                    request = pending.request
+                    self._tell(pending, Answered(shares, _late_ns(request, at_ns), request.length, pending.started_ns))
             case Refuse():
                 error = RefusedError(command.reason, command.retry_after_ns / 1e9, command.detail)
                 self._tell(self._pending[command.request_id], error)

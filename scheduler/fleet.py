@@ -20,10 +20,12 @@ from partitioner.geometry import Slice
 from partitioner.tenants import TenantsError
 from scheduler import channel, spawn
 from scheduler.arena import Arena, Descriptor, SharedMemory
+from scheduler.buckets import Costs
 from scheduler.channel import Done, Failed, Loaded, LoadFailed, ModelSource, Ready, RunBatch
 from scheduler.failures import Failures
-from scheduler.loading import LOAD_TIMEOUT_S, LoadedModel, Loader, Points
-from scheduler.staff import CRASH_WINDOW_S, CRASHES, DiedError, Listener, State, Worker, resolve
+from scheduler.lengths import Points
+from scheduler.loading import LOAD_TIMEOUT_S, LoadedModel, Loader
+from scheduler.staff import CRASH_WINDOW_S, CRASHES, DiedError, Listener, Lodger, State, Worker, resolve
 from scheduler.worker import WorkerStart
 
 log = structlog.get_logger(__name__)
@@ -49,8 +51,12 @@ class Fleet:
         outbox_bytes: int = 256 * 1024 * 1024,
         batch_timeout_s: float = 60.0,
         load_timeout_s: float = LOAD_TIMEOUT_S,
+        kept_slice: str = "",
     ) -> None:
+        """`kept_slice`: the name of one that gets no worker."""
         self._arena = arena
+        self._kept_slice = kept_slice
+        self.lodger: Lodger | None = None
         self._workers_per_slice = workers_per_slice
         self._threads = threads_per_worker
         self._outbox_bytes = outbox_bytes
@@ -77,7 +83,8 @@ class Fleet:
     def pids(self, device_uuid: str | None = None) -> list[int]:
         """Worker processes that are alive now, all or those that hold one device."""
         places = [each for each in self.workers if device_uuid in (None, each.where.device_uuid)]
-        return [each.pid for each in places if each.pid is not None and _alive(each.pid)]
+        lodging = self.lodger.pids(device_uuid) if self.lodger is not None else []
+        return [pid for pid in [*(each.pid for each in places), *lodging] if pid is not None and _alive(pid)]
 
     # ---- life ----
 
@@ -123,6 +130,18 @@ class Fleet:
         """What was measured of a model, by kind of worker."""
         return self._loader.measured_ms(key)
 
+    def edges(self, key: str) -> tuple[int, ...]:
+        """What batches of a model are padded to; empty where it has no lengths, or is not loaded."""
+        return self._loader.edges(key)
+
+    def item_costs(self, key: str) -> Costs:
+        """What an item of a model with lengths costs, by its length."""
+        return self._loader.item_costs(key)
+
+    def set_edges(self, key: str, edges: tuple[int, ...]) -> None:
+        """From now on its batches are padded to these."""
+        self._loader.set_edges(key, edges, self.workers)
+
     def serving(self, key: str) -> list[Worker]:
         return [each for each in self.workers if key in each.serving and each.state == State.READY]
 
@@ -138,10 +157,14 @@ class Fleet:
                 for worker_id in self._retired:
                     self._told.worker_lost(worker_id, RECUT, comes_back=False, batch_ids=[])
                 self._retired.clear()
+                if self.lodger is not None:
+                    await self.lodger.settle()
 
     async def drain(self, slices: Sequence[Slice]) -> None:
         """Lets their workers finish what they run and end. What waited for them goes elsewhere."""
         going = [each for each in self.workers if each.where in slices]
+        if self.lodger is not None:
+            await self.lodger.leave(slices)
         await asyncio.gather(*(self._retire(each) for each in going))
 
     async def admit(self, slices: Sequence[Slice]) -> None:
@@ -164,6 +187,8 @@ class Fleet:
     def _add(self, slices: Sequence[Slice]) -> list[Worker]:
         new = []
         for where in slices:
+            if where.name == self._kept_slice:
+                continue
             for index in range(self._workers_per_slice):
                 worker = Worker(len(self.places), where, index, SharedMemory("migserve-outbox", self._outbox_bytes))
                 self.places.append((where, index))

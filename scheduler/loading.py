@@ -9,13 +9,13 @@ from typing import NamedTuple
 import structlog
 
 from partitioner import latency
+from scheduler.buckets import Costs
 from scheduler.channel import Load, Loaded, LoadFailed, ModelSource, ToWorker, Unload
+from scheduler.lengths import ByLength, Points, first_edges, item_costs, latency_ns, shortest
 from scheduler.staff import DiedError, Listener, State, Worker
 from scheduler.tensors import Signature
 
 log = structlog.get_logger(__name__)
-
-Points = tuple[tuple[int, float], ...]
 
 # A model whose loading has killed this many workers is given up.
 CRASHES_PER_LOAD = 2
@@ -32,6 +32,13 @@ class LoadedModel(NamedTuple):
 
     signature: Signature
     measured_ms: dict[str, Points]  # by kind of worker; empty where the latencies were given
+
+
+class _OfLengths(NamedTuple):
+    """What a model's batches are padded to, and what they take by length, by kind of worker."""
+
+    edges: tuple[int, ...]
+    tables: dict[str, ByLength]
 
 
 class Loader:
@@ -54,6 +61,8 @@ class Loader:
         self._models: dict[str, ModelSource] = {}  # wanted
         self._proven: set[str] = set()  # of these, what some worker has loaded without dying of it
         self._measured: dict[tuple[str, str], Points] = {}  # (model key, kind of worker)
+        self._padded: dict[str, _OfLengths] = {}  # models with lengths
+        self._max_batch: dict[str, int] = {}
 
     async def load(self, source: ModelSource, workers: Sequence[Worker]) -> LoadedModel:
         """Loads a model on all its workers. Raises ModelUnservableError if none can.
@@ -113,6 +122,8 @@ class Loader:
     def _forget(self, key: str) -> None:
         self._models.pop(key, None)
         self._proven.discard(key)
+        self._padded.pop(key, None)
+        self._max_batch.pop(key, None)
         for measured in [measured for measured in self._measured if measured[0] == key]:
             del self._measured[measured]
 
@@ -154,7 +165,7 @@ class Loader:
             return await asyncio.shield(under_way)
         future: asyncio.Future[Loaded | LoadFailed] = asyncio.get_running_loop().create_future()
         each.loading[source.key] = future
-        self._send(each, Load(source, self._known_latency(source, each)))
+        self._send(each, Load(source, self._known_latency(source, each), self._known_by_length(source, each)))
         await asyncio.wait({future}, timeout=self._timeout_s)
         if not future.done():
             self._lose(each, f"loading {source.name} took more than {self._timeout_s:g} s")
@@ -165,14 +176,68 @@ class Loader:
             if source.latency_ms is None:
                 self._measured.setdefault((source.key, each.measured_as), result.latency_ms)
             each.serving.add(source.key)
-            times = latency.per_batch(result.latency_ms, max(result.signature.max_batch, 1))
-            self._told.serves(each.id, source.key, tuple(int(ms * 1e6) for ms in times), source.weight)
+            self._max_batch[source.key] = max(result.signature.max_batch, 1)
+            self._learn_lengths(source, each, result)
+            self._tell_of(source, each, result.latency_ms)
         return result
 
     def _known_latency(self, source: ModelSource, each: Worker) -> Points | None:
         if source.latency_ms is not None:
             return tuple(_table(source.latency_ms).points(each.where.gpcs))
         return self._measured.get((source.key, each.measured_as))
+
+    def _known_by_length(self, source: ModelSource, each: Worker) -> ByLength:
+        if source.lengths is None:
+            return ()
+        if source.lengths_ms is not None:
+            return source.lengths_ms[latency.stand_in(source.lengths_ms, each.where.gpcs)]
+        if source.latency_ms is not None:
+            return ((source.lengths.longest, tuple(_table(source.latency_ms).points(each.where.gpcs))),)
+        known = self._padded.get(source.key)
+        return known.tables.get(_timed_as(source, each), ()) if known is not None else ()
+
+    # ---- lengths ----
+
+    def edges(self, key: str) -> tuple[int, ...]:
+        """What batches of a model are padded to; empty where it has no lengths, or is not loaded."""
+        return self._padded[key].edges if key in self._padded else ()
+
+    def item_costs(self, key: str) -> Costs:
+        """What an item of a model with lengths costs, over all kinds of workers."""
+        return item_costs(self._padded[key].tables.values(), self._max_batch[key])
+
+    def set_edges(self, key: str, edges: tuple[int, ...], workers: Sequence[Worker]) -> None:
+        """From now on its batches are padded to these. Does nothing if it has been unloaded."""
+        if key in self._padded:
+            self._padded[key] = self._padded[key]._replace(edges=edges)
+            for each in workers:
+                if key in each.serving and each.state == State.READY:
+                    self._tell_of(self._models[key], each, ())
+
+    def _tell_of(self, source: ModelSource, each: Worker, points: Points) -> None:
+        """The worker serves it, at the latencies of these points, or of its lengths."""
+        max_batch = self._max_batch[source.key]
+        if source.lengths is None:
+            times = latency.per_batch(points, max_batch)
+            self._told.serves(each.id, source.key, tuple(int(ms * 1e6) for ms in times), source.weight)
+        else:
+            edges, tables = self._padded[source.key]
+            rows = latency_ns(tables[_timed_as(source, each)], edges, max_batch)
+            self._told.serves(each.id, source.key, rows, source.weight, edges)
+
+    def _learn_lengths(self, source: ModelSource, each: Worker, result: Loaded) -> None:
+        if source.lengths is None:
+            return
+        if source.key not in self._padded:
+            costs = item_costs([result.by_length], max(result.signature.max_batch, 1))
+            edges = first_edges(source.lengths, shortest(result.signature), costs)
+            self._padded[source.key] = _OfLengths(edges, {})
+        self._padded[source.key].tables.setdefault(_timed_as(source, each), result.by_length)
+
+
+def _timed_as(source: ModelSource, each: Worker) -> str:
+    """Workers for which it has the same latencies."""
+    return each.measured_as if source.latency_ms is None else f"{each.where.gpcs} GPCs"
 
 
 def _table(points_by_gpcs: Mapping[int, Points]) -> latency.LatencyTable:

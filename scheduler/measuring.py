@@ -178,13 +178,10 @@ def main(source: ModelSource, device: Device, pipe: Connection) -> None:
     if device.uuid is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device.uuid
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    with suppress(ImportError):
-        import torch
-
-        torch.set_num_threads(device.threads)
+    backends.limit_threads(device.threads)
     if device.memory_mib is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (device.memory_mib << 20, device.memory_mib << 20))
-    with suppress(EOFError, OSError), backends.inference_mode():
+    with suppress(EOFError, OSError):
         try:
             backend = backends.load(Load(source, device.latency_ms), device.kind)
         except ModelLoadError as error:

@@ -33,6 +33,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     cannot meet it is served late, or refused if it is `strict`. `expires_ns`: dropped if not started by then.
     `alone`: never batched with others. `whole`: never cut. `length`: of its padded axis, 0 where there is none.
     `worker_id`: background work, one batch as it is, for this worker only (`background.py`).
+    `arrived_ns`: at the daemon, from when on its due time counts; None: when the core is told of it.
     """
 
     id: int
@@ -47,6 +48,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     whole: bool = False
     length: int = 0
     worker_id: int | None = None
+    arrived_ns: int | None = None
 
 
 class Piece(NamedTuple):
@@ -140,12 +142,13 @@ class Command(msgspec.Struct, frozen=True, gc=False, tag=True):
 
 
 class Run(Command, frozen=True):
-    """Send these pieces, as one batch, to this worker."""
+    """Send these pieces, as one batch, to this worker. `length`: what they are padded to, 0 where there is none."""
 
     worker_id: int
     batch_id: int
     model: str
     pieces: tuple[Piece, ...]
+    length: int = 0
 
 
 class Answer(Command, frozen=True):

@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from scheduler.domain import Pool
+from scheduler.domain import LATEST, Pool
 from scheduler.mix import Load
 from scheduler.policies import Policy
 from scheduler.report import Report
 from scheduler.simulator import GiveUp, Noise, SimSlice, simulate
 from scheduler.workload import Arrival
 
-# Every query is to end within so many SLOs.
-MOST_LATENESS = 10.0
 # Queries with so many items are large.
 LARGE_ITEMS = 20
 # The search goes up to this share of the fluid bound, and halves its interval so often: to 0.5 % of the bound.
@@ -50,7 +48,7 @@ class Scene:
         arrivals = self.load.draw(rate_per_s, self.queries, seed)
         sent = Counter(arrival.model for arrival in arrivals)
         late = {model: math.floor((1 - share) * count + 1e-9) for model, count in sent.items()}
-        return self._simulate(policy, arrivals, seed, False, GiveUp(late, MOST_LATENESS))
+        return self._simulate(policy, arrivals, seed, False, GiveUp(late, LATEST))
 
     def _simulate(
         self,
@@ -87,7 +85,7 @@ class Throughput:
 def holds(report: Report, slo_ms: Mapping[str, float], share: float) -> bool:
     """Whether a rate counts, that gave this report."""
     return report.complete and all(
-        each.answered == each.sent and each.within_slo >= share and each.max_ms <= MOST_LATENESS * slo_ms[model]
+        each.answered == each.sent and each.within_slo >= share and each.max_ms <= LATEST * slo_ms[model]
         for model, each in report.models.items()
     )
 

@@ -1,6 +1,7 @@
 """Starting worker processes, from a fork server: never by a plain fork, which torch's threads do not survive.
 
-The fork server has torch imported and has run nothing, so a worker starts in milliseconds and shares its memory.
+The fork server has imported what workers need and has run nothing, so a worker starts in milliseconds and shares its
+memory. torch takes seconds to import: where no model needs it, it is left out.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ from scheduler import worker
 
 _context = get_context("forkserver")
 _starting = threading.Lock()
+_preload = ["scheduler.preload", "scheduler.preload_torch"]
+
+
+def leave_torch_out() -> None:
+    """Before the first process is started. One that is to load a torch model all the same imports torch itself."""
+    _preload[:] = ["scheduler.preload"]
 
 
 def start(*arguments: Any) -> ForkServerProcess:
-    """A new process that runs `worker.main`. Blocking, for a second the first time. Raises OSError."""
+    """A new process that runs `worker.main`. Blocking, for seconds the first time. Raises OSError."""
     return start_other(worker.main, *arguments)
 
 
 def start_other(target: Callable[..., None], *arguments: Any) -> ForkServerProcess:
     """As `start`, for another function."""
-    _context.set_forkserver_preload(["scheduler.preload"])
+    _context.set_forkserver_preload(_preload)
     process = _context.Process(target=target, args=arguments, daemon=True)
     with _starting, _without_main_module():
         process.start()

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scheduler import backends
+from scheduler import backends, trials
 from scheduler.arena import Descriptor
 from scheduler.backends import Array, Backend, ModelLoadError
 from scheduler.channel import (
@@ -37,10 +37,8 @@ from scheduler.channel import (
     Unload,
     WorkerEnd,
 )
-from scheduler.tensors import ALIGN, DATATYPES, InputLayout, TensorSpec
+from scheduler.tensors import ALIGN, DATATYPES, InputLayout, TensorPlace, TensorSpec
 
-# Measuring a model at load takes at most about this long.
-MEASURE_SECONDS = 0.4
 LINE_CHARS = 500
 # For the batch that runs when the channel ends.
 END_SECONDS = 2.0
@@ -64,10 +62,7 @@ def main(start: WorkerStart, sock: socket.socket, arena: Descriptor, outbox: Des
     if start.device_uuid is not None:
         # CUDA reads it once, at its first call; the fork server has made none.
         os.environ["CUDA_VISIBLE_DEVICES"] = start.device_uuid
-    with suppress(ImportError):
-        import torch
-
-        torch.set_num_threads(start.threads)
+    backends.limit_threads(start.threads)
     threading.Thread(target=_end_with, args=(sock,), daemon=True).start()
     worker = _Worker(
         WorkerEnd(sock),
@@ -76,7 +71,7 @@ def main(start: WorkerStart, sock: socket.socket, arena: Descriptor, outbox: Des
         outbox.attach(writable=True),
     )
     # A broken pipe: the daemon is gone, and nobody is left to answer.
-    with suppress(BrokenPipeError, ConnectionResetError), backends.inference_mode():
+    with suppress(BrokenPipeError, ConnectionResetError):
         worker.run()
 
 
@@ -99,6 +94,11 @@ class _Model:
         self.min_batch = backend.signature.min_batch
         self.inputs = [_dtype(spec) for spec in backend.signature.inputs]
         self.outputs = [(spec, _dtype(spec)) for spec in backend.signature.outputs]
+        self._varying = sum(spec.dims.count(-1) for spec in backend.signature.inputs)
+
+    def dims(self, length: int) -> tuple[int, ...]:
+        """Of items that are so long."""
+        return (length,) * self._varying
 
 
 def _dtype(spec: TensorSpec) -> np.dtype[Any]:
@@ -114,6 +114,10 @@ class _Batch(NamedTuple):
     error: Exception | None
     input_ns: int
     started_ns: int
+
+
+# Offset of the request's slot, and where in it the piece's inputs lie.
+_Piece = tuple[int, tuple[TensorPlace, ...]]
 
 
 class _Written(NamedTuple):
@@ -166,13 +170,13 @@ class _Worker:
     def _load(self, message: Load) -> None:
         try:
             backend = backends.load(message, self._device)
-            points = message.latency_ms or measure(backend)
+            loaded = _measured(message, backend)
         except ModelLoadError as error:
             self._channel.send(LoadFailed(message.source.key, str(error)[:DETAIL_CHARS]))
             return
         self._models[message.source.key] = _Model(backend)
         gc.freeze()  # torch and the model live on: going through them again and again is a pause for nothing
-        self._channel.send(Loaded(message.source.key, backend.signature, points))
+        self._channel.send(loaded)
 
     # ---- batches ----
 
@@ -191,15 +195,12 @@ class _Worker:
 
     def _gather(self, message: RunBatch, model: _Model) -> list[Array]:
         """The inputs of all pieces, one array an input, copied once out of the arena."""
+        dims = model.dims(message.length) if message.length else message.dims
+        whole = model.layout.slot(max(sum(message.items), model.min_batch), dims).places
+        pieces = self._pieces(message, model)
+        if any(length != message.length for length in message.lengths):
+            return self._padded(pieces, whole, model)
         memory = self._inputs
-        pieces = [
-            (offset, model.layout.slot(items, message.dims).places)
-            for offset, items in zip(message.offsets, message.items, strict=True)
-        ]
-        for index, (first, total) in message.cut.items():
-            places = model.layout.piece(total, message.dims, first, message.items[index])
-            pieces[index] = message.offsets[index], places
-        whole = model.layout.slot(max(sum(message.items), model.min_batch), message.dims).places
         arrays = []
         for index, dtype in enumerate(model.inputs):
             parts = []
@@ -212,6 +213,32 @@ class _Worker:
             if missing:
                 parts.append(memoryview(bytes(missing)))
             arrays.append(model.backend.join(parts, whole[index].shape, dtype))
+        return arrays
+
+    def _pieces(self, message: RunBatch, model: _Model) -> list[_Piece]:
+        pieces = []
+        for index, (offset, items) in enumerate(zip(message.offsets, message.items, strict=True)):
+            dims = model.dims(message.lengths[index]) if message.lengths else message.dims
+            if index in message.cut:
+                first, total = message.cut[index]
+                pieces.append((offset, model.layout.piece(total, dims, first, items)))
+            else:
+                pieces.append((offset, model.layout.slot(items, dims).places))
+        return pieces
+
+    def _padded(self, pieces: list[_Piece], whole: tuple[TensorPlace, ...], model: _Model) -> list[Array]:
+        """Pieces of different lengths: zeros behind the shorter ones."""
+        arrays = []
+        for index, dtype in enumerate(model.inputs):
+            array = model.backend.zeros(whole[index].shape, dtype)
+            row = 0
+            for offset, places in pieces:
+                place = places[index]
+                values = np.frombuffer(self._inputs, dtype, place.nbytes // dtype.itemsize, offset + place.offset)
+                rows = slice(row, row + place.shape[0])
+                array[(rows, *map(slice, place.shape[1:]))] = values.reshape(place.shape)
+                row = rows.stop
+            arrays.append(array)
         return arrays
 
     def _finish(self, batch: _Batch) -> None:
@@ -265,41 +292,18 @@ class _Worker:
         return written
 
 
+def _measured(message: Load, backend: Backend) -> Loaded:
+    """With what was told of its latencies, or else is found out now. Raises ModelLoadError."""
+    key, lengths = message.source.key, message.source.lengths
+    if lengths is None:
+        return Loaded(key, backend.signature, message.latency_ms or trials.measure(backend))
+    trials.check(backend.signature, lengths)
+    by_length = message.by_length or trials.measure_lengths(backend, lengths)
+    return Loaded(key, backend.signature, by_length[-1][1], by_length)
+
+
 def one_line(error: Exception) -> str:
     """What an exception says, without the traceback that TorchScript and C++ put into the message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     said = lines[-1] if any("Traceback of TorchScript" in line for line in lines) else lines[0]
     return f"{type(error).__name__}: {said}"[:LINE_CHARS]
-
-
-def measure(backend: Backend) -> tuple[tuple[int, float], ...]:
-    """(batch, ms) points on this device: medians of a few runs each, on zeros. Raises ModelLoadError."""
-    signature = backend.signature
-    layout = InputLayout(signature)
-    largest = max(signature.max_batch, 1)
-    batches = sorted({largest, *(1 << n for n in range(largest.bit_length()))})
-    deadline = time.monotonic() + MEASURE_SECONDS
-    points: list[tuple[int, float]] = []
-    for batch in batches:
-        places = layout.slot(max(batch, signature.min_batch), signature.sample_dims).places
-        inputs = [
-            np.zeros(place.shape, DATATYPES[spec.datatype].numpy)
-            for spec, place in zip(signature.inputs, places, strict=True)
-        ]
-        try:
-            points.append((batch, _median_ms(backend, inputs, MEASURE_SECONDS / len(batches))))
-        except Exception as error:  # a model that cannot run on zeros of its own shape is broken
-            raise ModelLoadError(f"a first run at batch {batch} failed: {type(error).__name__}: {error}") from error
-        if time.monotonic() > deadline:
-            break  # the rest is extrapolated along the last two points
-    return tuple(points)
-
-
-def _median_ms(backend: Backend, inputs: list[Array], seconds: float) -> float:
-    backend.finish(backend.start(inputs))  # the first run of a shape pays for caches and buffers
-    times: list[float] = []
-    while not times or (sum(times) < seconds and len(times) < 50):
-        begin = time.perf_counter()
-        backend.finish(backend.start(inputs))
-        times.append(time.perf_counter() - begin)
-    return 1e3 * sorted(times)[len(times) // 2]

@@ -15,8 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from server import jobs_verb
+from server.options import DEFAULT_GPU, CatalogueGpu, LatencyTable, SkipSuspects
 from server.profile_verb import profile
 from server.settings import Settings
+from server.simulate_verb import simulate
 
 app = typer.Typer(
     name="migserve",
@@ -210,19 +212,15 @@ def plan(
     planner: Annotated[
         str, typer.Option(help="`optimal`: the fewest GPUs that keep every SLO; `paris`: slices sized by the queries.")
     ] = "optimal",
-    gpu: Annotated[str, typer.Option(help="Which GPU, by its name in the catalogue.")] = "A100-80GB",
+    gpu: CatalogueGpu = DEFAULT_GPU,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many there are; by default as few as possible.")] = None,
     max_processes: Annotated[int, typer.Option(min=1, help="Processes of a model side by side in a slice.")] = 1,
     exclusive: Annotated[bool, typer.Option("--exclusive", help="A slice serves one model only.")] = False,
     slo_share: Annotated[
         float | None, typer.Option(min=0.01, max=0.99, help="Share of the SLO that a batch may take; else chosen.")
     ] = None,
-    latency_table: Annotated[
-        Path | None, typer.Option(help="Latency table, CSV or JSON; by default the one measured on an A100-80GB.")
-    ] = None,
-    skip_suspects: Annotated[
-        bool, typer.Option("--skip-suspects", help="Leave out points of the table that look like errors.")
-    ] = False,
+    latency_table: LatencyTable = None,
+    skip_suspects: SkipSuspects = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Draw the plan to this .svg or .png file, too.")] = None,
 ) -> None:
@@ -246,98 +244,7 @@ def plan(
     raise typer.Exit(plan_command.run(request))
 
 
-@app.command()
-def simulate(
-    gpu: Annotated[str, typer.Option(help="Which GPU, by its name in the catalogue.")] = "A100-80GB",
-    gpus: Annotated[int | None, typer.Option(min=1, max=64, help="How many; by default 2, or as planned.")] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            help="Of each GPU, such as 3g.40gb+2g.20gb+1g.10gb+1g.10gb; by default a varied one, or as planned."
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="By its name in the latency table; by default resnet50.")] = None,
-    workload: Annotated[
-        str,
-        typer.Option(
-            help="`w-paper`: 1 to 32 items a query, log-normal. `w-length`: texts of 16 to 512 tokens, for bert-base. "
-            "`w-slo`: the models, rates and SLOs of a --scenario. Or a CSV file with the columns "
-            "seconds,model,items,length (the last two may be missing).",
-        ),
-    ] = "w-paper",
-    scenario: Annotated[str | None, typer.Option(help="Of w-slo: S1 to S6.")] = None,
-    arrivals: Annotated[str, typer.Option(help="`poisson`, `bursty`, or `diurnal`.")] = "poisson",
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Who decides; several times, or `all`, to compare. By default ours; in a report elsa beside it."
-        ),
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="Queries a second; by default 80 % of the fluid bound, or as stated or recorded."),
-    ] = None,
-    find_max: Annotated[
-        str | None,
-        typer.Option(
-            help="`p95` or `p99`: look for the highest rate at which it is within the SLO, and every query ends within "
-            "ten SLOs.",
-        ),
-    ] = None,
-    slo_factor: Annotated[
-        float | None, typer.Option(min=0.1, help="The SLO, in times of 32 items on a whole GPU. Default: 2.")
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse what would be late, instead of serving it late.")
-    ] = False,
-    noise: Annotated[float, typer.Option(min=0, max=1, help="Of service times, as a share; 0: exact, no tail.")] = 0.03,
-    queries: Annotated[int, typer.Option(min=100, help="About so many a run.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same figures.")] = 0,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="So many from --seed on; by default 3 with --find-max, else 1.")
-    ] = None,
-    latency_table: Annotated[
-        Path | None, typer.Option(help="Latency table, CSV or JSON; by default the one measured on an A100-80GB.")
-    ] = None,
-    skip_suspects: Annotated[
-        bool, typer.Option("--skip-suspects", help="Leave out points of the table that look like errors.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write a report with plots to this .html file.")] = None,
-) -> None:
-    """Simulate the scheduler on slices of MIG GPUs, with measured latencies. Nothing is served, no GPU is needed.
-
-    **migserve simulate** shows two A100s, each 3g+2g+1g+1g, at 80 % of what they can do at best
-
-    **migserve simulate --find-max p95 --model bert --layout 4g.40gb+3g.40gb** finds the highest rate within the SLO
-
-    **migserve simulate --policy pool --policy elsa --out report.html** plots latency against load, slices, batches
-
-    **migserve simulate --workload w-slo --scenario S3** plans for eleven models, and tries the plan
-
-    **migserve simulate --workload trace.csv --gpus 4 --json** replays what was recorded
-    """
-    from server import simulate_command as do
-    from server.simulate_setup import Asked
-
-    asked = Asked(
-        gpu=gpu,
-        gpus=gpus,
-        layout=layout,
-        model=model,
-        workload=workload,
-        scenario=scenario,
-        arrivals=arrivals,
-        slo_factor=slo_factor,
-        latency_table=latency_table,
-        skip_suspects=skip_suspects,
-        queries=queries,
-        noise=noise,
-        strict=strict,
-    )
-    raise typer.Exit(do.run(do.Request(asked, policy or [], rate, find_max, seed, seeds, json, out)))
-
-
+app.command()(simulate)
 app.command()(profile)
 app.add_typer(jobs_verb.app, name="jobs")
 

@@ -21,7 +21,7 @@ from partitioner.plans import ModelDemand, PlanError
 from partitioner.programme import InfeasibleError
 from partitioner.reconfigure import RefusedChangeError, Result
 from scheduler.driver import Driver
-from scheduler.loading import Points
+from scheduler.lengths import Points
 from server.layouts import Layouts
 from server.repository import Model, ModelState, Repository
 from server.settings import Settings
@@ -58,14 +58,18 @@ class Autopilot:
         self._layouts = layouts
         self._repository = repository
         self._driver = driver
-        self._started_s = time.monotonic()
-        self._demand = Demand(settings.replan_half_life_secs, self._started_s)
+        self._begin()
         self._failed: dict[str, list[str]] = {}  # the target that could not be reached, by GPU
         self._retry_at_s = 0.0
         self.view = View({}, None, "no traffic seen yet")
 
+    def _begin(self) -> None:
+        self._started_s = time.monotonic()
+        self._demand = Demand(self._settings.replan_half_life_secs, self._started_s)
+
     async def run(self) -> None:
         """Until cancelled."""
+        self._begin()  # minutes of loading models are no minutes without traffic
         while True:
             await asyncio.sleep(self._settings.replan_interval_secs)
             try:
@@ -79,8 +83,8 @@ class Autopilot:
     async def observe(self) -> View:
         """Takes in what has arrived since the last time, and thinks again."""
         counts: Counter[Kind] = Counter()
-        for (key, items, dims), count in self._driver.take_arrivals().items():
-            counts[Kind(key.partition("/")[0], items, dims[0] if dims else 0)] += count
+        for (key, items, length), count in self._driver.take_arrivals().items():
+            counts[Kind(key.partition("/")[0], items, length)] += count
         self._demand.observe(time.monotonic(), counts)
         traffic = self._demand.traffic()
         try:

@@ -21,13 +21,13 @@ from partitioner.intent import IntentFile
 from partitioner.nvml_errors import NvmlError
 from partitioner.reconfigure import RefusedChangeError
 from preprocess.pool import PreprocessPool
+from scheduler import spawn
 from scheduler.arena import Arena
 from scheduler.core import SchedulerCore
 from scheduler.driver import Driver
 from scheduler.fleet import Fleet
 from scheduler.journal import Header, JournalWriter
 from scheduler.policies.named import POLICIES
-from scheduler.spawn import start_other
 from scheduler.staff import State
 from server import admin, grpc_api, jobs_api, rest
 from server.app import create_app
@@ -42,8 +42,10 @@ from server.job_preparing import JobPreparer
 from server.job_supply import Supply
 from server.jobs import Jobs
 from server.layouts import Layouts
+from server.lengths import LengthWatch
 from server.listening import HttpServer, listen
 from server.metrics import Metrics
+from server.preprocess_places import PreprocessPlaces
 from server.repository import ModelState, Repository
 from server.service import InferenceService
 from server.settings import MIB, Settings
@@ -99,6 +101,7 @@ class Daemon:
             threads_per_worker=settings.threads_per_worker,
             batch_timeout_s=settings.batch_timeout_secs,
             load_timeout_s=settings.load_timeout_secs,
+            kept_slice=settings.preprocess_slice,
         )
         self._door = open_gpus(settings.gpu, settings.layout, settings.simulation_state, self.fleet.pids)
         self.metrics = Metrics()
@@ -111,11 +114,19 @@ class Daemon:
         core = SchedulerCore(settings.max_queue_size, POLICIES[settings.policy])
         self.driver = Driver(core, self.fleet, self.arena, self.metrics, self._journal)
         isolated, decoder = settings.isolate_decoders, settings.preprocess_decoder
-        self._pool = PreprocessPool(settings.preprocess_threads, decoder, isolated=isolated, start=start_other)
-        self.repository = Repository(settings.model_repository, self.fleet, self.driver, self.arena.size, self._pool)
+        memory = self.arena.fd, self.arena.memory
+        self._pool = PreprocessPool(
+            settings.preprocess_threads, decoder, isolated=isolated, start=spawn.start_other, arena=memory
+        )
+        places = PreprocessPlaces(settings, self._pool, self.fleet.serving)
+        self.fleet.lodger = places
+        roots = settings.model_repository
+        self.repository = Repository(roots, self.fleet, self.driver, self.arena.size, places.prepare)
         self._state_dir = settings.state_dir.expanduser()
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
+        places.watch(lambda: self.layouts.gpus, self.repository.models)
         self.service = InferenceService(self.driver, self.arena, self._pool)
+        self.metrics.add(self.service.preprocess_stats)
         supply = Supply(core.pool, self.driver, self.repository, self.arena.size)
         jobs = self._state_dir / "jobs"
         preparer = JobPreparer(self._pool, settings.preprocess_threads or os.cpu_count() or 1)
@@ -205,6 +216,9 @@ class Daemon:
         if self.settings.allow_jobs:
             await self._jobs.start()
         self._background.append(asyncio.create_task(GpuWatch(self._door, self.layouts, self.metrics).run()))
+        self._background.append(
+            asyncio.create_task(LengthWatch(self.driver, self.fleet, self.repository.lengths).run())
+        )
         if self.settings.replan != "off":
             self.driver.counts_arrivals = True
             sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -219,13 +233,19 @@ class Daemon:
             await self.layouts.recover()
         except (NvmlError, RefusedChangeError, ValueError, OSError) as error:
             raise StartError(f"a re-cut was cut off, and cannot be put right: {error}") from error
-        if not self._slices():
+        kept, names = self.settings.preprocess_slice, [each.name for each in self._slices()]
+        if kept and (kept not in names or len(names) == 1):
+            others = ", ".join(names) or "none"
+            raise StartError(f"--preprocess-slice {kept} must be one of several slices; there are {others}")
+        if not names:
             raise StartError("no slice to serve on: MIG is on, but there are no instances; see migserve layout apply")
 
     def _slices(self) -> list[Slice]:
         return [each for gpu in self.layouts.gpus for each in gpu.slices]
 
     async def _load(self) -> None:
+        if not self.repository.needs_torch():
+            spawn.leave_torch_out()
         await self.fleet.start(self.driver, self._slices())
         await self.repository.load_all(self._progress.model)
 

@@ -131,7 +131,8 @@ def make(folder: Path) -> str:
     (folder / "serving.yaml").write_text(
         "# Clients may send text, as the BYTES input `text`, instead of token ids and their mask.\n"
         "preprocess:\n  input: text\n  output: input_ids\n  mask: attention_mask\n"
-        f"  buckets: [16, 32, 64, 128, {MAX_TOKENS}]\n"
         f"  text: {{tokenizer: tokenizer.json, max_tokens: {MAX_TOKENS}, truncate: true}}\n"
+        "# Texts of different lengths share batches, filled up with zeros that the mask tells from tokens.\n"
+        f"lengths: {{longest: {MAX_TOKENS}, buckets: 5}}\n"
     )
     return "embeddings of 384 numbers, by all-MiniLM-L6-v2"

@@ -18,7 +18,7 @@ KINDS = ("tone", "chord", "sweep", "pulses", "noise")
 RATE = 16_000
 SHORTEST_S, LONGEST_S = 1.0, 25.0
 STEPS = AudioSteps(preset="nemo-80", per_feature=False, max_seconds=30.0)
-BUCKETS = (200, 400, 800, 1600, 3000)
+LONGEST_FRAMES = 3000
 MAX_BATCH = 16
 TRAINED_ON, HELD_OUT = 400, 100
 CROP_FRAMES = 100
@@ -98,15 +98,17 @@ def make(folder: Path) -> str:
     right = _right(model, clips(HELD_OUT, seed=1))
     if right < LEAST_RIGHT:
         raise RuntimeError(f"the tones model got only {right:.1%} of the held-out clips right, expected 95 %")
-    batch, time = torch.export.Dim("batch", min=1, max=MAX_BATCH), torch.export.Dim("time", min=2, max=BUCKETS[-1])
+    batch, time = torch.export.Dim("batch", min=1, max=MAX_BATCH), torch.export.Dim("time", min=2, max=LONGEST_FRAMES)
     example = torch.zeros(2, 80, 200), torch.tensor([200, 100])
     shapes = {"x": {0: batch, 2: time}, "frames": {0: batch}}
     (folder / "1").mkdir()
     torch.export.save(torch.export.export(model, example, dynamic_shapes=shapes), folder / "1" / "model.pt2")
     (folder / "serving.yaml").write_text(
         "# Clients may send WAV, FLAC, Ogg or MP3, as the BYTES input `sound`, instead of features and their length.\n"
-        f"preprocess:\n  input: sound\n  output: x\n  length: frames\n  buckets: {list(BUCKETS)}\n"
+        f"preprocess:\n  input: sound\n  output: x\n  length: frames\n"
         "  audio: {preset: nemo-80, per_feature: false, max_seconds: 30}\n"
+        "# Clips of different lengths share batches, filled up with zeros that `frames` tells from sound.\n"
+        f"lengths: {{longest: {LONGEST_FRAMES}, buckets: 5}}\n"
     )
     (folder / "sweep.wav").write_bytes(wav(clip("sweep", 3.0, np.random.default_rng(5))))
     return f"a small CNN, {right:.1%} of {HELD_OUT} held-out clips right"

@@ -12,6 +12,7 @@ import structlog
 from preprocess.errors import BadInputError
 from preprocess.pipeline import PipelineFile
 from preprocess.pool import PoolFullError, PreprocessPool
+from scheduler.lengths import stepped
 from server import codec
 from server.codec import Tensor
 from server.job_inputs import Item
@@ -76,11 +77,16 @@ class JobPreparer:
             return
         by_length = defaultdict(list)
         for item, read in zip(items, await self._pool.read(pipeline, elements).future, strict=True):
-            by_length[pipeline.bucket(read.length)].append((item, read))
+            by_length[_padded(model, read.length)].append((item, read))
         for length, pairs in by_length.items():
             slot = _Slot(model, pipeline, len(pairs), length)
             await self._pool.place(pipeline, [read for _, read in pairs], length, slot.places).future
             slot.fill([item for item, _ in pairs])
+
+
+def _padded(model: Model, length: int) -> int:
+    """So that there are few different ones, where padding changes nothing."""
+    return length if model.lengths is None else stepped(length, model.lengths.longest)
 
 
 class _Slot:

@@ -13,7 +13,7 @@ from typing import IO, Any
 import msgspec
 import numpy as np
 
-from scheduler.driver import Answered
+from scheduler.answers import Answered
 from scheduler.tensors import DATATYPES, TensorSpec
 from server.job_store import Asked, Ledger, Row, full_disk
 

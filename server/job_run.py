@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import structlog
 
-from scheduler.driver import Answered, now_ns
+from scheduler.answers import Answered
+from scheduler.driver import now_ns
 from scheduler.elastic import Elastic
 from server import job_results
 from server.errors import Fault, ServeError

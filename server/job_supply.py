@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Mapping
 
-from scheduler.domain import Pool, Worker
+from scheduler.domain import Kind, Pool, Worker
 from scheduler.driver import Driver
 from scheduler.elastic import IdleShares, Place, batch_for, patience_ns
 from server.repository import Model, ModelState, Repository
@@ -51,16 +52,23 @@ class Supply:
         return self._batch(worker, model, bucket, factor)
 
     def _batch(self, worker: Worker, model: Model, bucket: Bucket, factor: float) -> tuple[int, float]:
-        table = worker.tables[model.key, 0]
+        kind = self._kind(model, bucket)
+        table = worker.tables[kind]
         if table.factor == 1:
-            factor *= self._usual_correction(model)
+            factor *= self._usual_correction(kind)
         items, ns = batch_for(table, self._limit_ns(worker), factor)
         most = self._most_items(model, bucket)
         return (items, ns) if items <= most else (most, table.time_ns(most) * factor)
 
-    def _usual_correction(self, model: Model) -> float:
+    def _kind(self, model: Model, bucket: Bucket) -> Kind:
+        """The length bucket, of a model that has them, that holds such items."""
+        lengths = self._pool.lengths[model.key]
+        length = bucket[0] if model.lengths is not None and bucket else 0
+        return model.key, min(bisect_left(lengths, length), len(lengths) - 1)
+
+    def _usual_correction(self, kind: Kind) -> float:
         """For a slice that nothing is known of but its table: it is likely to err there as elsewhere."""
-        factors = [worker.tables[model.key, 0].factor for worker in self._pool.serving[model.key, 0]]
+        factors = [worker.tables[kind].factor for worker in self._pool.serving[kind]]
         known = [math.log(factor) for factor in factors if factor != 1]
         return math.exp(sum(known) / len(known)) if known else 1.0
 

@@ -85,6 +85,10 @@ class Metrics(Collector):
         self._places, self._workers = fleet.places, lambda: fleet.workers
         self._gpus, self._models_now, self._arena = gpus, models_now, arena
 
+    def add(self, collector: Collector) -> None:
+        """Somebody else's series beside these."""
+        self._registry.register(collector)
+
     def stats(self, model: str, version: str) -> ModelStats:
         """Everything counted of one model version."""
         self._count_all()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from partitioner import latency
+from partitioner.lengths import LengthTable, length_tables
 from preprocess.pipeline import PipelineError, PipelineFile, checked
 from scheduler.channel import ModelSource
+from scheduler.lengths import ByLength, Lengths
 from scheduler.tensors import Signature
 from server import config_pbtxt
 from server.config_pbtxt import EMULATED, MODEL_FILES, ModelFileError
@@ -32,12 +35,44 @@ class LatencyTableFile(BaseModel):
     model: str | None = None
 
 
+class LengthsFile(BaseModel):
+    """`lengths` in serving.yaml: see `scheduler.lengths.Lengths`. `buckets`: how many, or their upper edges."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    longest: int | None = Field(None, ge=1, lt=2**31)
+    buckets: int | list[int] = 6
+    length: str = ""
+    mask: str = ""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> LengthsFile:
+        if isinstance(self.buckets, int):
+            if self.longest is None:
+                raise ValueError("give longest, the greatest length that is taken, or buckets as a list of lengths")
+            if not 1 <= self.buckets <= 64:
+                raise ValueError("buckets must be 1 to 64, or a list of lengths")
+        elif not self.buckets or self.buckets[0] < 1 or any(low >= high for low, high in pairwise(self.buckets)):
+            raise ValueError("buckets must be lengths in ascending order")
+        elif self.longest is not None and self.longest != self.buckets[-1]:
+            raise ValueError(f"longest is {self.longest}, but the last of the buckets {self.buckets[-1]}")
+        return self
+
+    def settled(self, length: str, mask: str) -> Lengths:
+        """`length`, `mask`: what preprocessing calls them, where they are not given here."""
+        length, mask = self.length or length, self.mask or mask
+        if isinstance(self.buckets, list):
+            return Lengths(self.buckets[-1], tuple(self.buckets), length=length, mask=mask)
+        assert self.longest is not None
+        return Lengths(self.longest, count=self.buckets, length=length, mask=mask)
+
+
 class ServingFile(BaseModel):
     """`serving.yaml`. `mig_profiles`: where the model is served; empty means on every slice.
 
     `strict`: requests that cannot be served in time are refused, not served late. `split`: a request's items may
     run in different batches, since none depends on another. `weight`: its part of slices that it shares with other
-    models, when there is not enough for all.
+    models, when there is not enough for all. `lengths`: of a model with an axis that varies, which is padded.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,6 +84,14 @@ class ServingFile(BaseModel):
     mig_profiles: list[str] = []
     latency_table: LatencyTableFile | None = None
     preprocess: PipelineFile | None = None
+    lengths: LengthsFile | None = None
+
+    @property
+    def settled_lengths(self) -> Lengths | None:
+        pipeline = self.preprocess
+        if self.lengths is None:
+            return None
+        return self.lengths.settled(pipeline.length or "" if pipeline else "", pipeline.mask or "" if pipeline else "")
 
     def check(self, signature: Signature) -> None:
         """Raises ModelFileError where it does not fit the model."""
@@ -76,6 +119,16 @@ def versions_to_serve(folder: Path) -> tuple[list[int], list[str]]:
     return config_pbtxt.picked(config, found or [1]), config_pbtxt.ignored(config)
 
 
+def needs_torch(folder: Path) -> bool:
+    """Whether the files of a model look so: its own, or those of preprocessing, which computes with torch too."""
+    if any(path.name in MODEL_FILES for path in folder.glob("*/*")):
+        return True
+    try:
+        return "preprocess" in (folder / "serving.yaml").read_text(errors="replace")
+    except OSError:
+        return False
+
+
 def read_model(folder: Path, version: int, generation: int) -> tuple[ModelSource, ServingFile, dict[str, Any]]:
     """One version, ready to be handed to the fleet, and the version policy it was picked by. Raises ModelFileError."""
     name = folder.name
@@ -92,6 +145,8 @@ def read_model(folder: Path, version: int, generation: int) -> tuple[ModelSource
         outputs=config_pbtxt.specs(config.output, "output"),
         max_batch=_max_batch(config, backend),
         latency_ms=_latency(folder, name, serving.latency_table),
+        lengths=serving.settled_lengths,
+        lengths_ms=_latency_by_length(folder, name, serving) if serving.lengths is not None else None,
         mig_profiles=tuple(serving.mig_profiles),
         weight=serving.weight,
     )
@@ -127,7 +182,9 @@ def _read_serving(folder: Path) -> ServingFile:
     try:
         serving = ServingFile.model_validate(data)
         if serving.preprocess is not None:
-            serving.preprocess = serving.preprocess.beside(str(folder))
+            lengths = serving.settled_lengths
+            longest = lengths.longest if lengths is not None else None
+            serving.preprocess = serving.preprocess.placed(str(folder), longest)
         return serving
     except ValidationError as error:
         reasons = "; ".join(_explain(each["loc"], each["type"], each["msg"]) for each in error.errors())
@@ -171,6 +228,25 @@ def _model_file(folder: Path, version: int, config: Any) -> tuple[str, Path]:
             f"{' and '.join(there) or f'no {_file_names()}'}; they may be {config_pbtxt.all_words()}"
         )
     raise ModelFileError(f"{path} holds no {_file_names()}")
+
+
+def _latency_by_length(folder: Path, name: str, serving: ServingFile) -> dict[int, ByLength] | None:
+    """Of a latency table whose rows name a seq_len; it was read before, as one without. None: of no such one."""
+    table = serving.latency_table
+    if table is None or table.file is None:
+        return None
+    model = table.model or name
+    rows = [row for row in latency.read_measurements(folder / table.file) if row.model == model]
+    if not any(row.seq_len for row in rows):
+        return None
+    found = length_tables(rows, model, max(row.batch for row in rows))
+    return {gpcs: _points_by_length(of_size) for gpcs, of_size in found.items()}
+
+
+def _points_by_length(table: LengthTable) -> ByLength:
+    return tuple(
+        (length, tuple(enumerate(row, start=1))) for length, row in zip(table.lengths, table.rows, strict=True)
+    )
 
 
 def _latency(

@@ -15,11 +15,14 @@ from preprocess.items import Item
 from preprocess.pipeline import PipelineFile
 from preprocess.pool import Job, PoolFullError, PreprocessPool
 from scheduler.arena import Arena, ArenaFullError
+from scheduler.domain import LATEST
 from scheduler.driver import Driver, Pending, now_ns
-from scheduler.messages import Reason
+from scheduler.messages import Reason, Request
 from server import codec
 from server.codec import Checked, Tensor
 from server.errors import Fault, ServeError, from_refusal, internal, invalid
+from server.lengths import length_of
+from server.preprocess_stats import PreprocessStats
 from server.repository import Model
 from server.terms import Terms
 
@@ -29,6 +32,12 @@ log = structlog.get_logger(__name__)
 BRIEFLY_S = 1.0
 
 OnError = Callable[[ServeError], None]
+
+
+def sized(request: Request, model: Model, checked: Checked) -> Request:
+    """With its dims, or its length, which decide with what it may share a batch. Raises ServeError."""
+    length = length_of(model.lengths, checked)
+    return msgspec.structs.replace(request, dims=() if length else checked.dims, length=length)
 
 
 def allocate(arena: Arena, nbytes: int) -> int:
@@ -47,8 +56,8 @@ def allocate(arena: Arena, nbytes: int) -> int:
 class Preparer:
     """Begins them."""
 
-    def __init__(self, driver: Driver, arena: Arena, pool: PreprocessPool) -> None:
-        self._shared = driver, arena, pool
+    def __init__(self, driver: Driver, arena: Arena, pool: PreprocessPool, stats: PreprocessStats) -> None:
+        self._shared = driver, arena, pool, stats
 
     def begin(
         self,
@@ -85,6 +94,7 @@ class _Preparation:
         driver: Driver,
         arena: Arena,
         pool: PreprocessPool,
+        stats: PreprocessStats,
         model: Model,
         pipeline: PipelineFile,
         items: int,
@@ -93,12 +103,16 @@ class _Preparation:
         self._driver = driver
         self._arena = arena
         self._pool = pool
+        self._stats = stats
         self._model = model
         self._pipeline = pipeline
         self._items = items
         self._on_error = on_error
+        self._times_ns: dict[str, int] = {}  # of what was read, before it is placed
 
     def cancel(self) -> None:
+        if not self._job.future.done():
+            self._stats.failed(self._model.id, "cancelled")
         self._job.stop()
         self._driver.cancel(self._pending)
 
@@ -111,7 +125,7 @@ class _Preparation:
             self._job = self._pool.write(self._pipeline, elements, places)
         except PoolFullError as error:
             self._arena.free(self._offset)
-            raise _pool_full(error) from None
+            raise self._pool_full(error) from None
         self._pending = accept(checked)
         self._job.future.add_done_callback(self._written)
 
@@ -122,18 +136,20 @@ class _Preparation:
         try:
             self._job = self._pool.read(self._pipeline, elements)
         except PoolFullError as error:
-            raise _pool_full(error) from None
+            raise self._pool_full(error) from None
         self._pending = accept(checked)
         self._job.future.add_done_callback(self._read)
 
     def _elements(self, tensor: Tensor, terms: Terms) -> list[bytes]:
-        """Raises ServeError; also where their preprocessing alone would take longer than the request may."""
+        """Raises ServeError; also where their preprocessing alone would make the request later than it may be."""
         elements = codec.byte_elements(tensor, text=self._pipeline.text is not None)
         if terms.due_ns is not None:
-            late_ns = now_ns() + self._pool.estimate_ns(self._pipeline, elements) - terms.due_ns
-            if late_ns > 0:
-                unreachable, name = Reason.SLO_UNREACHABLE, self._model.name
-                raise from_refusal(unreachable, late_ns / 1e9, "", name, terms.limit, terms.limit_ms)
+            latest_ns = terms.due_ns if terms.strict else terms.arrival_ns + LATEST * (terms.due_ns - terms.arrival_ns)
+            over_ns = now_ns() + self._pool.estimate_ns(self._pipeline, elements) - latest_ns
+            if over_ns > 0:
+                self._stats.failed(self._model.id, "unreachable" if terms.strict else "overloaded")
+                reason = Reason.SLO_UNREACHABLE if terms.strict else Reason.OVERLOADED
+                raise from_refusal(reason, over_ns / 1e9, "", self._model.name, terms.limit, terms.limit_ms)
         return elements
 
     def _read(self, job: asyncio.Future[list[Item]]) -> None:
@@ -141,13 +157,14 @@ class _Preparation:
             return
         try:
             items = job.result()
-            length = self._pipeline.bucket(max(item.length for item in items))
+            self._times_ns = self._job.times_ns()
+            length = max(item.length for item in items)
             checked = self._checked(length)
             places = self._take_slot(checked)
         except Exception as error:
             self._fail(error)
             return
-        self._pending.request = msgspec.structs.replace(self._pending.request, dims=checked.dims)
+        self._pending.request = sized(self._pending.request, self._model, checked)
         self._job = self._pool.place(self._pipeline, items, length, places)
         self._job.future.add_done_callback(self._written)
 
@@ -157,6 +174,7 @@ class _Preparation:
             return  # the pool is closed, and one may be writing still
         error = job.exception()
         if error is None:
+            self._stats.done(self._model.id, self._items, self._times_ns or self._job.times_ns())
             self._driver.start(self._pending, self._offset)
             return
         self._arena.free(self._offset)
@@ -167,11 +185,16 @@ class _Preparation:
             return
         if isinstance(error, ServeError):
             self._on_error(error)
-        elif isinstance(error, BadInputError):
-            self._on_error(invalid(str(error)))
-        else:
+            return
+        bad = isinstance(error, BadInputError)
+        self._stats.failed(self._model.id, "bad_input" if bad else "internal")
+        if not bad:
             log.error("preprocessing failed", model=self._model.key, exc_info=error)
-            self._on_error(internal())
+        self._on_error(invalid(str(error)) if bad else internal())
+
+    def _pool_full(self, error: PoolFullError) -> ServeError:
+        self._stats.failed(self._model.id, "pool_full")
+        return ServeError(Fault.REFUSED, str(error), reason="pool_full", retry_after_s=BRIEFLY_S)
 
     def _checked(self, length: int | None) -> Checked:
         """What the pipeline makes of it, against the model's signature. Raises ServeError."""
@@ -202,7 +225,3 @@ def _check_shape(tensor: Tensor) -> None:
         raise invalid(f"input {tensor.name} has datatype {tensor.datatype}, expected BYTES")
     if tensor.shape[1:] not in ((), (1,)):
         raise invalid(f"input {tensor.name} has shape {list(tensor.shape)}, expected [batch] or [batch, 1]")
-
-
-def _pool_full(error: PoolFullError) -> ServeError:
-    return ServeError(Fault.REFUSED, str(error), reason="pool_full", retry_after_s=BRIEFLY_S)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from server.options import DEFAULT_GPU
+
 
 def profile(
     model: Annotated[str, typer.Argument(help="By its name in the repository, or its folder.")],
@@ -14,7 +16,7 @@ def profile(
     device: Annotated[
         str | None, typer.Option(help="`cpu`, `cuda` or `emulated`; by default the GPU where there is one.")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="Of an emulated model: which GPU's slices.")] = "A100-80GB",
+    gpu: Annotated[str, typer.Option(help="Of an emulated model: which GPU's slices.")] = DEFAULT_GPU,
     slices: Annotated[
         str | None,
         typer.Option(help="MIG profiles, such as 1g.10gb,2g.20gb; on the CPU numbers of threads. By default all; 1."),

@@ -7,7 +7,7 @@ What Triton has no words for stands in an optional `serving.yaml` beside it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,19 +16,20 @@ from typing import Any
 import structlog
 
 from preprocess.pipeline import PipelineError
-from preprocess.pool import PreprocessPool
 from scheduler.channel import ModelSource
 from scheduler.driver import Driver
 from scheduler.fleet import Fleet
-from scheduler.loading import ModelUnservableError, Points
+from scheduler.lengths import Lengths, Points, shortest
+from scheduler.loading import ModelUnservableError
 from scheduler.staff import Worker
 from scheduler.tensors import InputLayout, Signature
 from server.config_pbtxt import ModelFileError
 from server.errors import Fault, ServeError
-from server.model_files import ServingFile, read_model, versions_to_serve
+from server.model_files import ServingFile, needs_torch, read_model, versions_to_serve
 
 log = structlog.get_logger(__name__)
 
+Prepare = Callable[["Model"], Awaitable[None]]
 Progress = Callable[[str, str], None]  # model name, what has become of it
 
 
@@ -75,6 +76,10 @@ class Model:
         return self.source.key if self.source is not None else ""
 
     @property
+    def lengths(self) -> Lengths | None:
+        return self.source.lengths if self.source is not None else None
+
+    @property
     def backend(self) -> str:
         return self.source.backend if self.source is not None else ""
 
@@ -86,14 +91,13 @@ class Model:
 class Repository:
     """All models that were asked for, by name and version."""
 
-    def __init__(
-        self, roots: Sequence[Path], fleet: Fleet, driver: Driver, arena_bytes: int, pool: PreprocessPool
-    ) -> None:
+    def __init__(self, roots: Sequence[Path], fleet: Fleet, driver: Driver, arena_bytes: int, prepare: Prepare) -> None:
+        """`prepare`: gets ready what the preprocessing of a model needs, and raises PipelineError."""
         self._roots = list(roots)
         self._arena_bytes = arena_bytes
         self._fleet = fleet
         self._driver = driver
-        self._pool = pool
+        self.prepare = prepare
         self._models: dict[str, dict[int, Model]] = {}
         self._answering: dict[tuple[str, str | None], Model] = {}  # what `get` found, until anything changes
         self._generation = 0
@@ -151,6 +155,12 @@ class Repository:
         """What was measured of it, by kind of worker; also on slices that came after it was loaded."""
         return self._fleet.measured_ms(model.key)
 
+    def lengths(self) -> Iterator[tuple[str, Lengths, int]]:
+        """Of ready models whose length buckets are to be learned: key, lengths, and the shortest that they take."""
+        for model in self.models():
+            if model.state == ModelState.READY and model.lengths is not None and not model.lengths.edges:
+                yield model.key, model.lengths, shortest(model.signature)
+
     def not_ready(self) -> list[str]:
         """Why some models that should be served are not, one sentence each."""
         reasons = []
@@ -160,6 +170,11 @@ class Repository:
             elif model.state == ModelState.LOADING or (model.state == ModelState.UNAVAILABLE and not model.unloaded):
                 reasons.append(f"model {model.name}: {model.reason or 'loading'}")
         return reasons
+
+    def needs_torch(self) -> bool:
+        """Whether a model on disk does. Of an empty repository nothing is known: yes."""
+        folders = [path for root in self._roots for path in _model_folders(root)]
+        return not folders or any(map(needs_torch, folders))
 
     # ---- changing ----
 
@@ -240,8 +255,7 @@ class Repository:
             model.source, model.serving, model.version_policy = read_model(folder, number, self._generation)
             loaded = await self._fleet.load(model.source)
             model.serving.check(loaded.signature)
-            if model.serving.preprocess is not None:
-                await self._pool.prepare(model.serving.preprocess)
+            await self.prepare(model)
         except (ModelFileError, ModelUnservableError, PipelineError) as error:
             if model.source is not None:
                 self._fleet.unload(model.key)

@@ -9,16 +9,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from preprocess.pool import PreprocessPool
+from scheduler.answers import Answered, Share
 from scheduler.arena import Arena
-from scheduler.driver import Answered, Driver, Pending, RefusedError, Share
+from scheduler.driver import Driver, Pending, RefusedError
 from scheduler.messages import Request
 from scheduler.staff import resolve
 from scheduler.tensors import DATATYPES, TensorSpec
 from server import codec
 from server.codec import Checked, OutputChoice, OutputData, Tensor
 from server.errors import Fault, ServeError, from_refusal, invalid
+from server.lengths import completed, length_of
 from server.preparing import Preparer, allocate
+from server.preprocess_stats import PreprocessStats
 from server.repository import Model
 from server.terms import Terms, read_terms
 
@@ -33,7 +38,8 @@ class InferenceService:
     def __init__(self, driver: Driver, arena: Arena, pool: PreprocessPool) -> None:
         self._driver = driver
         self._arena = arena
-        self._preparer = Preparer(driver, arena, pool)
+        self.preprocess_stats = PreprocessStats(lambda: pool.waiting, pool.threads)
+        self._preparer = Preparer(driver, arena, pool, self.preprocess_stats)
         self._ids = itertools.count(1)
 
     def submit(
@@ -69,8 +75,12 @@ class InferenceService:
             if not tensors and encoded is not None:
                 accept = partial(self._accept, model, terms, on_outcome, worker_id)
                 return self._preparer.begin(model, pipeline, encoded, terms, accept, on_outcome)
-        checked, offset = self._place(model, tensors)
-        pending = self._accept(model, terms, on_outcome, worker_id, checked)
+        if model.lengths is not None:
+            tensors = completed(model.signature, model.lengths, tensors)
+        checked = codec.check_inputs(model.signature, tensors)
+        length = length_of(model.lengths, checked)
+        offset = self._place(model, checked)
+        pending = self._accept(model, terms, on_outcome, worker_id, checked, length)
         self._driver.start(pending, offset)
         return partial(self._driver.cancel, pending)
 
@@ -93,21 +103,29 @@ class InferenceService:
             raise
 
     def _accept(
-        self, model: Model, terms: Terms, on_outcome: OnOutcome, worker_id: int | None, checked: Checked
+        self,
+        model: Model,
+        terms: Terms,
+        on_outcome: OnOutcome,
+        worker_id: int | None,
+        checked: Checked,
+        length: int = 0,
     ) -> Pending:
         """From here on the request is counted as unfinished."""
         request = Request(
             next(self._ids),
             model.key,
             checked.items,
-            checked.dims,
+            () if length else checked.dims,
             terms.due_ns,
             terms.expires_ns,
             terms.priority,
             model.signature.max_batch == 0,
             terms.strict,
             model.signature.max_batch == 0 or not model.serving.split or worker_id is not None,
-            worker_id=worker_id,
+            length,
+            worker_id,
+            terms.arrival_ns,
         )
 
         def on_end(end: Answered | RefusedError) -> None:
@@ -119,9 +137,8 @@ class InferenceService:
 
         return self._driver.accept(request, terms.arrival_ns, on_end)
 
-    def _place(self, model: Model, tensors: list[Tensor]) -> tuple[Checked, int]:
-        """Inputs into the arena. Returns what they are, and the offset of their slot."""
-        checked = codec.check_inputs(model.signature, tensors)
+    def _place(self, model: Model, checked: Checked) -> int:
+        """Inputs into the arena. Returns the offset of their slot."""
         slot = model.layout.slot(checked.items, checked.dims)
         offset = allocate(self._arena, slot.nbytes)
         try:
@@ -131,7 +148,7 @@ class InferenceService:
         except BaseException:
             self._arena.free(offset)
             raise
-        return checked, offset
+        return offset
 
 
 def _split(tensors: list[Tensor], encoded_name: str) -> tuple[list[Tensor], Tensor | None]:
@@ -178,11 +195,25 @@ def outputs_of(model: Model, answered: Answered, choice: list[OutputChoice] | No
 
 def _output(model: Model, answered: Answered, index: int, binary: bool) -> OutputData:
     shares = answered.shares
-    first = _part(model, shares[0], index, binary)
-    return first if len(shares) == 1 else _joined([first, *(_part(model, each, index, binary) for each in shares[1:])])
+    part = _cut if answered.length and -1 in model.signature.outputs[index].dims else _part
+    parts = [part(model, share, index, binary, answered.length) for share in shares]
+    return parts[0] if len(parts) == 1 else _joined(parts)
 
 
-def _part(model: Model, share: Share, index: int, binary: bool) -> OutputData:
+def _cut(model: Model, share: Share, index: int, binary: bool, length: int) -> OutputData:
+    """Of an output that varies: its batch was padded, and the request gets back what is of its own length."""
+    spec = model.signature.outputs[index]
+    whole = np.frombuffer(share.outputs.data[index], DATATYPES[spec.datatype].numpy).reshape(
+        share.outputs.shapes[index]
+    )
+    rows = slice(share.row, share.row + share.items)
+    own = whole[(rows, *(slice(length if dim == -1 else None) for dim in spec.dims))]
+    if binary:
+        return OutputData(spec, own.shape, [memoryview(own.tobytes())], None)
+    return OutputData(spec, own.shape, None, own.ravel().tolist())
+
+
+def _part(model: Model, share: Share, index: int, binary: bool, length: int) -> OutputData:
     outputs, row, items = share.outputs, share.row, share.items
     spec = model.signature.outputs[index]
     datatype = DATATYPES[spec.datatype]

@@ -92,6 +92,11 @@ class Settings(BaseSettings):
         "operation",
         "What decodes JPEGs: cpu; nvimagecodec, on an NVIDIA GPU; or what an installed package adds by that name.",
     )
+    preprocess_slice: str = _setting(
+        "",
+        "operation",
+        "A slice that is kept for preprocessing, by its name, such as gpu0/1g.10gb+me@6; it serves no model.",
+    )
     isolate_decoders: bool = _setting(
         True,
         "operation",

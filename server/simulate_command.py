@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +23,7 @@ from scheduler.report import Report
 from scheduler.workload import TraceError
 from server import picture, simulate_report
 from server.plan_command import IMPOSSIBLE, USAGE, UsageError, complain
-from server.simulate_outcome import Outcome, to_json
+from server.simulate_outcome import Outcome, above_bound, to_json
 from server.simulate_report import Detail
 from server.simulate_setup import Asked, Setup, prepare
 
@@ -59,8 +60,9 @@ def run(request: Request) -> int:
     except PlanError as error:
         return complain(str(error), IMPOSSIBLE)
     with _progress() as progress:
-        outcomes = [_outcome(request, setup, policy, progress) for policy in policies]
-        details = _details(request, setup, outcomes, progress) if request.out else []
+        bar = _Bar(progress, _runs(request, len(policies)))
+        outcomes = [_outcome(request, setup, policy, bar) for policy in policies]
+        details = _details(request, setup, outcomes, bar) if request.out else []
     if request.as_json:
         found = [to_json(outcome, setup) for outcome in outcomes]
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
@@ -96,14 +98,45 @@ def _check(request: Request) -> None:
         raise UsageError("--find-max counts a rate only if every query is answered: leave out --strict")
     if request.out is not None and request.out.suffix not in (".html", ".htm"):
         raise UsageError(f"--out {request.out}: the report is a page, its name must end in .html")
+    if request.out is not None and (trouble := _unwritable(request.out)):
+        raise UsageError(f"cannot write the report {request.out}: {trouble}")
+
+
+def _unwritable(path: Path) -> str:
+    """Why a file cannot be written, as far as can be seen before; empty where nothing speaks against it."""
+    if not path.parent.is_dir():
+        return f"No such folder: {path.parent}"
+    if path.is_dir():
+        return "Is a folder"
+    return "" if os.access(path if path.exists() else path.parent, os.W_OK) else "Permission denied"
 
 
 # ---- simulating ----
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+class _Bar:
+    """One for everything that is to be simulated, whatever the policies and seeds."""
+
+    def __init__(self, progress: Progress, runs: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("simulating", total=runs)
+
+    def says(self, what: str) -> None:
+        self._progress.update(self._task, description=what)
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+
+def _runs(request: Request, policies: int) -> int:
+    of_outcome = len(_seeds(request)) * (search.STEPS if request.find_max else 1)
+    of_details = len(LOADS) + 1 if request.out else 0
+    return policies * (of_outcome + of_details)
 
 
 def _seeds(request: Request) -> list[int]:
@@ -111,41 +144,40 @@ def _seeds(request: Request) -> list[int]:
     return list(range(request.seed, request.seed + count))
 
 
-def _outcome(request: Request, setup: Setup, policy: str, progress: Progress) -> Outcome:
+def _outcome(request: Request, setup: Setup, policy: str, bar: _Bar) -> Outcome:
     seeds = _seeds(request)
     if request.find_max is None:
         rate_per_s = request.rate_per_s or setup.rate_per_s
-        reports = [
-            setup.scene.run(POLICIES[policy], rate_per_s, seed)
-            for seed in progress.track(seeds, description=f"{policy} at {rate_per_s:.0f}/s")
-        ]
+        bar.says(f"{policy} at {rate_per_s:.0f}/s")
+        reports = [_run(setup, policy, rate_per_s, seed, bar) for seed in seeds]
         return Outcome(policy, rate_per_s, seeds, [rate_per_s] * len(seeds), reports)
-    share = GOALS[request.find_max]
-    task = progress.add_task(f"{policy}: highest rate", total=len(seeds) * search.STEPS)
+    bar.says(f"{policy}: highest rate")
+    share, bound_per_s = GOALS[request.find_max], setup.bound_per_s
     found = [
-        search.highest_rate(
-            setup.scene, POLICIES[policy], share, setup.bound_per_s, seed, lambda: progress.advance(task)
-        )
-        for seed in seeds
+        search.highest_rate(setup.scene, POLICIES[policy], share, bound_per_s, seed, bar.advance) for seed in seeds
     ]
     reports = [each.report for each in found if each.report is not None]
     rates = [each.rate_per_s for each in found]
     return Outcome(policy, search.median_rate(found), seeds, rates, reports, request.find_max)
 
 
-def _details(request: Request, setup: Setup, outcomes: Sequence[Outcome], progress: Progress) -> list[Detail]:
+def _details(request: Request, setup: Setup, outcomes: Sequence[Outcome], bar: _Bar) -> list[Detail]:
     """Of each policy, its curve, and a run with a timeline at the rate of the first one, ours."""
     rate_per_s = outcomes[0].rate_per_s or setup.rate_per_s
     details = []
     for outcome in outcomes:
-        policy = POLICIES[outcome.policy]
-        curve: list[tuple[float, Report]] = [
-            (load * setup.bound_per_s, setup.scene.run(policy, load * setup.bound_per_s, request.seed))
-            for load in progress.track(LOADS, description=f"{outcome.policy}: latency against load")
-        ]
-        shown = setup.scene.run(policy, rate_per_s, request.seed, timeline=True)
+        bar.says(f"{outcome.policy}: latency against load")
+        rates = [load * setup.bound_per_s for load in LOADS]
+        curve = [(rate, _run(setup, outcome.policy, rate, request.seed, bar)) for rate in rates]
+        shown = _run(setup, outcome.policy, rate_per_s, request.seed, bar, timeline=True)
         details.append(Detail(outcome.policy, curve, rate_per_s, shown))
     return details
+
+
+def _run(setup: Setup, policy: str, rate_per_s: float, seed: int, bar: _Bar, *, timeline: bool = False) -> Report:
+    report = setup.scene.run(POLICIES[policy], rate_per_s, seed, timeline=timeline)
+    bar.advance()
+    return report
 
 
 # ---- as text ----
@@ -153,7 +185,8 @@ def _details(request: Request, setup: Setup, outcomes: Sequence[Outcome], progre
 
 def _shown(outcomes: Sequence[Outcome], setup: Setup) -> RenderableType:
     head = Text.assemble((setup.about, "bold"), f"\n{setup.layout}; fluid bound {setup.bound_per_s:.0f} queries/s\n")
-    notes = [Text(f" - {note}") for note in setup.notes]
+    above = above_bound(outcomes, setup.bound_per_s)
+    notes = [Text(f" - {note}") for note in (*setup.notes, *([above] if above else []))]
     words = (
         "Times in ms. Load: as a share of the fluid bound. Worst: the longest time of any query, in SLOs.\n"
         "In time: of all queries. p50 to p99, worst: of those that were not refused.\n"
@@ -164,11 +197,12 @@ def _shown(outcomes: Sequence[Outcome], setup: Setup) -> RenderableType:
 
 def _figures(outcomes: Sequence[Outcome], setup: Setup) -> Table:
     """A line a policy and model."""
-    rate = "most /s" if outcomes[0].goal else "rate /s"
-    table = Table(box=None, header_style="dim", pad_edge=False)
+    rate = "most\n/s" if outcomes[0].goal else "rate\n/s"
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("policy", "model"):
         table.add_column(name, no_wrap=True)
-    for name in ("SLO", rate, "load", "in time", "refused", "p50", "p95", "p99", "worst", "large"):
+    # Names of two lines: a figure that a terminal of 80 columns cuts off is none.
+    for name in ("SLO", rate, "load", "in\ntime", "re-\nfused", "p50", "p95", "p99", "worst", "large"):
         table.add_column(name, no_wrap=True, justify="right")
     for outcome in outcomes:
         p50, p95, p99 = (

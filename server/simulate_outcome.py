@@ -54,6 +54,18 @@ class Outcome:
         return max(found, default=math.nan)
 
 
+def above_bound(outcomes: Sequence[Outcome], bound_per_s: float) -> str:
+    """How a rate that counts may be above the fluid bound; empty where none is."""
+    goal = next((each.goal for each in outcomes if each.goal and each.rate_per_s > bound_per_s), None)
+    if goal is None:
+        return ""
+    return (
+        f"A rate above the fluid bound is no error: {goal} asks for {goal[1:]} % of the queries in time only. Those "
+        "that are late are mostly large, and may run in batches that take longer than the SLO, which do more items a "
+        "second."
+    )
+
+
 def to_json(outcome: Outcome, setup: Setup) -> dict[str, Any]:
     """Figures in ms are one number where one model is simulated, else an object by model; null: there is none."""
     slo_ms = setup.scene.slo_ms

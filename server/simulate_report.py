@@ -11,7 +11,7 @@ from scheduler import search
 from scheduler.report import NS_PER_MS, SIZES, ModelReport, Report, Span
 from server import charts
 from server.charts import Piece, Series
-from server.simulate_outcome import Outcome
+from server.simulate_outcome import Outcome, above_bound
 from server.simulate_setup import Setup
 
 # Latencies above so many SLOs are cut off; the timeline shows so many, of at most so many slices.
@@ -119,7 +119,8 @@ def _figures(setup: Setup, outcomes: Sequence[Outcome]) -> str:
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     words = f"Medians of {seeds} seeds; the longest time of all." if seeds > 1 else "One seed."
     counts = f" A rate counts if {goal} is within the SLO and every query ends within 10 SLOs." if goal else ""
-    return f'<p>{words}{counts}</p><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    above = escape(above_bound(outcomes, setup.bound_per_s))
+    return f'<p>{words}{counts} {above}</p><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _rows(setup: Setup, outcome: Outcome) -> Iterator[list[str]]:

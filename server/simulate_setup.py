@@ -35,6 +35,10 @@ MOST_ITEMS = 32
 PROCESSES = 5
 # What lasts for fewer SLOs is a short run.
 SHORT_SLOS = 200
+LENGTHS_OF_TRACES = (
+    "The trace has lengths: only queries of the same one share a batch, but no latency depends on it, since those of "
+    "the table do not."
+)
 # Without a rate: this share of the fluid bound.
 DEFAULT_LOAD = 0.8
 
@@ -146,6 +150,8 @@ def _recorded(asked: Asked, gpu: GpuModel, measurements: Sequence[Measurement], 
     if asked.model is not None or asked.arrivals != "poisson":
         raise UsageError("a trace names its own models and times; leave out --model and --arrivals")
     about = f"{asked.workload}: {len(load.arrivals)} recorded queries of {', '.join(load.shares)}"
+    if any(arrival.length for arrival in load.arrivals):
+        notes = (*notes, LENGTHS_OF_TRACES)
     return _cut_alike(asked, gpu, measurements, load, about, load.rate_per_s, notes)
 
 

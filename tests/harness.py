@@ -139,6 +139,14 @@ def running(*flags: str, ready: bool = True) -> Iterator[RunningDaemon]:
         daemon.wait()
 
 
+def ended(pid: int) -> bool:
+    """Also of a process that nobody has waited for yet, where that is left to an init that does not do it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
     """Polls until `condition` gives something true, which is returned."""
     deadline = time.monotonic() + seconds

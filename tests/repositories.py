@@ -7,7 +7,16 @@ from pathlib import Path
 
 import torch
 
+from tests.harness import MODELS
+
 STUCK, RAISES = 13.0, 99.0
+
+
+def some_of_the_demo(root: Path, *names: str) -> Path:
+    """A repository with these demo models only: each worker loads each model, at a quarter of a second."""
+    for name in names:
+        (root / name).symlink_to(MODELS / name, target_is_directory=True)
+    return root
 
 
 def emulated(folder: Path, milliseconds: float, items: int = 16, max_batch: int = 8, serving: str = "") -> Path:
@@ -67,4 +76,27 @@ def endless(folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.script(Endless()).save(str(folder / "1" / "model.pt"))
+    return folder
+
+
+class Masked(torch.nn.Module):
+    """The mean of an item's own values, and each of them twice; what is behind its end must not count."""
+
+    def __init__(self, told: bool) -> None:
+        super().__init__()
+        self._told = told
+
+    def forward(self, x: torch.Tensor, n: torch.Tensor) -> dict[str, torch.Tensor]:
+        there = torch.arange(x.shape[1])[None] < n[:, None] if self._told else x == x
+        return {"mean": (x * there).sum(1, keepdim=True) / there.sum(1, keepdim=True), "twice": 2 * x}
+
+
+def masked(folder: Path, lengths: str, *, told: bool = True) -> Path:
+    """Values of a length from 2 to 64. `told`: the model heeds its input `n`. `lengths`: for serving.yaml."""
+    (folder / "1").mkdir(parents=True)
+    batch, length = torch.export.Dim("batch", min=1, max=8), torch.export.Dim("length", min=2, max=64)
+    example = torch.zeros(2, 5), torch.tensor([5, 4])
+    program = torch.export.export(Masked(told), example, dynamic_shapes=({0: batch, 1: length}, {0: batch}))
+    torch.export.save(program, folder / "1" / "model.pt2")
+    (folder / "serving.yaml").write_text(f"lengths: {lengths}\n")
     return folder

@@ -14,6 +14,7 @@ from preprocess.pipeline import PipelineFile
 from preprocess.pool import PreprocessPool
 from preprocess.steps import AudioSteps, ImageSteps, TextSteps
 from scheduler.channel import ModelSource
+from scheduler.lengths import Lengths
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from server.errors import Fault, ServeError
 from server.grpc_api import InferenceServicer
@@ -44,12 +45,23 @@ def make_model(*, pictures: bool = False, output: str = "FP32") -> Model:
     )
 
 
-def make_sound_model(**more: Any) -> Model:
+def make_padded_model(lengths: Lengths, output: TensorSpec) -> Model:
+    """Takes values of any length, and how long each is."""
+    model = make_model()
+    inputs = (TensorSpec("n", "INT64", ()), TensorSpec("x", "FP32", (-1,)))
+    model.source = ModelSource(KEY, "m", 1, "emulated", "", lengths=lengths)
+    model.signature = Signature(inputs, (output,), 8, sample_dims=(1,))
+    model.layout = InputLayout(model.signature)
+    return model
+
+
+def make_sound_model(lengths: Lengths | None = None, **more: Any) -> Model:
     """Takes log-mel features of any length, and how long each is."""
     pipeline = PipelineFile(input="sound", output="x", length="frames", audio=AudioSteps(preset="nemo-80"), **more)
     inputs = (TensorSpec("frames", "INT64", ()), TensorSpec("x", "FP32", (80, -1)))
     model = make_model()
     model.serving = ServingFile(preprocess=pipeline)
+    model.source = ModelSource(KEY, "m", 1, "emulated", "", lengths=lengths)
     model.signature = Signature(inputs, model.signature.outputs, 8)
     model.layout = InputLayout(model.signature)
     return model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext, suppress
+import os
+import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,9 @@ from scheduler.tensors import Signature
 DEFAULT_MAX_BATCH = 64
 
 Array = np.ndarray[Any, Any]
+
+# torch keeps no books for gradients, from its first model on: entered once, since that takes time.
+_for_good = ExitStack()
 
 
 class ModelLoadError(RuntimeError):
@@ -33,6 +38,9 @@ class Backend(Protocol):
     def join(self, parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """One input of a batch, copied together from its requests' bytes, where the device can take it."""
 
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """The same, to be written."""
+
     def start(self, inputs: list[Array]) -> Any:
         """Takes one array an input, whole batch, in the signature's order."""
 
@@ -46,13 +54,12 @@ def join_in_memory(parts: list[memoryview], shape: tuple[int, ...], dtype: np.dt
     return np.frombuffer(bytearray().join(parts), dtype).reshape(shape)
 
 
-def inference_mode() -> AbstractContextManager[object]:
-    """Around all that a worker does: torch then keeps no books for gradients. Once, since it costs time to enter."""
-    try:
-        import torch
-    except ImportError:
-        return nullcontext()
-    return torch.inference_mode()
+def limit_threads(count: int) -> None:
+    """How many threads one operation may take on the CPU, in this process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(count)
+    else:
+        os.environ["OMP_NUM_THREADS"] = str(count)  # read by torch, if it is imported later
 
 
 def memory_mib(device: str) -> float | None:
@@ -99,16 +106,18 @@ def versions(device: str) -> str:
 
 
 def load(message: Load, device: str) -> Backend:
-    """Loads a model. `device`: "cpu" or "cuda". Raises ModelLoadError."""
+    """Loads a model, in a process that is for nothing else. `device`: "cpu" or "cuda". Raises ModelLoadError."""
     source = message.source
     if source.backend == "emulated":
         from scheduler.backends.emulated import EmulatedBackend
 
-        return EmulatedBackend(source, message.latency_ms or ())
+        return EmulatedBackend(source, message.latency_ms or (), message.by_length)
     try:
         import torch
     except ImportError as error:
         raise ModelLoadError("torch is not installed; install it with: pip install 'migserve[torch]'") from error
+    if not torch.is_inference_mode_enabled():
+        _for_good.enter_context(torch.inference_mode())
     if device == "cuda":
         if not torch.cuda.is_available():
             raise ModelLoadError(f"torch {torch.__version__} sees no CUDA device; is it the CUDA build?")

@@ -40,6 +40,9 @@ class CudaBackend(TorchBackend):
             end += len(part)
         return pinned
 
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        return torch.zeros(shape, dtype=getattr(torch, dtype.name), pin_memory=True).numpy()
+
     def start(self, inputs: list[Array]) -> _Started:  # type: ignore[override]  # a handle of its own kind
         host_inputs = self.as_tensors(inputs)
         with torch.cuda.stream(self._copy_in):

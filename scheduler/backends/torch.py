@@ -56,6 +56,9 @@ class TorchBackend:
     def join(self, parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return join_in_memory(parts, shape, dtype)
 
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        return np.zeros(shape, dtype)
+
     def start(self, inputs: list[Array]) -> Sequence[torch.Tensor]:
         return self._program(*self.as_tensors(inputs))
 

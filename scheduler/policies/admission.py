@@ -5,23 +5,35 @@ Work of others counts where it is of the same class or a higher one and has slic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from scheduler.domain import Part, Pool
-from scheduler.policies.lanes import Lanes, limit_ns, slo_of
+from scheduler.policies.lanes import Lanes, LanesKey, limit_ns, slo_of
 from scheduler.policies.promises import Promises
+from scheduler.policies.rates import RateBook
+from scheduler.policies.shares import Shares
 
 # So many SLOs before it is to have ended, late work goes first.
 PRESSES = 2.5
+# What of the slices' time may be promised to all lines together.
+ALL_THETA = 0.5
 # Of all slices' best, what late work gets at least.
-LEAST_LATE = 0.05
+LEAST_LATE = 0.005
 
 
 class Admission:
-    """`waiting`: the lanes where something waits."""
+    """`lanes`: all that are known; `waiting`: those where something waits."""
 
-    def __init__(self, pool: Pool, waiting: Iterable[Lanes], promises: Promises) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        rates: RateBook,
+        lanes: Mapping[LanesKey, Lanes],
+        waiting: Iterable[Lanes],
+        promises: Promises,
+    ) -> None:
         self._pool = pool
+        self._shares = Shares(pool, rates, lanes)
         self._waiting = waiting
         self._promises = promises
 
@@ -60,29 +72,35 @@ class Admission:
         beside = self._beside(lanes)
         taken = self._taken_until(beside, lanes, due_ns)
         forced = self._forced_until(beside, lanes, due_ns)
-        if not taken and not forced and self._fits(now_ns, lanes, due_ns):
+        if self._fits(now_ns, lanes, due_ns - int((taken + forced) / rates.pool_per_ns)):
             return 0
-        left = rates.items_until(now_ns, due_ns) - forced
-        theta = rates.theta(lanes.mean, lanes.square)
-        excess = lanes.timely.items - min(theta * left, left - taken)
-        if forced and excess > 0 and lanes.timely.items <= min(theta * (left + forced), left + forced - taken):
-            # Late work has taken its place. It is not to go on like that.
+        items = lanes.timely.items
+        room, left = rates.room(now_ns, due_ns, lanes.sizes)
+        share = self._shares.of(now_ns, lanes.key)
+        excess = items - room * (1 - share.pressed * (1 - share.part))
+        if taken and items > ALL_THETA * left * share.part:
+            excess = max(excess, items + taken - ALL_THETA * left)
+        if excess <= 0 < excess + forced:
+            # Late work takes its place. It is not to go on like that.
             for each in beside:
                 each.timely_use.add(now_ns, part.items / rates.pool_per_ns * each.rates.pool_per_ns)
-        return excess / rates.pool_per_ns
+        return (excess + forced) / rates.pool_per_ns
 
     def _fits(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:
         """Whether the next batches could do all that is timely: of free slices, or of any if only one query waits."""
-        alone = len(lanes.timely.entries) == 1
+        kind, items = lanes.kind, lanes.timely.items
         room = 0
-        for worker in lanes.rates.workers if alone else self._pool.ready.values():
-            table = worker.tables.get(lanes.kind)
-            if table is None:
-                continue
-            fitting = table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
-            room = max(room, fitting) if alone else room + fitting
-            if room >= lanes.timely.items:
-                return True
+        for worker in self._pool.ready.values():
+            table = worker.tables.get(kind)
+            if table is not None:
+                room += table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard)
+                if room >= items:
+                    return True
+        if len(lanes.timely.entries) == 1:
+            for worker in lanes.rates.workers:
+                table = worker.tables[kind]
+                if table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard) >= items:
+                    return True
         return False
 
     def _beside(self, lanes: Lanes) -> list[Lanes]:
@@ -94,12 +112,12 @@ class Admission:
         ]
 
     def _taken_until(self, beside: list[Lanes], lanes: Lanes, due_ns: int) -> float:
-        """What of their time others have been promised by then, in items of these lanes."""
-        taken_ns = sum(
-            each.timely_items(due_ns) / each.rates.pool_per_ns
-            for each in beside
-            if each.timely.entries and each is not lanes
-        )
+        """What others have been promised by then, less what they do elsewhere: in items of these lanes."""
+        taken_ns = 0.0
+        for each in beside:
+            if each.timely.entries and each is not lanes:
+                needed_ns = each.timely_items(due_ns) / each.rates.pool_per_ns
+                taken_ns += needed_ns * (1 - each.rates.elsewhere(lanes.rates))
         return taken_ns * lanes.rates.pool_per_ns
 
     def _forced_until(self, beside: list[Lanes], lanes: Lanes, due_ns: int) -> float:
@@ -107,29 +125,37 @@ class Admission:
         late = [each for each in beside if each.late.entries]
         if not late:
             return 0.0
-        from_ns = due_ns + int(PRESSES * lanes.slo_ns)
-        work_ns = _late_ns(late, from_ns)
+        if len(late) == 1:
+            return _forced_of(late[0], due_ns) * lanes.rates.pool_per_ns
+        work_ns = _late_ns(late, due_ns, presses=True)
         for each in late:
             for end_ns in each.late_marks():
-                work_ns = max(work_ns, _late_ns(late, end_ns) - (end_ns - from_ns))
+                begin_ns = end_ns - int(PRESSES * each.slo_ns)
+                work_ns = max(work_ns, _late_ns(late, end_ns) - max(begin_ns - due_ns, 0))
         return work_ns * lanes.rates.pool_per_ns
 
     def _late_excess_ns(self, now_ns: int, lanes: Lanes, part: Part) -> float:
-        """Rule 8: by how much the late lanes are too long, with that part, for it or for those that may end later.
+        """Rule 7: by how much the late lanes are too long, with that part, for it or for those that may end later.
 
-        At the rate that timely work has left of late.
+        At the rate that timely work has left lately.
         """
-        left = [(each, _left_per_ns(now_ns, each)) for each in self._beside(lanes) if each.late.entries]
+        left = [(each, self._left_per_ns(now_ns, each)) for each in self._beside(lanes) if each.late.entries]
         part_end_ns = limit_ns(part)
         ends = [(part_end_ns, PRESSES * slo_of(part))]
         ends += [
             (end_ns, PRESSES * each.slo_ns) for each, _ in left if (end_ns := each.late.entries[-1][0]) > part_end_ns
         ]
-        work_ns = part.items / _left_per_ns(now_ns, lanes)
+        work_ns = part.items / self._left_per_ns(now_ns, lanes)
         return max(
             work_ns + sum(_batches_ns(each, end_ns, per_ns) for each, per_ns in left) + margin_ns - (end_ns - now_ns)
             for end_ns, margin_ns in ends
         )
+
+    def _left_per_ns(self, now_ns: int, lanes: Lanes) -> float:
+        """Items of these lanes that there is time for beside timely work."""
+        pool_per_ns = lanes.rates.pool_per_ns
+        left = (pool_per_ns - lanes.timely_use.per_ns(now_ns)) * (1 - self._shares.of(now_ns, lanes.key).full)
+        return max(left, LEAST_LATE * pool_per_ns)
 
 
 def pressing(now_ns: int, group: list[Lanes]) -> list[Lanes]:
@@ -149,17 +175,30 @@ def pressing(now_ns: int, group: list[Lanes]) -> list[Lanes]:
     return []
 
 
-def _late_ns(late: list[Lanes], until_ns: int) -> float:
-    """How long all slices take for what of it must end by then."""
-    return sum(_batches_ns(lanes, until_ns, lanes.rates.pool_per_ns) for lanes in late)
+def _forced_of(lanes: Lanes, due_ns: int) -> float:
+    """How long late work of these lanes will have gone first by then, if there is no other."""
+    before_ns = int(PRESSES * lanes.slo_ns)
+    per_ns = lanes.rates.pool_per_ns
+    extra_ns = lanes.rates.least_ns / len(lanes.rates.workers)
+    most_ns = 0.0
+    for end_ns, items in lanes.late_profile():
+        work_ns = items / per_ns + extra_ns
+        later_ns = end_ns - before_ns - due_ns
+        if later_ns > 0:
+            work_ns -= later_ns
+        if work_ns > most_ns:
+            most_ns = work_ns
+    return most_ns
+
+
+def _late_ns(late: list[Lanes], until_ns: int, *, presses: bool = False) -> float:
+    """How long all slices take for what of it must end by then, or, with `presses`, goes first by then."""
+    return sum(
+        _batches_ns(lanes, until_ns + int(presses * PRESSES * lanes.slo_ns), lanes.rates.pool_per_ns) for lanes in late
+    )
 
 
 def _batches_ns(lanes: Lanes, until_ns: int, per_ns: float) -> float:
     """Of late work that must end by then: full batches at that rate, and one that is not."""
     items = lanes.late_items(until_ns)
     return items / per_ns + lanes.rates.least_ns / len(lanes.rates.workers) if items else 0.0
-
-
-def _left_per_ns(now_ns: int, lanes: Lanes) -> float:
-    pool_per_ns = lanes.rates.pool_per_ns
-    return max(pool_per_ns - lanes.timely_use.per_ns(now_ns), LEAST_LATE * pool_per_ns)

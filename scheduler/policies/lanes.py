@@ -6,9 +6,9 @@ import bisect
 import heapq
 import math
 
-from scheduler.batching import Line
-from scheduler.domain import BatchTable, Company, Kind, Part
-from scheduler.policies.rates import Rates
+from scheduler.batching import Entry, Line
+from scheduler.domain import LATEST, BatchTable, Company, Kind, Part
+from scheduler.policies.rates import Rates, Sizes
 
 LanesKey = tuple[int, Kind, Company]  # the first is the priority
 
@@ -19,10 +19,10 @@ LONE = -1
 WHOLE_SHARE = 0.98
 # Arriving queries whose sizes are remembered, about.
 SIZES_KEPT = 256
+# What has come, and what has been done, lately: in so many SLOs.
+LATELY = 4.0
 # Parts of a late lane that are looked at, about.
-MARKS = 4
-# Late work ends within so many SLOs of its own; the core asks for that where it sets a bound.
-LATEST = 10
+MARKS = 8
 
 
 class Decayed:
@@ -30,8 +30,8 @@ class Decayed:
 
     __slots__ = ("_at_ns", "_sum", "tau_ns")
 
-    def __init__(self, tau_ns: float) -> None:
-        self.tau_ns = tau_ns
+    def __init__(self) -> None:
+        self.tau_ns = 1.0
         self._sum = 0.0
         self._at_ns = 0
 
@@ -60,22 +60,23 @@ class Lanes:
         "_count",
         "_largest",
         "_log_slo",
+        "_profile",
+        "_profiled",
         "arriving",
         "key",
         "kind",
         "late",
         "lone",
-        "mean",
         "open",
         "priority",
         "rates",
+        "sizes",
         "slo_ns",
-        "square",
         "timely",
         "timely_use",
     )
 
-    def __init__(self, key: LanesKey, rates: Rates, tau_ns: float) -> None:
+    def __init__(self, key: LanesKey, rates: Rates) -> None:
         self.key = key
         self.priority, self.kind, company = key
         self.lone = company[1] == LONE
@@ -84,9 +85,12 @@ class Lanes:
         self.open = Line()
         self.rates = rates
         self.slo_ns = 0
-        self.arriving = Decayed(tau_ns)
-        self.timely_use = Decayed(tau_ns)
-        self.mean = self.square = self._log_slo = 0.0
+        self.arriving = Decayed()
+        self.timely_use = Decayed()
+        self.sizes = Sizes(0.0, 0.0)
+        self._log_slo = 0.0
+        self._profile: list[tuple[int, float]] = []
+        self._profiled = 0, 0
         self._count = 0
         self._largest: list[tuple[int, int, int, Part]] = []  # heap of timely ones; may hold some that are gone
 
@@ -104,8 +108,9 @@ class Lanes:
         if slo_ns != self.slo_ns:
             self._log_slo += weight * (math.log(slo_ns) - self._log_slo)
             self.slo_ns = slo_ns if self._count == 1 else round(math.exp(self._log_slo))
-        self.mean += weight * (items - self.mean)
-        self.square += weight * (items * items - self.square)
+        mean, square = self.sizes
+        self.sizes = Sizes(mean + weight * (items - mean), square + weight * (items * items - square))
+        self.arriving.tau_ns = self.timely_use.tau_ns = LATELY * self.slo_ns
         self.arriving.add(now_ns, items)
 
     def late_items(self, until_ns: float) -> float:
@@ -121,6 +126,14 @@ class Lanes:
         entries = self.late.entries
         step = max(len(entries) // MARKS, 1)
         return [entry[0] for entry in entries[len(entries) - 1 :: -step]]
+
+    def late_profile(self) -> list[tuple[int, float]]:
+        """The marks, and how many items must have ended by then."""
+        seen = self.late.items, len(self.late.entries)
+        if seen != self._profiled:
+            self._profiled = seen
+            self._profile = [(end_ns, self.late_items(end_ns)) for end_ns in self.late_marks()]
+        return self._profile
 
     def push_timely(self, part: Part) -> None:
         assert part.due_ns is not None
@@ -218,6 +231,20 @@ def take_efficient(line: Line, index: int, most: int, table: BatchTable, least: 
         if total >= max(wanted * table.ns[total], least):
             whole = total
     return line.take(whole or max(batch, least), index)
+
+
+def first_in_time(entries: list[Entry], start_ns: int, table: BatchTable) -> int:
+    """The first part that a batch which starts then could end in time; their number if none."""
+    index, guard = 0, table.guard
+    least_ns = start_ns + guard * table.ns[1]
+    if entries[0][0] < least_ns:
+        index = bisect.bisect_left(entries, (math.ceil(least_ns),))
+    while index < len(entries):
+        due_ns, _, _, part = entries[index]
+        if part.items == 1 or part.may_be_cut or start_ns + guard * table.time_ns(part.items) <= due_ns:
+            break
+        index += 1
+    return index
 
 
 def _items_until(line: Line, until_ns: float) -> float:

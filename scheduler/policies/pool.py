@@ -1,32 +1,38 @@
 """One pool, late binding, a late lane: nothing is bound to a slice before that slice is free. Our own. Pure.
 
 What waits of one kind (model and length bucket), company and class has three lanes: timely, late, and open for what
-has no due time. Timely and late lanes are in order of due time, open ones in order of arrival.
+has no due time. Timely lanes are in order of due time, late ones of when they must have ended, open ones of arrival.
+What runs by itself shares lanes with its like. SLOs are the geometric means of those of the last queries.
 
 Rules:
 1. A new query is timely, unless the timely lane then holds more than theta times the items that the slices can do
    until the query is due (`rates.Rates`). Then the largest ones waiting go to the late lane until it fits: one late
    query is one late query, however much room it gives to others. What slices could do in their next batches, free ones
-   or any for a query that is the only one, is never too much.
-2. What no slice could end in time, were it idle, goes to the late lane.
+   or any for a query that is the only one, is never too much. Of what the slices can do ALL_THETA is promised to all
+   lines together (a line: one kind, company and class); what is within a line's part of that is let in whatever others
+   have, and a line that asks for more than its part gets theta times that part. Parts are max-min fair among models, by
+   their weights (`shares.py`). Late work that will have gone first by then (3a) counts too. (`admission.py`)
+2. What no slice could end in time, were it idle, goes to the late lane; all of what must not be cut has to be in time.
 3. A slice that is free serves the highest class that it can; within a class
-   a. a late lane whose first query is 7.5 SLOs old, unless its model has had more than its share (rule 7);
-   b. timely work: of models within their share whose first query has little time left, then of all, the one whose
-      first query has the least relative laxity, (due - now - time) / SLO;
+   a. late work, where in order of their bounds all slices would end some of it less than PRESSES SLOs before its bound;
+   b. timely work, first the line whose first query has the least relative laxity, (due - now - time) / SLO;
    c. late work, the oldest first; d. open work, the oldest first. Open work that has waited a second goes first, while
       that takes no more than a twentieth of the slice's time.
 4. A timely batch ends before its first query is due, with the spread of the estimates as margin (`BatchTable.guard`),
    and is the one with the most items per time. Of the free slices it goes to the one that it uses best. Queries are
    cut freely where that gains more than 2 %; a batch cuts one query at most, the last. Where the timely lane is
-   empty then, late and open items fill the batch up, as far as its due time allows.
+   empty then, late and open items fill the batch up, as far as its due time allows. Where the free slices can do all
+   that is timely in UNHURRIED of the time that is left, no batch takes longer: it may take longer than it should.
+   Where much waits, those that leave time for less than half a good batch become late: or all would, one by one.
 5. Late batches may take one and a half SLOs; open ones go up to the knee, or the peak where much waits.
-6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them.
-7. A model has had more than its share if of the pool's time in the last seconds it took more than its part, by the
-   weights of the models that have work.
-8. The late lane takes no more than it can serve within the bound, by what timely work, and late work that had to go
-   first, have left of the slices lately. What finds it full is refused, and so is a strict query that would be late.
-   What was accepted is never refused, and a strict query never put back for the sake of others of its class; with
-   exact times it is in time (`promises.py`).
+6. A batch takes no longer than 0.65 SLOs of the slice's other models, unless the slices that are left carry them, or
+   one item takes as long. (`blocking.py`)
+7. The late lanes take no more than ends within its bound in what timely work has left of the slices lately, late work
+   that had to go first, and timely work that it displaced, not being left; and next to nothing while more is asked for
+   than the slices can do, since what is late then takes the place of what could be in time. What finds them full is
+   refused, and so is a strict query that would be late. What was accepted is never refused.
+8. For every strict query that waits there is a plan in which it ends in time, and nothing is started that does not
+   leave one. (`promises.py`)
 
 docs/scheduling.md has a picture, the figures, and what was tried and dropped.
 """
@@ -37,33 +43,21 @@ import bisect
 import math
 from collections.abc import Iterator
 
-from scheduler.batching import Entry
-from scheduler.domain import BatchTable, Kind, Part, Pool, Worker, models_of
+from scheduler.domain import Kind, Part, Pool, Worker, models_of
 from scheduler.policies import Start
 from scheduler.policies.admission import Admission, pressing
-from scheduler.policies.lanes import Decayed, Lanes, LanesKey, key_of, slo_of, take_efficient
-from scheduler.policies.promises import Promises, is_fixed
+from scheduler.policies.blocking import unblocking
+from scheduler.policies.lanes import Lanes, LanesKey, first_in_time, key_of, slo_of, take_efficient
+from scheduler.policies.promises import Promises
 from scheduler.policies.rates import RateBook
 
-# Rule 3b: relative laxity that is little.
-PRESSING = 0.2
 # Rule 3d.
 PATIENCE_NS = 1_000_000_000
 OPEN_SHARE = 0.05
-# Rule 6. MARGIN: how much more than the other models' load must be left.
-BLOCKING_SHARE = 0.65
-MARGIN = 1.1
-# A batch that is longer than a single item by no more than that may always be.
-BLOCKED_ANYWAY = 1.25
-# Rules 6 and 7 look back about so far.
-TAU_NS = 2e9
-# Rule 7: less of the pool's time than this is none.
-IDLE_USE = 0.02
-BUSY_USE = 0.9
-# Rule 8 looks back so many SLOs.
-USE_TAU = 4.0
-# Free slices that are looked at, where these can do it.
-ENOUGH = 8
+# Rule 4: a batch with less than this share of the items per time of the best one.
+CROWDED = 0.5
+# Rule 4: so much of the time until its first query is due a batch takes where several slices are free.
+UNHURRIED = 0.8
 # Empty lanes that are kept, with what they know of sizes and rates.
 KEPT = 64
 
@@ -77,8 +71,7 @@ class OnePool:
         self._lanes: dict[LanesKey, Lanes] = {}
         self._waiting: dict[LanesKey, Lanes] = {}  # those where something waits
         self._promises = Promises()
-        self._admission = Admission(pool, self._waiting.values(), self._promises)
-        self._use: dict[str, Decayed] = {}  # pool time by model
+        self._admission = Admission(pool, self._rates, self._lanes, self._waiting.values(), self._promises)
         self._open_first_ns: dict[int, int] = {}  # by worker: when open work may go first again
 
     # ---- arrivals ----
@@ -87,7 +80,7 @@ class OnePool:
         key = key_of(part)
         lanes = self._lanes.get(key)
         if lanes is None:
-            lanes = Lanes(key, self._rates.of(part.kind, 0), TAU_NS)
+            lanes = Lanes(key, self._rates.of(part.kind, 0))
         else:
             del self._lanes[key]
         self._lanes[key] = lanes  # the last one that was used, now
@@ -98,7 +91,6 @@ class OnePool:
             return 0
         lanes.arrived(now_ns, part.items, slo_of(part))
         lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
-        lanes.timely_use.tau_ns = USE_TAU * lanes.slo_ns
         retry_ns = self._admission.admit(now_ns, lanes, part, part.due_ns, bound_ns)
         if lanes:
             self._waiting[key] = lanes
@@ -138,10 +130,9 @@ class OnePool:
         for lanes in group:
             lanes.rates = self._rates.of(lanes.kind, lanes.slo_ns)
             self._put_back_the_hopeless(now_ns, lanes)
-        over = self._over_share(now_ns, group)
         return (
-            self._overdue(now_ns, group, over)
-            or self._timely(now_ns, group, over)
+            self._overdue(now_ns, group)
+            or self._timely(now_ns, group)
             or self._first(now_ns, [lanes for lanes in group if lanes.late.entries], late=True)
             or self._first(now_ns, [lanes for lanes in group if lanes.open.entries], late=False)
             or self._promised(now_ns, group[0].priority)
@@ -153,11 +144,9 @@ class OnePool:
             self._promises.forget(entries[0][3])
             lanes.put_back(entries[0][3])
 
-    def _overdue(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
+    def _overdue(self, now_ns: int, group: list[Lanes]) -> Start | None:
         """Rules 3a, and 3d's second half."""
         for lanes in pressing(now_ns, group):
-            if lanes.kind[0] in over and any(other.timely.entries for other in group if other is not lanes):
-                continue
             start = self._bulk(now_ns, lanes, late=True, forced=True)
             if start is not None:
                 return start
@@ -169,14 +158,13 @@ class OnePool:
                     return start
         return None
 
-    def _timely(self, now_ns: int, group: list[Lanes], over: set[str]) -> Start | None:
+    def _timely(self, now_ns: int, group: list[Lanes]) -> Start | None:
         """Rule 3b."""
         ranked = []
         for number, lanes in enumerate(group):
             if lanes.timely.entries:
                 laxity = (lanes.timely.entries[0][0] - now_ns - lanes.rates.least_ns) / lanes.slo_ns
-                first = bool(over) and laxity < PRESSING and lanes.kind[0] not in over
-                ranked.append((not first, laxity, number, lanes))
+                ranked.append((laxity, number, lanes))
         if len(ranked) > 1:
             ranked.sort()
         for *_, lanes in ranked:
@@ -186,38 +174,45 @@ class OnePool:
                     return start
                 if self._promises or any(worker.in_flight for worker in lanes.rates.workers):
                     break  # one that is busy may still be quick enough
-                lanes.put_back(lanes.timely.entries[0][3])
+                if lanes.timely.entries:
+                    lanes.put_back(lanes.timely.entries[0][3])
         return None
 
     def _timely_batch(self, now_ns: int, lanes: Lanes) -> Start | None:
         """Rule 4."""
         kind, rates, entries = lanes.kind, lanes.rates, lanes.timely.entries
         best: tuple[float, Worker, int, int, int] | None = None
-        for looked_at, worker in enumerate(self._ready(kind)):
-            if looked_at >= ENOUGH and best is not None:
-                break
+        promised = bool(self._promises)
+        seen: set[int] = set()
+        of_time = UNHURRIED if self._many_free(now_ns, lanes) else 1.0
+        for worker in self._pool.ready.values():
+            if worker.gpcs in seen or kind not in worker.tables:
+                continue
             fit = rates.fit(worker)
             table = fit.table
             start_ns = worker.free_at_ns if worker.free_at_ns > now_ns else now_ns
-            index = _first_in_time(entries, start_ns, table)
+            index = first_in_time(entries, start_ns, table)
             if index == len(entries):
                 continue  # another slice may still be quick enough
             due_ns, _, _, head = entries[index]
-            most = max(table.largest_within((due_ns - start_ns) / table.guard), 1)
-            most = self._cap(now_ns, worker, kind, min(most, lanes.timely.items, fit.cap))
+            most = max(table.largest_within(of_time * (due_ns - start_ns) / table.guard), 1)
+            most = self._cap(now_ns, worker, kind, min(most, lanes.timely.items, fit.late_cap))
             if not head.may_be_cut:  # it goes as it is or never
                 most = min(max(most, head.items), table.max_batch)
             least = 0
-            if self._promises:
-                most, least = self._room(now_ns, worker, lanes, index, most)
+            if promised:
+                most, least = self._promises.timely_room(now_ns, worker, lanes, index, most)
                 if not most or (head.items > most and not head.may_be_cut):
                     continue
             value = table.best_per_ns[most] / fit.items_per_ns
+            seen.add(worker.gpcs)
             if best is None or value > best[0]:
                 best = value, worker, index, most, least
         if best is None:
             return None
-        _, worker, index, most, least = best
+        value, worker, index, most, least = best
+        if value < CROWDED and self._gives_up(now_ns, worker, lanes, index):
+            return self._timely_batch(now_ns, lanes) if entries else None
         due_ns = entries[index][0]
         parts = take_efficient(lanes.timely, index, most, worker.tables[kind], least)
         if self._promises:
@@ -225,25 +220,34 @@ class OnePool:
         if not entries and not lanes.lone:
             self._fill_up(now_ns, worker, lanes, parts, due_ns)
         self._count_use(now_ns, worker, worker.tables[kind].time_ns(sum(part.items for part in parts)))
-        return self._start(now_ns, worker, kind, parts)
+        return Start(worker, kind, parts)
 
-    def _room(self, now_ns: int, worker: Worker, lanes: Lanes, index: int, most: int) -> tuple[int, int]:
-        """How many items a batch from the `index`-th timely part on may have by what is promised, and must have."""
-        room = self._promises.room(now_ns, worker, lanes)
-        best = worker.tables[lanes.kind].best[most]
-        if room >= best or index:
-            return min(room, most), 0
-        strict = total = 0
-        for entry in lanes.timely.entries:
-            items = min(entry[3].items, best - total)
-            total += items
-            if entry[3].query.request.strict and not is_fixed(entry[3]):
-                strict += items
-            if total >= best:
-                break
-        if strict and self._promises.room(now_ns, worker, lanes, strict) >= best:
-            return best, best
-        return room, 0
+    def _many_free(self, now_ns: int, lanes: Lanes) -> bool:
+        """Whether the free slices could do all that is timely in UNHURRIED of the time that is left."""
+        ready = self._pool.ready
+        if len(ready) < 2:
+            return False
+        left_ns = UNHURRIED * (lanes.timely.entries[0][0] - now_ns)
+        room, items = 0, lanes.timely.items
+        for worker in ready.values():
+            table = worker.tables.get(lanes.kind)
+            if table is not None:
+                room += table.largest_within(left_ns / table.guard)
+                if room >= items:
+                    return True
+        return False
+
+    def _gives_up(self, now_ns: int, worker: Worker, lanes: Lanes, index: int) -> bool:
+        """The last of rule 4: puts those back that leave no time for a good batch, if there would be enough for two."""
+        fit = lanes.rates.fit(worker)
+        if lanes.timely.items < 2 * fit.table.best[fit.cap]:
+            return False
+        enough_ns = max(now_ns, worker.free_at_ns) + fit.table.guard * fit.efficient_ns
+        end = bisect.bisect_left(lanes.timely.entries, (math.ceil(enough_ns),))
+        hurried = [each[3] for each in lanes.timely.entries[index:end] if not each[3].query.request.strict]
+        for part in hurried:
+            lanes.put_back(part)
+        return bool(hurried)
 
     def _promised(self, now_ns: int, priority: int) -> Start | None:
         """What is planned first on a slice that is still free, and must not wait."""
@@ -260,12 +264,12 @@ class OnePool:
                 if lanes is not None and parts:
                     self._promises.started(worker, lanes, parts, first=True)
                     self._count_use(now_ns, worker, worker.tables[lanes.kind].time_ns(sum(p.items for p in parts)))
-                    return self._start(now_ns, worker, lanes.kind, parts)
+                    return Start(worker, lanes.kind, parts)
                 self._promises.drop_first(worker, key)
         return None
 
     def _count_use(self, now_ns: int, worker: Worker, time_ns: int) -> None:
-        """For rule 8: what each kind of work here could have had of that time."""
+        """For rule 7: what each kind of work here could have had of that time."""
         for lanes in self._lanes.values():
             if lanes.slo_ns and lanes.kind in worker.tables:
                 rates = self._rates.of(lanes.kind, lanes.slo_ns)
@@ -277,7 +281,7 @@ class OnePool:
         items = sum(part.items for part in parts)
         most = min(
             table.largest_within((due_ns - max(now_ns, worker.free_at_ns)) / table.guard),
-            lanes.rates.fit(worker).cap,
+            lanes.rates.fit(worker).late_cap,
             self._promises.room(now_ns, worker, lanes),
         )
         most = min(most, self._cap(now_ns, worker, lanes.kind, most))
@@ -325,7 +329,7 @@ class OnePool:
                 parts = line.take(0)
             else:
                 parts = line.take(most) if line.entries[0][3].items > room else line.take_whole(most)
-        start = self._start(now_ns, worker, kind, parts)
+        start = Start(worker, kind, parts)
         time_ns = table.time_ns(sum(part.items for part in parts))
         if forced and late:
             self._count_use(now_ns, worker, time_ns)
@@ -333,53 +337,15 @@ class OnePool:
             self._open_first_ns[worker.id] = now_ns + int(time_ns / OPEN_SHARE)
         return start
 
-    def _start(self, now_ns: int, worker: Worker, kind: Kind, parts: list[Part]) -> Start:
-        use = self._use.get(kind[0])
-        if use is None:
-            use = self._use[kind[0]] = Decayed(TAU_NS)
-        use.add(now_ns, worker.gpcs / self._pool.gpcs * worker.tables[kind].time_ns(sum(part.items for part in parts)))
-        return Start(worker, kind, parts)
-
     def _ready(self, kind: Kind) -> Iterator[Worker]:
         return (worker for worker in self._pool.ready.values() if kind in worker.tables)
 
     def _cap(self, now_ns: int, worker: Worker, kind: Kind, most: int) -> int:
-        """Rule 6: the most items that a batch of up to `most` may have; at least one."""
-        if len(worker.tables) == 1:
-            return most
-        table = worker.tables[kind]
-        for other in self._lanes.values():
-            if other.kind[0] == kind[0] or not other.slo_ns or other.kind not in worker.tables:
-                continue
-            limit_ns = BLOCKING_SHARE * other.slo_ns
-            if table.ns[most] > limit_ns and not self._carried(now_ns, worker, other, limit_ns):
-                most = max(min(table.largest_within(max(limit_ns, BLOCKED_ANYWAY * table.ns[1])), most), 1)
-        return most
-
-    def _carried(self, now_ns: int, worker: Worker, other: Lanes, limit_ns: float) -> bool:
-        """Whether the slices that are left carry the other's load; those that are busy for longer than that do not."""
-        arriving = other.arriving.per_ns(now_ns)
-        rates = self._rates.of(other.kind, other.slo_ns)  # its own may be of slices that are no more
-        if not other and arriving < IDLE_USE * rates.pool_per_ns:
-            return True
-        taken = rates.fit(worker).items_per_ns
-        for each in rates.workers:
-            if each.free_at_ns > now_ns + limit_ns:
-                taken += rates.fit(each).items_per_ns
-        return taken <= rates.pool_per_ns - MARGIN * arriving
-
-    def _over_share(self, now_ns: int, group: list[Lanes]) -> set[str]:
-        """Rule 7."""
-        models = {lanes.kind[0] for lanes in group}
-        if len(models) < 2:
-            return set()
-        uses = {model: use.per_ns(now_ns) for model, use in self._use.items()}
-        weights = self._pool.weights
-        for model in uses.keys() - weights.keys():
-            del self._use[model]
-        active = models | {model for model, use in uses.items() if use > IDLE_USE and model in weights}
-        per_weight = max(sum(uses.values()), BUSY_USE) / sum(weights.get(model, 1.0) for model in active)
-        return {model for model in models if uses.get(model, 0.0) > weights.get(model, 1.0) * per_weight}
+        return (
+            most
+            if len(worker.tables) == 1
+            else unblocking(now_ns, worker, kind, most, self._lanes.values(), self._rates)
+        )
 
     def wake_ns(self, now_ns: int) -> int | None:
         return None
@@ -411,17 +377,3 @@ class OnePool:
                 wait_ns += lanes.items / lanes.rates.pool_per_ns
                 free_ns = min(free_ns, *(worker.free_at_ns for worker in lanes.rates.workers))
         return int(wait_ns + (max(free_ns - now_ns, 0) if free_ns < math.inf else 0))
-
-
-def _first_in_time(entries: list[Entry], start_ns: int, table: BatchTable) -> int:
-    """The first part that a batch which starts then could end in time; their number if none."""
-    index, guard = 0, table.guard
-    least_ns = start_ns + guard * table.ns[1]
-    if entries[0][0] < least_ns:
-        index = bisect.bisect_left(entries, (math.ceil(least_ns),))
-    while index < len(entries):
-        due_ns, _, _, part = entries[index]
-        if part.items == 1 or part.may_be_cut or start_ns + guard * table.time_ns(part.items) <= due_ns:
-            break
-        index += 1
-    return index

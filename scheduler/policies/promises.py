@@ -64,23 +64,28 @@ class _Plan:
     """Of one worker. `ends_ns[i]`: when slot i ends, from when the worker is free, with guard.
 
     `latest_ns[i]`: when the worker must be free, so that slot i and those of its class after it end in time.
+    `more_ns[i]`: what one more item in slot i takes.
     """
 
-    __slots__ = ("ends_ns", "latest_ns", "slots", "worker")
+    __slots__ = ("ends_ns", "latest_ns", "more_ns", "slots", "worker")
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.slots: list[_Slot] = []
         self.ends_ns: list[float] = []
         self.latest_ns: list[float] = []
+        self.more_ns: list[float] = []
 
     def recount(self) -> None:
         end_ns = 0.0
         self.ends_ns = []
+        self.more_ns = []
         for slot in self.slots:
-            table = self.worker.tables[slot.key[1]]
-            end_ns += table.guard * table.time_ns(slot.items)
+            table, items = self.worker.tables[slot.key[1]], slot.items
+            end_ns += table.guard * table.time_ns(items)
             self.ends_ns.append(end_ns)
+            full = items >= table.max_batch
+            self.more_ns.append(math.inf if full else table.guard * (table.ns[items + 1] - table.ns[items]))
         self.latest_ns = []
         latest_ns, priority = math.inf, 0
         for slot, end_ns in zip(reversed(self.slots), reversed(self.ends_ns), strict=True):
@@ -89,8 +94,8 @@ class _Plan:
             self.latest_ns.append(latest_ns)
         self.latest_ns.reverse()
 
-    def room(self, start_ns: float, index: int, part: Part, due_ns: int) -> int:
-        """How many items of the part slot `index` still holds."""
+    def room(self, start_ns: float, index: int, due_ns: int) -> int:
+        """How many more items, due then, slot `index` holds."""
         slot = self.slots[index]
         table = self.worker.tables[slot.key[1]]
         more_ns = min(self.latest_ns[index], due_ns - self.ends_ns[index]) - start_ns
@@ -109,9 +114,13 @@ class _Plan:
         return table.largest_within(room_ns / table.guard)
 
     def place(self, key: LanesKey, due_ns: int) -> int:
-        order = (key[0], due_ns)
-        slots = self.slots
-        return next((i for i, slot in enumerate(slots) if (slot.key[0], slot.due_ns) > order), len(slots))
+        priority = key[0]
+        place = len(self.slots)
+        for slot in reversed(self.slots):
+            if slot.key[0] < priority or (slot.key[0] == priority and slot.due_ns <= due_ns):
+                break
+            place -= 1
+        return place
 
     def forget_lost(self, start_ns: float) -> None:
         """The end of rule 3."""
@@ -130,14 +139,14 @@ class Promises:
         self._plans: dict[int, _Plan] = {}
 
     def __bool__(self) -> bool:
-        return any(plan.slots for plan in self._plans.values())
+        return bool(self._plans) and any(plan.slots for plan in self._plans.values())
 
     # ---- promising ----
 
     def book(self, now_ns: int, lanes: Lanes, part: Part) -> bool:
         """Rule 1. False: there is no place for all of it, and nothing has changed."""
         assert part.due_ns is not None
-        plans = [self._plans.setdefault(worker.id, _Plan(worker)) for worker in lanes.rates.workers]
+        plans = [self._plans.get(worker.id) or self._new_plan(worker) for worker in lanes.rates.workers]
         least = part.items if is_fixed(part) else 1
         found: list[tuple[_Slot, int, int]] = []
         left = part.items
@@ -156,21 +165,31 @@ class Promises:
             slot.remove(items, part if is_fixed(part) else None)
         return False
 
+    def _new_plan(self, worker: Worker) -> _Plan:
+        plan = self._plans[worker.id] = _Plan(worker)
+        return plan
+
     def _rooms(
         self, now_ns: int, plans: list[_Plan], lanes: Lanes, part: Part, due_ns: int
     ) -> Iterable[tuple[_Slot, int]]:
         """Places for the part: in planned batches of its own, then in new ones; how many items they hold."""
+        key = lanes.key
         if not lanes.lone:
             for plan in plans:
-                start_ns = max(now_ns, plan.worker.free_at_ns)
-                for index, slot in enumerate(plan.slots):
-                    if slot.key == lanes.key:
-                        yield slot, plan.room(start_ns, index, part, due_ns)
+                if plan.slots:
+                    free_ns = plan.worker.free_at_ns
+                    start_ns = free_ns if free_ns > now_ns else now_ns
+                    for index, slot in enumerate(list(plan.slots)):
+                        more_ns = plan.more_ns[index] + start_ns
+                        latest_ns = min(plan.latest_ns[index], due_ns - plan.ends_ns[index])
+                        if more_ns <= latest_ns and slot.key == key:
+                            yield slot, plan.room(start_ns, index, due_ns)
         for plan in plans:
             start_ns = max(now_ns, plan.worker.free_at_ns)
-            room = plan.room_for_new(start_ns, lanes.key, due_ns)
-            if room:
-                yield _Slot(plan, lanes.key, due_ns), room
+            if start_ns + plan.worker.tables[key[1]].ns[1] <= due_ns:
+                room = plan.room_for_new(start_ns, key, due_ns)
+                if room:
+                    yield _Slot(plan, key, due_ns), room
 
     # ---- starting ----
 
@@ -186,6 +205,24 @@ class Promises:
             plan.forget_lost(start_ns)
             latest_ns = _latest_ns(plan.slots, lanes, 0)
         return table.max_batch if latest_ns == math.inf else table.largest_within(latest_ns - start_ns)
+
+    def timely_room(self, now_ns: int, worker: Worker, lanes: Lanes, index: int, most: int) -> tuple[int, int]:
+        """How many items a batch from the `index`-th timely part on may have by what is promised, and must have."""
+        room = self.room(now_ns, worker, lanes)
+        best = worker.tables[lanes.kind].best[most]
+        if room >= best or index:
+            return min(room, most), 0
+        strict = total = 0
+        for entry in lanes.timely.entries:
+            items = min(entry[3].items, best - total)
+            total += items
+            if entry[3].query.request.strict and not is_fixed(entry[3]):
+                strict += items
+            if total >= best:
+                break
+        if strict and self.room(now_ns, worker, lanes, strict) >= best:
+            return best, best
+        return room, 0
 
     def started(self, worker: Worker, lanes: Lanes, parts: list[Part], *, first: bool) -> None:
         """Rule 2. `parts` of the timely lane; `first`: no other that may be cut was before them."""

@@ -26,10 +26,34 @@ class Fit(NamedTuple):
     efficient_ns: int
 
 
+def _row(fit: Fit) -> tuple[int, float]:
+    return fit.table.ns[1], fit.items_per_ns
+
+
+class Sizes(NamedTuple):
+    """Means of the items of queries, and of their squares."""
+
+    mean: float
+    square: float
+
+
 class Rates:
     """Of one kind, within `slo_ns`. `pool_per_ns`: items of all slices at their best."""
 
-    __slots__ = ("_efficient", "_fits", "_kind", "ids", "largest_batch", "least_ns", "pool_per_ns", "slo_ns", "workers")
+    __slots__ = (
+        "_efficient",
+        "_elsewhere",
+        "_fits",
+        "_guard",
+        "_kind",
+        "_rows",
+        "ids",
+        "largest_batch",
+        "least_ns",
+        "pool_per_ns",
+        "slo_ns",
+        "workers",
+    )
 
     def __init__(self, workers: list[Worker], kind: Kind, slo_ns: float) -> None:
         self.workers = workers
@@ -37,19 +61,23 @@ class Rates:
         self._kind = kind
         self._fits = {worker.id: self._fit(worker) for worker in workers}
         self.ids = frozenset(self._fits)
+        self._elsewhere: dict[Rates, float] = {}
         fits = self._fits.values()
         self.least_ns = min(fit.table.ns[1] for fit in fits)
         self.largest_batch = max(fit.table.best[fit.cap] for fit in fits)
         self.pool_per_ns = sum(fit.items_per_ns for fit in fits)
         self._efficient = sum(fit.items_per_ns * fit.efficient_ns for fit in fits)
+        self._guard = max(fit.table.guard for fit in fits)
+        self._rows = [(worker, *_row(self._fits[worker.id])) for worker in workers]
 
     def _fit(self, worker: Worker) -> Fit:
         table = worker.tables[self._kind]
         cap = max(table.largest_within(self.slo_ns), 1)
         rate = table.best_per_ns[cap]
         efficient_ns = table.ns[bisect.bisect_left(table.best_per_ns, EFFICIENT * rate)]
-        late_cap = table.largest_within(LATE_SHARE * self.slo_ns) if table.ns[1] <= self.slo_ns else table.knee
-        return Fit(table, cap, late_cap, rate, efficient_ns)
+        if table.ns[1] > self.slo_ns:  # all that it does is late
+            return Fit(table, cap, table.knee, table.best_per_ns[table.knee], efficient_ns)
+        return Fit(table, cap, table.largest_within(LATE_SHARE * self.slo_ns), rate, efficient_ns)
 
     def fit(self, worker: Worker) -> Fit:
         """As its table is now: where that has been corrected, so are the sums, when somebody looks."""
@@ -59,6 +87,8 @@ class Rates:
             self.pool_per_ns += new.items_per_ns - fit.items_per_ns
             self._efficient += new.items_per_ns * new.efficient_ns - fit.items_per_ns * fit.efficient_ns
             self.least_ns = min(each.table.ns[1] for each in self._fits.values())
+            self._guard = max(each.table.guard for each in self._fits.values())
+            self._rows[self.workers.index(worker)] = worker, *_row(new)
             return new
         return fit
 
@@ -68,28 +98,36 @@ class Rates:
             return self.least_ns
         return min(fit.table.time_ns(part.items) for fit in self._fits.values())
 
-    def items_until(self, now_ns: int, due_ns: int) -> float:
-        """Items that the slices can do by then, each from when it is free."""
+    def room(self, now_ns: int, due_ns: int, sizes: Sizes) -> tuple[float, float]:
+        """How many items of queries of such sizes may wait for what is due then; and what the slices can do by then."""
         items = 0.0
-        fits = self._fits
-        for worker in self.workers:
+        for worker, least_ns, items_per_ns in self._rows:
             free_ns = worker.free_at_ns
             left_ns = due_ns - (free_ns if free_ns > now_ns else now_ns)
-            if left_ns > 0:
-                items += fits[worker.id].items_per_ns * left_ns
-        return items
+            if left_ns >= least_ns:
+                items += items_per_ns * left_ns
+        return self._theta(sizes, self._guard * (1 + 1 / len(self.workers))) * items, items
 
-    def theta(self, mean: float, square: float) -> float:
-        """How much of that may be promised to waiting queries, by the means of their items and of those squared.
+    def elsewhere(self, other: Rates) -> float:
+        """Which share of these slices, by what they do, is not among the others."""
+        share = self._elsewhere.get(other)
+        if share is None:
+            items = sum(fit.items_per_ns for worker_id, fit in self._fits.items() if worker_id not in other.ids)
+            share = self._elsewhere[other] = items / self.pool_per_ns
+        return share
+
+    def _theta(self, sizes: Sizes, longer: float) -> float:
+        """How much of what the slices can do may be promised to waiting queries.
 
         Two standard deviations of the work that arrives within an SLO: its mean is at most R * SLO at full load, its
         variance R * SLO * square / mean (compound Poisson). What is left of the SLO is for batches of a good size;
-        where these are short beside the SLO, the queue may be longer.
+        where these are short beside the SLO, even with the wait for a slice that begins one (`longer`), the queue may
+        be longer.
         """
         within_slo = self.pool_per_ns * self.slo_ns
-        deviations = 2 * math.sqrt(square / (mean * within_slo))
+        deviations = 2 * math.sqrt(sizes.square / (sizes.mean * within_slo))
         floor = LEAST_THETA + self.largest_batch / within_slo
-        efficient: float = 1 - self._efficient / self.pool_per_ns / self.slo_ns
+        efficient: float = 1 - longer * self._efficient / self.pool_per_ns / self.slo_ns
         return max(min(max(deviations, floor), MOST_THETA), efficient)
 
 

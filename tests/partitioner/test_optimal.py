@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 from importlib.resources import files
 
 import pytest
@@ -227,6 +228,20 @@ def test_bursts_need_more_the_shorter_the_slo() -> None:
 def test_what_nothing_can_meet_is_refused(demands: list[ModelDemand], choices: Choices, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         optimal.plan(demands, TABLES, A100, choices)
+
+
+def test_the_slo_that_is_told_to_be_within_reach_is() -> None:
+    """Large queries that are rare, and come in bursts, leave no time to wait for the slice that serves them."""
+
+    def demand(slo_ms: float) -> list[ModelDemand]:
+        return [ModelDemand("resnet50", 100, slo_ms, {1: 0.5, 8: 0.4, 24: 0.08, 32: 0.02})]
+
+    for slo_ms in (26.7, 10):
+        with pytest.raises(PlanError, match=r"resnet50 needs at least .* ms for a query of 32") as refused:
+            optimal.plan(demand(slo_ms), TABLES, A100, Choices())
+        said = re.search(r"an SLO of (\d+) ms is within reach", str(refused.value))
+        assert said is not None
+        assert optimal.plan(demand(float(said[1])), TABLES, A100, Choices()).gpus
 
 
 def test_too_much_can_be_planned_for_where_that_is_wanted() -> None:

@@ -188,9 +188,9 @@ def test_what_has_one_length_is_written_in_place_with_the_clips_own_length() -> 
     np.testing.assert_array_equal(x[0], read_clip(wav(speech_like(3.3)), WHISPER).values)
 
 
-def test_buckets_fill_up_and_refuse_what_is_longer() -> None:
-    pipeline = PIPELINE.model_copy(update={"buckets": (100, 200)})
-    assert [pipeline.bucket(length) for length in (1, 100, 101, 200)] == [100, 100, 200, 200]
+def test_what_is_longer_than_the_model_takes_is_refused() -> None:
+    pipeline = PIPELINE.model_copy(update={"longest": 200})
+    assert read_item(pipeline, wav(speech_like(2.0))).length == 200
     with pytest.raises(BadInputError, match="a length of 330; at most 200 is taken"):
         read_item(pipeline, wav(speech_like(3.3)))
 

@@ -12,6 +12,7 @@ import pytest
 import simplejpeg
 import torch
 
+from benchmarks import gpu_pictures
 from preprocess import cards, gate
 from preprocess.cards import Guarded, is_marked, mark, open_decoder, shape_of
 from preprocess.decoders import CpuDecoder, Decoded, Picture
@@ -179,3 +180,36 @@ def test_nvimagecodec_on_its_cpu_backend_gives_libjpegs_levels() -> None:
     good = wanted[: len(files) + 1]
     places = [torch.empty(shape_of(picture), dtype=torch.uint8) for picture in good]
     assert card.decode_into(good, places) == [None] * len(good), "it was not the CPU that did it"
+
+
+def test_the_checks_of_make_bench_gpu_tell_a_good_card_from_a_bad_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need no GPU: off by many levels, and pictures that were never written in whole."""
+    monkeypatch.setattr(gpu_pictures, "TRIES", 6)
+    monkeypatch.setattr(gpu_pictures, "SIDES", ((640, 480), (333, 500), (224, 300)))
+
+    def off(pictures: Sequence[Picture], places: Sequence[torch.Tensor]) -> None:
+        places[0].copy_(places[0] // 2)
+
+    def skips(pictures: Sequence[Picture], places: Sequence[torch.Tensor]) -> None:
+        cards.mark(places[0])
+
+    good = gpu_pictures.agreement(Sketch())
+    assert good == {"pictures": 6, "most_levels": 0, "mean_levels": 0.0, "passed": True}
+    assert not gpu_pictures.agreement(Sketch(off))["passed"]
+    assert gpu_pictures.sentinel(Sketch())["passed"]
+    assert gpu_pictures.sentinel(Sketch(skips)) == {
+        "tried": 6,
+        "not_decoded_by_the_gpu": 0,
+        "unnoticed": 6,
+        "passed": False,
+    }
+
+
+def test_without_a_gpu_bench_gpu_says_that_nothing_was_measured() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    why = gpu_pictures.reason_not_to()
+    assert "sees no GPU with CUDA" in why
+    found = {"measured": False, "reason": why, "date": "2026-01-01"}
+    assert list(gpu_pictures.lines(found)) == ["Pictures on a GPU, 2026-01-01: not measured", why]
+    assert "not measured" in gpu_pictures.drawing(found)

@@ -17,6 +17,7 @@ from preprocess.pipeline import PipelineError, PipelineFile
 from preprocess.pool import PreprocessPool
 from preprocess.steps import AudioSteps, ImageSteps
 from preprocess.work import Local
+from scheduler.arena import Arena
 from tests.preprocess.pictures import encoded, hostile, photographs
 from tests.preprocess.sounds import speech_like, wav
 
@@ -66,7 +67,7 @@ def test_one_that_dies_is_started_anew_and_its_element_tried_again(processes: Is
 
 
 def test_what_always_kills_its_decoder_is_refused(processes: Isolated, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dies(self: Worker, pipeline: PipelineFile, data: bytes) -> None:
+    def dies(self: Worker, pipeline: PipelineFile, data: bytes, span: object = None) -> None:
         os.kill(self.pid, signal.SIGSEGV)
         self._answer(10)
 
@@ -126,14 +127,40 @@ def test_the_pool_hands_elements_to_them() -> None:
     in_pool(story)
 
 
+def test_a_picture_goes_straight_to_its_place_where_that_is_in_the_arena() -> None:
+    """And nowhere else: what lies before and behind the request's slot stays as it was."""
+    arena = Arena(1 << 22)
+    nbytes = 3 * 3 * 224 * 224 * 4
+    arena.memory[:] = b"\x55" * len(arena.memory)
+
+    async def story() -> None:
+        pool = PreprocessPool(2, isolated=True, arena=(arena.fd, arena.memory))
+        try:
+            await pool.prepare(PICTURES)
+            await pool.write(PICTURES, [JPEG] * 3, {"x": arena.memory[4096 : 4096 + nbytes]}).future
+            elsewhere = np.empty((1, 3, 224, 224), np.float32)
+            await pool.write(PICTURES, [JPEG], {"x": memoryview(elsewhere).cast("B")}).future
+            np.testing.assert_array_equal(elsewhere, written(Local("cpu"), JPEG))
+            with pytest.raises(BadInputError, match="element 1"):
+                await pool.write(PICTURES, [JPEG, b"text"], {"x": arena.memory[: nbytes * 2 // 3]}).future
+        finally:
+            pool.close()
+
+    try:
+        asyncio.run(story())
+        values = np.frombuffer(arena.memory[4096 : 4096 + nbytes], np.float32).reshape(3, 3, 224, 224)[1:].copy()
+        np.testing.assert_array_equal(values, np.repeat(written(Local("cpu"), JPEG), 2, 0))
+        assert set(bytes(arena.memory[4096 + nbytes :])) == {0x55}
+    finally:
+        arena.close()
+
+
 def test_a_pool_that_is_closed_leaves_no_process() -> None:
     pids: list[int] = []
 
     async def story(pool: PreprocessPool) -> None:
         await pool.prepare(PICTURES)
-        runner = pool._runner
-        assert isinstance(runner, Isolated)
-        pids.extend(runner.pids)
+        pids.extend(pool.pids())
 
     in_pool(story)
     assert len(pids) == 2

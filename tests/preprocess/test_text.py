@@ -55,7 +55,9 @@ def test_texts_are_cut_where_the_model_says_so(steps: TextSteps) -> None:
 
 
 def test_the_file_is_looked_for_beside_the_model_and_at_its_loading(tmp_path: Path) -> None:
-    pipeline = PipelineFile(input="text", output="ids", text=TextSteps(tokenizer="words.json")).beside(str(tmp_path))
+    pipeline = PipelineFile(input="text", output="ids", text=TextSteps(tokenizer="words.json")).placed(
+        str(tmp_path), None
+    )
     assert pipeline.text is not None
     with pytest.raises(PipelineError, match=r"words\.json cannot be read"):
         load(pipeline.text)

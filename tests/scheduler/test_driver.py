@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from scheduler.driver import Answered, Pending, RefusedError
+from scheduler.answers import Answered
+from scheduler.driver import Pending, RefusedError
 from scheduler.messages import Reason
 from tests.stage import KEY, Stage
 

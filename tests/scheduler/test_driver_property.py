@@ -19,10 +19,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from scheduler import driver as driver_module
+from scheduler.answers import Answered
 from scheduler.arena import Arena
 from scheduler.channel import Done, Failed, RunBatch
 from scheduler.core import SchedulerCore
-from scheduler.driver import Answered, Driver, Pending, RefusedError, _Running, now_ns
+from scheduler.driver import Driver, Pending, RefusedError, _Running, now_ns
 from scheduler.messages import Request
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from tests.cutter import Cutter

@@ -42,7 +42,9 @@ class Story:
     def worker_lost(self, worker_id: int, detail: str, *, comes_back: bool, batch_ids: list[int]) -> None:
         self._add("lost", worker_id)
 
-    def serves(self, worker_id: int, key: str, latency_ns: tuple[int, ...], weight: float) -> None:
+    def serves(
+        self, worker_id: int, key: str, latency_ns: tuple[int, ...], weight: float, lengths: tuple[int, ...] = ()
+    ) -> None:
         self._add(f"serves {key}", worker_id)
 
     def stops_serving(self, worker_id: int, key: str) -> None:

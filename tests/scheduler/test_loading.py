@@ -33,7 +33,9 @@ class Told:
     def batch_done(self, worker_id: int, done: Done, outbox: memoryview) -> None: ...
     def batch_failed(self, worker_id: int, failed: Failed) -> None: ...
 
-    def serves(self, worker_id: int, key: str, latency_ns: tuple[int, ...], weight: float) -> None:
+    def serves(
+        self, worker_id: int, key: str, latency_ns: tuple[int, ...], weight: float, lengths: tuple[int, ...] = ()
+    ) -> None:
         self.serving.append((worker_id, key))
 
     def stops_serving(self, worker_id: int, key: str) -> None:

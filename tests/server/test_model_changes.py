@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from preprocess.pool import PreprocessPool
 from scheduler.channel import ModelSource
-from scheduler.loading import LoadedModel, Points
+from scheduler.lengths import Points
+from scheduler.loading import LoadedModel
 from scheduler.messages import Request
 from scheduler.tensors import Signature
 from server.errors import Fault, ServeError
 from server.model_config import model_config
-from server.repository import ModelState, Repository
+from server.repository import Model, ModelState, Repository
 from tests import repositories
 from tests.stage import Stage
 
@@ -50,12 +50,16 @@ class Workers:
         return [each for each in self.loaded if each == key]
 
 
+async def nothing_to_prepare(model: Model) -> None:
+    """What a pipeline needs is another test's."""
+
+
 class Place:
     def __init__(self, root: Path, arena_bytes: int = 1 << 20) -> None:
         self.workers = Workers()
         self.driver = Stage().driver
         fleet: Any = self.workers
-        self.repository = Repository([root], fleet, self.driver, arena_bytes, PreprocessPool(1))
+        self.repository = Repository([root], fleet, self.driver, arena_bytes, nothing_to_prepare)
 
     def state(self, name: str = "m") -> ModelState:
         (model,) = [each for each in self.repository.models() if each.name == name]

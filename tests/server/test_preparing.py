@@ -16,8 +16,11 @@ from tritonclient.grpc import service_pb2
 
 from preprocess.clips import read_clip
 from preprocess.steps import AudioSteps
-from scheduler.driver import Answered
+from scheduler.answers import Answered
+from scheduler.lengths import Lengths
 from server.codec import Tensor
+from server.errors import ServeError
+from server.preprocess_stats import REASONS
 from server.service import Outcome
 from tests.preprocess.sounds import speech_like, wav
 from tests.preprocess.test_text import make_tokenizer
@@ -117,12 +120,69 @@ def test_one_bad_element_ends_its_request_by_name_and_no_other(threads: int) -> 
     on(lambda: Served(make_model(pictures=True), threads=threads), story)
 
 
-def test_what_preprocessing_alone_makes_late_is_refused_before_it_is_begun() -> None:
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"slo_ms": 0.01, "strict": True}, b"cannot answer in time: slo_ms of the request is 0.01 ms"),
+        ({"deadline_ms": 0.01}, b"cannot answer in time: deadline_ms of the request is 0.01 ms"),
+        ({"slo_ms": 0.01}, b"cannot answer even in ten times what it may take: slo_ms of the request is 0.01 ms"),
+    ],
+)
+def test_what_preprocessing_alone_makes_too_late_is_refused_before_it_is_begun(
+    terms: dict[str, Any], message: bytes
+) -> None:
     async def story(stage: Served) -> None:
-        (reply,) = stage.post(json_request(FILES, slo_ms=0.01))
-        assert (reply.status, b"cannot answer in time: slo_ms of the request is 0.01 ms" in reply.body) == (429, True)
+        (reply,) = stage.post(json_request(FILES, **terms))
+        assert (reply.status, message in reply.body) == (429, True)
         assert stage.post(json_request(FILES, slo_ms=60_000)) == []
         assert stage.driver.unfinished() == 1
+
+    on(pictures, story)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_preprocessing_alone_makes_late_is_served_late_unless_it_is_strict(strict: bool) -> None:
+    """Due times count from the arrival: this one has passed before anything is begun."""
+
+    async def story(stage: Served) -> None:
+        outcomes: list[Outcome] = []
+        encoded = Tensor("image", "BYTES", (1,), [FILES[0]])
+        parameters, arrival_ns = {"slo_ms": 3000.0, "strict": strict}, time.monotonic_ns() - 4_000_000_000
+        if strict:
+            with pytest.raises(ServeError, match="cannot answer in time"):
+                stage.service.submit(stage.model, [encoded], parameters, arrival_ns, outcomes.append)
+            return
+        stage.service.submit(stage.model, [encoded], parameters, arrival_ns, outcomes.append)
+        await until(lambda: bool(stage.sent))
+        stage.finish(0)
+        (outcome,) = outcomes
+        assert isinstance(outcome, Answered)
+        assert outcome.late_ns >= 1_000_000_000
+
+    on(pictures, story)
+
+
+def test_preprocessing_is_counted_by_stage_and_errors_by_reason() -> None:
+    async def story(stage: Served) -> None:
+        stage.post(json_request(FILES))
+        bad = stage.post(json_request([b"text"]))
+        stage.post(json_request(FILES, deadline_ms=0.01))
+        await until(lambda: bool(stage.sent and bad))
+        samples = {
+            (sample.name, *sample.labels.values()): sample.value
+            for metric in stage.service.preprocess_stats.collect()
+            for sample in metric.samples
+        }
+        assert samples["migserve_preprocess_elements_total", "m", "1"] == 4
+        errors = [samples["migserve_preprocess_errors_total", "m", "1", reason] for reason in REASONS]
+        assert dict(zip(REASONS, errors, strict=True)) == {
+            **dict.fromkeys(REASONS, 0.0),
+            "bad_input": 1.0,
+            "unreachable": 1.0,
+        }
+        for each in ("queue", "gate", "decode", "transform"):
+            assert samples["migserve_preprocess_seconds_count", "m", "1", each] == 1
+            assert samples["migserve_preprocess_seconds_sum", "m", "1", each] > 0
 
     on(pictures, story)
 
@@ -148,8 +208,8 @@ def submit(stage: Served, *elements: bytes) -> list[Outcome]:
     return outcomes
 
 
-def sounds(**more: Any) -> Served:
-    return Served(make_sound_model(**more), arena_bytes=1 << 20)
+def sounds(lengths: Lengths | None = None, **more: Any) -> Served:
+    return Served(make_sound_model(lengths, **more), arena_bytes=1 << 20)
 
 
 def slot(stage: Served, items: int, frames: int) -> tuple[list[int], Any]:
@@ -162,34 +222,37 @@ def slot(stage: Served, items: int, frames: int) -> tuple[list[int], Any]:
     return lengths.tolist(), features
 
 
-@pytest.mark.parametrize(("buckets", "frames"), [((), 120), ((100, 200), 200)])
-def test_clips_are_placed_with_their_lengths_and_filled_up(buckets: tuple[int, ...], frames: int) -> None:
+@pytest.mark.parametrize("lengths", [None, Lengths(200, length="frames")])
+def test_clips_are_placed_with_their_lengths_and_filled_up(lengths: Lengths | None) -> None:
+    """To the longest of their request; a batch may have longer ones, to which the worker fills them up."""
+
     async def story(stage: Served) -> None:
         files = [wav(speech_like(seconds)) for seconds in (1.2, 0.4)]
         outcomes = submit(stage, *files)
         assert stage.driver.unfinished() == 1
         await until(lambda: bool(stage.sent))
-        assert stage.sent[0].dims == (frames,)
-        lengths, features = slot(stage, 2, frames)
-        assert lengths == [120, 40]
-        for row, data, length in zip(features, files, lengths, strict=True):
+        batch = stage.sent[0]
+        assert (batch.dims, batch.lengths) == (((120,), ()) if lengths is None else ((), [120]))
+        told, features = slot(stage, 2, 120)
+        assert told == [120, 40]
+        for row, data, length in zip(features, files, told, strict=True):
             np.testing.assert_array_equal(row[:, :length], read_clip(data, NEMO).values)
             assert not row[:, length:].any()
         stage.finish(0)
         assert [type(outcome) for outcome in outcomes] == [Answered]
         assert (stage.driver.unfinished(), stage.arena.used) == (0, 0)
 
-    on(lambda: sounds(buckets=buckets), story)
+    on(lambda: sounds(lengths), story)
 
 
-def test_a_clip_longer_than_any_bucket_is_refused() -> None:
+def test_a_clip_longer_than_the_model_takes_is_refused() -> None:
     async def story(stage: Served) -> None:
         outcomes = submit(stage, wav(speech_like(1.2)))
         await until(lambda: bool(outcomes))
         assert "element 0: a length of 120; at most 100 is taken" in getattr(outcomes[0], "message", "")
         assert (stage.driver.unfinished(), stage.arena.used) == (0, 0)
 
-    on(lambda: sounds(buckets=(50, 100)), story)
+    on(lambda: sounds(longest=100), story)
 
 
 def test_clips_for_which_there_is_no_room_are_refused_once_that_is_known() -> None:
@@ -232,16 +295,16 @@ def test_texts_come_as_ids_with_their_mask(binary: bool, tmp_path: Path) -> None
         else:
             assert stage.post({"inputs": [tensor]}) == []
         await until(lambda: bool(stage.sent))
-        assert stage.sent[0].dims == (4, 4)
-        layout = stage.model.layout.slot(2, (4, 4))
+        assert stage.sent[0].dims == (3, 3)
+        layout = stage.model.layout.slot(2, (3, 3))
         ids, mask = (
-            np.frombuffer(stage.arena.memory[place.offset : place.offset + place.nbytes], np.int64).reshape(2, 4)
+            np.frombuffer(stage.arena.memory[place.offset : place.offset + place.nbytes], np.int64).reshape(2, 3)
             for place in layout.places
         )
-        assert (ids.tolist(), mask.tolist()) == ([[1, 2, 3, 0], [2, 0, 0, 0]], [[1, 1, 1, 0], [1, 0, 0, 0]])
+        assert (ids.tolist(), mask.tolist()) == ([[1, 2, 3], [2, 0, 0]], [[1, 1, 1], [1, 0, 0]])
         del ids, mask
 
-    on(lambda: Served(make_text_model(str(tmp_path / "tokenizer.json"), buckets=(4, 6))), story)
+    on(lambda: Served(make_text_model(str(tmp_path / "tokenizer.json"))), story)
 
 
 def test_a_text_that_is_too_long_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +16,7 @@ from typer.testing import CliRunner, Result
 from partitioner.latency import LatencyTableError, Measurement, read_csv, read_measurements
 from server.__main__ import app
 from server.profile_file import TableFile
+from tests.harness import until
 
 MODELS = Path("build/demo-models")
 QUICK = ("--repository", MODELS, "--seconds", "0.02", "--within", "0.5")
@@ -69,9 +69,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
     out = tmp_path / "table.csv"
     command = [sys.executable, "-m", "server", "profile", "resnet50", "--repository", str(MODELS), "--out", str(out)]
     process = subprocess.Popen([*command, "--slices", "1g.10gb", "--within", "0.001"], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (out.exists() and len(rows(out)) >= 1) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: out.exists() and rows(out), "a row is written", seconds=60)
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130

@@ -361,3 +361,18 @@ def test_strict_readiness_waits_for_every_model(tmp_path: Path) -> None:
         assert answer.status == 503
         assert "model bad" in answer.error
         assert request(daemon.http, "GET", "/v2/models/good/ready").status == 200
+
+
+def test_workers_without_torch_load_a_torch_model_that_comes_later(tmp_path: Path) -> None:
+    """A start is quick where every model is emulated: torch is left out until it is needed."""
+    repositories.emulated(tmp_path / "emulated", 1)
+    with running("--model-repository", str(tmp_path), "--layout", "7g.80gb") as daemon:
+        (pid,) = daemon.workers().values()
+        maps = Path(f"/proc/{pid}/maps")
+        assert "libtorch" not in maps.read_text()
+        linear = nn.Linear(3, 3)
+        export(linear, (torch.zeros(2, 3),), ({0: BATCH},), tmp_path / "linear")
+        assert request(daemon.http, "POST", "/v2/repository/models/linear/load").status == 200
+        assert "libtorch" in maps.read_text()
+        expected = linear(torch.from_numpy(X)).detach().numpy()
+        np.testing.assert_allclose(ask(daemon, "linear", input=X), expected, rtol=1e-5)

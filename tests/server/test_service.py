@@ -15,8 +15,8 @@ from PIL import Image
 from structlog.testing import capture_logs
 from tritonclient.grpc import service_pb2
 
+from scheduler.answers import Answered
 from scheduler.channel import Done
-from scheduler.driver import Answered
 from scheduler.tensors import InputLayout, Signature, TensorSpec
 from server.codec import Tensor
 from server.errors import ServeError

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from scheduler.policies.named import POLICIES
 from server.__main__ import app
+from server.simulate_outcome import Outcome, above_bound
 
 OURS = next(iter(POLICIES))
 FEW = ("--queries", "1000")
@@ -66,6 +67,16 @@ def test_p99_is_the_stricter_goal() -> None:
     assert p99 < p95
 
 
+def test_a_rate_above_the_bound_is_explained() -> None:
+    def outcome(rate_per_s: float, goal: str | None) -> Outcome:
+        return Outcome(OURS, rate_per_s, [0], [rate_per_s], [], goal)
+
+    said = above_bound([outcome(90.0, "p95"), outcome(101.0, "p95")], 100.0)
+    assert "p95 asks for 95 % of the queries in time only" in said
+    assert above_bound([outcome(99.0, "p99")], 100.0) == ""
+    assert above_bound([outcome(200.0, None)], 100.0) == "", "that it was asked for does not make it count"
+
+
 def test_where_no_rate_counts_figures_are_null() -> None:
     """Queries of 32 items, 3 % of all, take longer than the SLO on every slice; elsa cuts none of them."""
     data = found("--find-max", "p99", "--model", "vgg19", "--slo-factor", "0.3", "--policy", "elsa", *FEW)
@@ -78,6 +89,11 @@ def test_a_rate_is_simulated_and_a_seed_repeats() -> None:
     assert len(data["utilisation"]) == 8
     assert data == found("--rate", "200", "--seed", "3", *FEW)
     assert data != found("--rate", "200", "--seed", "4", *FEW)
+
+
+def test_no_figure_is_cut_off_on_a_narrow_terminal() -> None:
+    arguments = ["simulate", "--workload", "w-slo", "--scenario", "S1", *FEW]
+    assert "…" not in CliRunner().invoke(app, arguments, env={"COLUMNS": "80"}).stdout
 
 
 def test_several_policies_come_as_a_list() -> None:
@@ -107,6 +123,14 @@ def test_a_trace_is_replayed_at_its_own_rate_or_another(trace: Path) -> None:
     assert data["rate_per_s"] == 3.0
     assert sorted(data["p50_ms"]) == sorted(data["slo_ms"]) == ["bert", "resnet50"]
     assert found("--workload", trace, "--rate", "30")["rate_per_s"] == 30.0
+
+
+def test_lengths_that_no_latency_depends_on_are_told(trace: Path, tmp_path: Path) -> None:
+    assert "The trace has lengths" not in simulate("--workload", trace).stdout
+    with_lengths = tmp_path / "lengths.csv"
+    with_lengths.write_text(TRACE.replace("bert,1,", "bert,1,128"))
+    said = " ".join(simulate("--workload", with_lengths).stdout.split())
+    assert "only queries of the same one share a batch, but no latency depends on it" in said
 
 
 def test_w_slo_plans_and_tries_the_plan() -> None:
@@ -157,7 +181,7 @@ def test_a_short_run_is_told() -> None:
         (("--slo-factor", "0.1", "--layout", "1g.10gb"), "no slice ends even one item within its SLO"),
         (("--latency-table", "nowhere.csv"), "latency table nowhere.csv: No such file"),
         (("--out", "report.pdf"), "its name must end in .html"),
-        (("--out", "nowhere/report.html", "--queries", "100"), "cannot write the report nowhere/report.html: No such"),
+        (("--out", "nowhere/report.html"), "cannot write the report nowhere/report.html: No such folder: nowhere"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused_with_what_to_do(arguments: tuple[str, ...], says: str) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner, Result
 
 from server import settings
+from server.__main__ import app
 from tests import repositories
 from tests.clients import PROTOCOLS, http_binary, in_threads
 from tests.harness import MODELS, REPOSITORY, RunningDaemon, running, until
@@ -23,21 +25,29 @@ from tests.server.raw_http import infer, request
 PRIVATE_MIB_PER_WORKER = 150
 
 
+# With the tests' models, where the arguments name no others.
+OURS = {"COLUMNS": "200", "NO_COLOR": "1", "MIGSERVE_MODEL_REPOSITORY": str(MODELS), "MIGSERVE_ALLOW_ADMIN": "0"}
+
+
 def migserve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """With the tests' models, where the arguments name no others."""
+    """In a process of its own, as a shell starts it."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MIGSERVE_")}
-    ours = {"COLUMNS": "200", "NO_COLOR": "1", "MIGSERVE_MODEL_REPOSITORY": str(MODELS), "MIGSERVE_ALLOW_ADMIN": "0"}
     command = [sys.executable, "-m", "server", *arguments]
-    everything = clean | ours | environment
+    everything = clean | OURS | environment
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=everything, timeout=60)
+
+
+def asked(*arguments: str, **environment: str) -> Result:
+    """In this process: for what is answered without a daemon."""
+    return CliRunner().invoke(app, arguments, env=OURS | environment)
 
 
 def test_help_teaches() -> None:
     verbs = migserve("--help").stdout
     for verb in ("gpus", "demo-models", "replay"):
         assert verb in verbs
-        assert migserve(verb, "--help").returncode == 0
-    text = migserve("serve", "--help").stdout
+        assert asked(verb, "--help").exit_code == 0
+    text = asked("serve", "--help").stdout
     for flag in (
         "--model-repository",
         "--http-port",
@@ -50,7 +60,7 @@ def test_help_teaches() -> None:
 
 
 def test_help_names_every_setting_and_default_on_a_narrow_terminal() -> None:
-    text = migserve("serve", "--help", COLUMNS="80").stdout
+    text = asked("serve", "--help", COLUMNS="80").stdout
     for name in settings.Settings.model_fields:
         assert f"--{name.replace('_', '-')} " in text, name
     assert "…" not in text
@@ -66,20 +76,33 @@ def test_help_names_every_setting_and_default_on_a_narrow_terminal() -> None:
         (["serve", "--gpu", "sim:A100-80GBx0"], 1, "the number after x must be 1 or more"),
         (["serve", "--gpu", "gpu0"], 1, "use nvml, sim:A100-80GB"),
         (["serve", "--gpu", "sim:A100-80GB", "--layout", "4g.40gb+4g.40gb"], 1, "takes 8 compute slices"),
-        (["serve", "--http-port", "99999"], 2, "--http-port 99999: Input should be less than or equal to 65535"),
         (["serve", "--http-address", "192.0.2.1"], 1, "--http-address 192.0.2.1 is no address of this machine"),
+        (["serve", "--journal", "/nowhere/journal"], 1, "--journal /nowhere/journal cannot be written"),
+    ],
+)
+def test_a_daemon_that_cannot_start_says_what_to_do(
+    arguments: list[str], code: int, message: str, demo_models: None
+) -> None:
+    done = migserve(*arguments)
+    assert message in done.stderr
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["serve", "--http-port", "99999"], 2, "--http-port 99999: Input should be less than or equal to 65535"),
         (["serve", "--arena-mib", "100"], 2, "--arena-mib 100: must be a power of two"),
         (["serve", "--config", "nowhere.yaml"], 2, "--config nowhere.yaml cannot be read: No such file"),
         (["serve", "--no-allow-http", "--no-allow-grpc"], 2, "nothing would be served"),
-        (["serve", "--journal", "/nowhere/journal"], 1, "--journal /nowhere/journal cannot be written"),
         (["gpus", "--gpu", "sim:A100-80GB", "--layout", "5g.50gb"], 1, "did you mean"),
         (["replay", "nowhere"], 1, "No such file"),
     ],
 )
-def test_wrong_use_is_told_with_what_to_do(arguments: list[str], code: int, message: str, demo_models: None) -> None:
-    done = migserve(*arguments)
+def test_wrong_use_is_told_with_what_to_do(arguments: list[str], code: int, message: str) -> None:
+    done = asked(*arguments)
     assert message in done.stderr
-    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert (done.exit_code, type(done.exception)) == (code, SystemExit)
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc", "metrics"])
@@ -96,8 +119,8 @@ def test_a_port_that_is_taken_is_named(protocol: str, demo_models: None) -> None
 
 
 def test_without_a_driver_nvml_is_refused_with_what_to_do() -> None:
-    done = migserve("gpus", "--gpu", "nvml")
-    if done.returncode == 0:
+    done = asked("gpus", "--gpu", "nvml")
+    if done.exit_code == 0:
         assert "GPU 0" in done.stdout  # this machine has one
     else:
         assert "no usable NVIDIA driver here" in done.stderr
@@ -105,11 +128,11 @@ def test_without_a_driver_nvml_is_refused_with_what_to_do() -> None:
 
 
 def test_a_layout_is_drawn() -> None:
-    drawn = migserve("gpus", "--gpu", "sim:H100-80GBx2", "--layout", "3g.40gb+3g.40gb").stdout
+    drawn = asked("gpus", "--gpu", "sim:H100-80GBx2", "--layout", "3g.40gb+3g.40gb").stdout
     assert drawn.count("GPU 0") == drawn.count("GPU 1") == 1
     assert drawn.count("3g.40gb") == 8  # a bar and a legend for each of four slices
     assert drawn.count("3 GPCs") == 4
-    assert "1 GPC," in migserve("gpus", "--gpu", "sim:A30-24GB").stdout
+    assert "1 GPC," in asked("gpus", "--gpu", "sim:A30-24GB").stdout
 
 
 def test_settings_come_from_flags_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,8 +187,8 @@ def test_a_settings_file_can_be_empty(tmp_path: Path) -> None:
 
 
 def test_a_wrong_variable_is_named_as_one() -> None:
-    done = migserve("serve", MIGSERVE_HTTP_PORT="x")
-    assert done.returncode == 2
+    done = asked("serve", MIGSERVE_HTTP_PORT="x")
+    assert done.exit_code == 2
     assert done.stderr.startswith("MIGSERVE_HTTP_PORT 'x': ")
 
 
@@ -246,9 +269,11 @@ def test_ctrl_c_before_anything_runs_just_ends_it() -> None:
         assert process.returncode == -signal.SIGINT
 
 
-def test_a_journal_of_a_busy_day_replays(tmp_path: Path, demo_models: None) -> None:
+def test_a_journal_of_a_busy_day_replays(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "models" / "affine", 1, max_batch=64)
     path = tmp_path / "journal"
-    with running("--journal", str(path), "--drain-delay-secs", "0") as daemon:
+    flags = ("--model-repository", str(tmp_path / "models"), "--drain-delay-secs", "0")
+    with running("--journal", str(path), *flags) as daemon:
         name, pid = sorted(daemon.workers().items())[0]
         x = np.ones((3, 16), np.float32)
 
@@ -296,12 +321,14 @@ def test_a_model_that_takes_too_long_to_load_is_given_up(tmp_path: Path) -> None
         assert "loading hangs took more than 1 s" in line["reason"]
 
 
-def test_several_workers_on_one_slice(demo_models: None) -> None:
-    with running("--layout", "1g.10gb", "--workers-per-slice", "3", "--drain-delay-secs", "0") as daemon:
+def test_several_workers_on_one_slice(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "affine", 1)
+    flags = ("--model-repository", str(tmp_path), "--layout", "1g.10gb", "--drain-delay-secs", "0")
+    with running(*flags, "--workers-per-slice", "3") as daemon:
         assert sorted(daemon.workers()) == ["gpu0/1g.10gb@0", "gpu0/1g.10gb@0#1", "gpu0/1g.10gb@0#2"]
         client = http_binary(daemon.http)
         x = np.ones((1, 16), np.float32)
-        np.testing.assert_array_equal(client("affine", x).as_numpy("y"), 2 * x + 1)
+        np.testing.assert_array_equal(client("affine", x).as_numpy("y"), [[16]])
         metrics = request(daemon.metrics, "GET", "/metrics").body.decode()
         assert len(re.findall(r'migserve_slice_state\{[^}]*state="ready"[^}]*\} 1\.0', metrics)) == 3
 

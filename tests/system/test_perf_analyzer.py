@@ -29,7 +29,7 @@ def test_perf_analyzer_completes_at_concurrency_1_to_16_without_an_error(
 ) -> None:
     command = [str(TOOLS / "perf_analyzer"), "-m", model, "-i", protocol, "-u", getattr(daemon, protocol)]
     # 1, 6, 11, 16 at once. Stability is not asked for (-s): the point is that it completes.
-    command += ["--concurrency-range", "1:16:5", "--measurement-interval", "300", "-s", "10000", "-r", "3"]
+    command += ["--concurrency-range", "1:16:5", "--measurement-interval", "150", "-s", "10000", "-r", "3"]
     environment = os.environ | {"LD_LIBRARY_PATH": str(TOOLS)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

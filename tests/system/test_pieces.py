@@ -15,7 +15,7 @@ import tritonclient.grpc as grpcclient
 
 from tests import repositories
 from tests.harness import RunningDaemon, running, until
-from tests.system.test_faults import metric, post
+from tests.system.asking import metric, post
 
 ITEMS = 8
 # An item takes 50 ms, so all of them take 400 ms on one slice, and half of that on two.

@@ -17,7 +17,7 @@ import pytest
 from tests import repositories
 from tests.harness import RunningDaemon, running, until
 from tests.server.raw_http import request
-from tests.system.test_faults import Load, metric, post, x_of
+from tests.system.asking import Load, metric, post, x_of
 
 ONES = "+".join(["1g.10gb"] * 7)
 
@@ -42,8 +42,9 @@ def cut(daemon: RunningDaemon, *layouts: str) -> Any:
     return answer
 
 
-def test_layouts_change_under_load_and_no_request_is_lost(demo_models: None) -> None:
-    with running("--drain-delay-secs", "0") as daemon, Load(daemon.http, clients=16) as load:
+def test_layouts_change_under_load_and_no_request_is_lost(demo_models: None, tmp_path: Path) -> None:
+    repository = repositories.some_of_the_demo(tmp_path, "affine")
+    with running("--model-repository", str(repository)) as daemon, Load(daemon.http, clients=16) as load:
         for layout in (
             ONES,
             "7g.80gb",
@@ -64,8 +65,10 @@ def test_layouts_change_under_load_and_no_request_is_lost(demo_models: None) -> 
     assert lost == [], "a drained worker ends by itself"
 
 
-def test_what_stays_is_not_touched(demo_models: None) -> None:
-    with running("--gpu", "sim:A100-80GBx2", "--layout", "4g.40gb+2g.20gb+1g.10gb") as daemon:
+def test_what_stays_is_not_touched(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "model", 1)
+    flags = ("--model-repository", str(tmp_path), "--gpu", "sim:A100-80GBx2", "--layout", "4g.40gb+2g.20gb+1g.10gb")
+    with running(*flags) as daemon:
         before = daemon.workers()
         status, answer = admin(daemon, "layout", {"gpus": {"1": "4g.40gb+1g.10gb+1g.10gb+1g.10gb"}, "dry_run": True})
         assert (status, answer) == (
@@ -197,10 +200,10 @@ def test_the_layout_follows_the_traffic_where_it_may(tmp_path: Path, replan: str
     often = ("--replan-interval-secs", "0.2", "--replan-half-life-secs", "2", "--replan-dwell-secs", "1")
     with running("--model-repository", str(tmp_path), "--layout", ONES, "--replan", replan, *often) as daemon:
         large = x_of(*range(32), strict=True)
-        assert post(daemon.http, "bert", large)[0] == 429, "no 1g slice can do it in time"
+        for _ in range(3):  # no more: the two slices that it proposes serve about ten a second
+            assert post(daemon.http, "bert", large)[0] == 429, "no 1g slice can do it in time"
 
         def plan() -> Any:
-            post(daemon.http, "bert", large)
             return admin(daemon, "plan")[1]
 
         if replan == "propose":
