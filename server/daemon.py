@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -128,9 +127,8 @@ class Daemon:
         self.service = InferenceService(self.driver, self.arena, self._pool)
         self.metrics.add(self.service.preprocess_stats)
         supply = Supply(core.pool, self.driver, self.repository, self.arena.size)
-        jobs = self._state_dir / "jobs"
-        preparer = JobPreparer(self._pool, settings.preprocess_threads or os.cpu_count() or 1)
-        self._jobs = Jobs(settings, jobs, supply, self.repository, self.service, preparer, self.fleet.name_of)
+        keep, prepare = self._state_dir / "jobs", JobPreparer(self._pool)
+        self._jobs = Jobs(settings, keep, supply, self.repository, self.service, prepare, self.fleet.name_of)
         self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver, self._jobs.demands)
         self.metrics.register(JobMetrics(self._jobs))
         self.metrics.watch(

@@ -54,7 +54,7 @@ class Story:
         self.settings = Settings(jobs_min_free_mib=0, **settings)
         stage = self.stage
         supply = Supply(stage.driver._core.pool, stage.driver, self.repository, stage.arena.size)
-        preparer = JobPreparer(stage.pool, 1)
+        preparer = JobPreparer(stage.pool)
         name: Callable[[int], str] = "slice {}".format
         self.jobs = Jobs(self.settings, folder, supply, self.repository, stage.service, preparer, name)
         self.intake = Intake(self.settings, self.jobs, self.repository)
