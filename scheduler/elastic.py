@@ -11,6 +11,7 @@ possible; how is ours:
    gives slices back, or falls behind, and takes more.
 3. Of several jobs the earliest deadline is served first; the others have what that leaves, in time, of every slice.
 4. A job that cannot make it holds everything. When it could end at the earliest is found by bisection over deadlines.
+   One without a deadline holds half of the slices, the smaller ones: online queries find another that is free.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Place:
 class Work:
     """What is left of a job: items by bucket, and the ns to its deadline, below 0 once that has passed.
 
-    An infinite time is none: the job comes after all others, and then takes what there is.
+    An infinite time is none: the job comes after all others, and takes half of what there is.
     """
 
     job: str
@@ -127,8 +128,10 @@ def _hold(
     left = {bucket: items for bucket, items in work.left.items() if items > 0}
     if not left or not usable:
         return Holding({}, not left, 0.0 if not left else FOREVER_NS, 0.0)
-    groups = _groups(usable)
     hurries = math.isinf(work.within_ns)
+    if hurries:
+        usable = sorted(usable, key=lambda each: (each.gpcs, each.worker_id))[: (len(usable) + 1) // 2]
+    groups = _groups(usable)
     for within_ns in () if hurries else ((1 - EARLY) * work.within_ns - EARLY_NS, work.within_ns):
         plan = _cheapest(left, groups, used_ns, within_ns)
         if plan is not None:

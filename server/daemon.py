@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -128,9 +127,8 @@ class Daemon:
         self.service = InferenceService(self.driver, self.arena, self._pool)
         self.metrics.add(self.service.preprocess_stats)
         supply = Supply(core.pool, self.driver, self.repository, self.arena.size)
-        jobs = self._state_dir / "jobs"
-        preparer = JobPreparer(self._pool, settings.preprocess_threads or os.cpu_count() or 1)
-        self._jobs = Jobs(settings, jobs, supply, self.repository, self.service, preparer, self.fleet.name_of)
+        keep, prepare = self._state_dir / "jobs", JobPreparer(self._pool)
+        self._jobs = Jobs(settings, keep, supply, self.repository, self.service, prepare, self.fleet.name_of)
         self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver, self._jobs.demands)
         self.metrics.register(JobMetrics(self._jobs))
         self.metrics.watch(
@@ -252,10 +250,12 @@ class Daemon:
     async def _drain(self) -> int:
         """Unready; serves on briefly, so that load balancers notice; then finishes what is under way."""
         self._draining = True
-        await self._jobs.stop()
         log.info("draining", unfinished=self.driver.unfinished())
         self._progress.draining(self.driver.unfinished())
         deadline = asyncio.get_running_loop().time() + self.settings.exit_timeout_secs
+        with suppress(TimeoutError):  # what is not on disk by then is done again after the next start
+            async with asyncio.timeout(min(STOP_SECONDS, self.settings.exit_timeout_secs)):
+                await self._jobs.stop()
         delay_s = min(self.settings.drain_delay_secs, self.settings.exit_timeout_secs)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), delay_s)

@@ -27,21 +27,18 @@ AGAIN_S = 0.1
 # Of what an element takes: so much of the last group.
 WEIGHT = 0.2
 
-Bytes = tuple[bytes, ...]
-
 
 class JobPreparer:
-    """`threads`: of the pool."""
+    """Through this pool."""
 
-    def __init__(self, pool: PreprocessPool, threads: int) -> None:
+    def __init__(self, pool: PreprocessPool) -> None:
         self._pool = pool
-        self._threads = threads
         self._element_s = GROUP_S
 
     @property
     def group(self) -> int:
         """How many items to prepare together."""
-        return max(self._threads, min(MOST, int(self._threads * GROUP_S / self._element_s)))
+        return max(self._pool.threads, min(MOST, int(self._pool.threads * GROUP_S / self._element_s)))
 
     async def prepare(self, model: Model, pipeline: PipelineFile, items: Sequence[Item]) -> None:
         """Each becomes its tensors, with the bucket of their length; or has an error."""
@@ -55,7 +52,7 @@ class JobPreparer:
             except Exception as error:
                 await self._one_by_one(model, pipeline, items, error)
             break
-        took_s = (time.monotonic() - begin_s) * self._threads / len(items)
+        took_s = (time.monotonic() - begin_s) * self._pool.threads / len(items)
         self._element_s += WEIGHT * (max(took_s, 1e-6) - self._element_s)
 
     async def _one_by_one(self, model: Model, pipeline: PipelineFile, items: Sequence[Item], error: Exception) -> None:

@@ -42,6 +42,8 @@ def rows_of(
         number = 0
         for share in answered.shares:
             shape, data = tuple(share.outputs.shapes[index]), share.outputs.data[index]
+            if answered.length and batches and -1 in spec.dims:
+                shape, data = _cut(shape, data, spec, answered.length)
             of_item = shape[1:] if batches else shape
             size = math.prod(of_item) * datatype.itemsize
             for row in range(share.row, share.row + share.items):
@@ -54,6 +56,13 @@ def rows_of(
         Row(item, errors.get(number), None if number in errors else _pack(packed[number]))
         for number, item in enumerate(items)
     ]
+
+
+def _cut(shape: tuple[int, ...], data: bytes, spec: TensorSpec, length: int) -> tuple[tuple[int, ...], bytes]:
+    """Of an output that varies: its batch was padded, and its items are of that length."""
+    whole = np.frombuffer(data, DATATYPES[spec.datatype].numpy).reshape(shape)
+    own = whole[(slice(None), *(slice(length if dim == -1 else None) for dim in spec.dims))]
+    return own.shape, own.tobytes()
 
 
 def _fits_json(value: bytes, spec: TensorSpec) -> bool:

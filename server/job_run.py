@@ -8,6 +8,7 @@ thread), preparing what is encoded (in the preprocessing pool), sending (on the 
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +111,20 @@ class JobRun:
         self._committed_at = asyncio.get_running_loop().time()
         going_on = [self._read(), self._commit(), *(self._prepare() for _ in range(PREPARING))]
         self._tasks = [asyncio.create_task(each) for each in going_on]
+        for task in self._tasks:
+            task.add_done_callback(self._task_ended)
         self._to_commit.set()  # it may be complete already
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        """None of them may fail unseen: the job would wait for ever."""
+        if task.cancelled() or (error := task.exception()) is None or self.job.state != JobState.RUNNING:
+            return
+        if isinstance(error, OSError | sqlite3.Error):
+            self.job.state, self.job.reason = JobState.PAUSED, f"the disk: {error}"
+        else:
+            log.error("a job failed", job=self.job.id, exc_info=error)
+            self.job.state, self.job.reason = JobState.STOPPED, "an internal error; the server's log has the details"
+        self._on_change(self)
 
     async def stop(self) -> None:
         """Takes back what waits, puts down what is finished, and lets go of its files."""
@@ -124,7 +138,7 @@ class JobRun:
         self._sent.clear()
         try:
             await self._put_down()
-        except DiskFullError:
+        except (DiskFullError, OSError, sqlite3.Error):
             log.warning("no room for results of a job; they will be computed again", job=self.job.id)
         await self.in_thread(self._close)
         self._thread.shutdown(wait=False)
@@ -137,10 +151,8 @@ class JobRun:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def first_errors(self, most: int) -> list[tuple[int, str]]:
-        return list(await self.in_thread(self._errors, most))
-
-    def _errors(self, most: int) -> list[tuple[int, str]]:
-        return [(row.item, row.error or "") for row in self.ledger.rows(errors_only=True, limit=most)]
+        rows = await self.in_thread(lambda: list(self.ledger.rows(errors_only=True, limit=most)))
+        return [(row.item, row.error or "") for row in rows]
 
     @property
     def left(self) -> dict[Bucket, float]:
@@ -272,7 +284,7 @@ class JobRun:
         self._numbers += 1
         number = self._numbers
         self._on[worker_id] += 1
-        self._sent[number] = worker_id, items, _nothing
+        self._sent[number] = worker_id, items, lambda: None
         ended = partial(self._batch_ended, number, ns)
         try:
             model = self._model()
@@ -385,6 +397,3 @@ class JobRun:
         took_s, self._committed_at = max(at - self._committed_at, 1e-3), at
         weight = min(took_s / RATE_TAU_S, 1.0) if self.rate_per_s else 1.0
         self.rate_per_s += weight * (done / took_s - self.rate_per_s)
-
-
-def _nothing() -> None: ...

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +302,7 @@ class Jobs:
             try:
                 async with asyncio.timeout(DECIDE_EVERY_S):
                     await self._again.wait()
-                await asyncio.sleep(DECIDE_EVERY_S / 20)  # what comes together is decided together
+                await asyncio.sleep(DECIDE_EVERY_S / 10)  # what comes together is decided together
             except TimeoutError:
                 pass
 
@@ -376,9 +377,11 @@ class Jobs:
     def _works(self) -> tuple[list[Work], dict[str, list[Place]]]:
         works, places = [], {}
         for job_id, run in self._runs.items():
-            if run.job.state == JobState.RUNNING and run.left:
-                works.append(Work(job_id, run.left, within_ns(run.job)))
+            if run.job.state != JobState.RUNNING or not run.left:
+                continue
+            with suppress(ServeError):  # its model has gone: it is about to be paused
                 places[job_id] = self._supply.places(self._usable_model(run.job), run.left, run.factors)
+                works.append(Work(job_id, run.left, within_ns(run.job)))
         return works, places
 
 

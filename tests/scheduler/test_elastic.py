@@ -68,6 +68,14 @@ def test_a_deadline_that_has_passed_is_no_end_of_it() -> None:
     assert holding.ends_ns == pytest.approx(1 * S, rel=0.02)
 
 
+def test_a_job_without_a_deadline_leaves_half_of_the_slices_alone() -> None:
+    work = Work("a", {0: 7_000}, math.inf)
+    places = slices(2, gpcs=4, ns=0.3e6, first=5) + slices(3)
+    holding = decide([work], {"a": places}, {})["a"]
+    assert (sorted(holding.planned), holding.feasible) == ([0, 1, 2], True)
+    assert held(work, slices(1)) == [0], "but for the only one"
+
+
 def test_without_slices_there_is_no_end() -> None:
     holding = decide([Work("a", {0: 7}, S)], {"a": []}, {})["a"]
     assert (holding.feasible, holding.planned) == (False, {})

@@ -122,6 +122,18 @@ def test_what_json_cannot_carry_is_the_error_of_that_item_alone() -> None:
     assert all(row.error is None for row in rows([7, 8, 9], answered(values, np.arange(3)), as_json=False))
 
 
+def test_what_a_batch_was_padded_with_is_no_result(tmp_path: Path) -> None:
+    spec = TensorSpec("y", "FP32", (-1,))
+    values = np.array([[1, 2, 0, 0], [3, 4, 0, 0]], np.float32)
+    done = Done(1, [0], [values.nbytes], [values.shape], 1, 1, 1)
+    of_two = Answered((Share(BatchOutputs(done, memoryview(values.tobytes())), 0, 2, 0),), 0, 2)
+    ledger = Ledger(tmp_path)
+    ledger.add(rows_of([0, 1], of_two, (spec,), batches=True, as_json=True), Position())
+    job_results.write(ledger, (spec,), 2, "jsonl", tmp_path / "results.jsonl")
+    assert [row["outputs"] for row in lines(tmp_path / "results.jsonl")] == [{"y": [1.0, 2.0]}, {"y": [3.0, 4.0]}]
+    ledger.close()
+
+
 def test_outputs_of_different_shapes_fit_no_array(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.add(rows([0], some(1)) + rows([1], answered(np.zeros((1, 3), np.float32), np.arange(1))), Position())

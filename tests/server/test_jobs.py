@@ -11,7 +11,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from scheduler.channel import Failed
@@ -51,20 +54,24 @@ class Story:
         self.settings = Settings(jobs_min_free_mib=0, **settings)
         stage = self.stage
         supply = Supply(stage.driver._core.pool, stage.driver, self.repository, stage.arena.size)
-        preparer = JobPreparer(stage.pool, 1)
+        preparer = JobPreparer(stage.pool)
         name: Callable[[int], str] = "slice {}".format
         self.jobs = Jobs(self.settings, folder, supply, self.repository, stage.service, preparer, name)
         self.intake = Intake(self.settings, self.jobs, self.repository)
         self._at = 0
 
     async def submit(self, *values: object, **terms: Any) -> Job:
+        """Lines, or numbers of which lines are made; or a file."""
         asked = {"deadline_s": None, "format": None, "output": "jsonl", "max_errors": None, "folder": None, **terms}
         asked = {"model": "m", "version": None, "name": "", "strict": False, **asked}
-        body = "\n".join(value if isinstance(value, str) else json.dumps([value]) for value in values)
+        if values and isinstance(values[0], bytes):
+            body = values[0]
+        else:
+            body = "\n".join(v if isinstance(v, str) else json.dumps([v]) for v in values).encode()
 
         async def parts() -> AsyncIterator[bytes]:
             for begin in range(0, len(body), 10):
-                yield body[begin : begin + 10].encode()
+                yield body[begin : begin + 10]
 
         return await self.intake.take(Terms(**asked), parts())
 
@@ -82,6 +89,12 @@ class Story:
             values += [2 * value for value in place]
         self.stage.finish(self._at, *values)
         self._at += 1
+
+    def drop_running(self) -> None:
+        """What workers have been sent ends for nobody."""
+        while self._at < len(self.stage.sent):
+            self.stage.finish(self._at)
+            self._at += 1
 
     async def fail(self) -> None:
         """The model raises on it."""
@@ -284,6 +297,70 @@ def test_a_full_disk_pauses_it_until_there_is_room(tmp_path: Path) -> None:
         assert await told.all_done(job) == y(*(2.0 * value for value in range(4000)))
 
     on(tmp_path, story)
+
+
+def test_inputs_that_cannot_be_read_pause_it_until_they_can(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    np.savez(out, x=np.arange(3000, dtype=np.float32).reshape(3000, 1))
+
+    async def story(told: Story) -> None:
+        job = await told.submit(out.getvalue())
+        path = told.jobs.store.folder(job.id) / "array-0"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: 4 * 600])
+        await until(lambda: job.state == JobState.PAUSED)
+        assert "the disk: array-0 has become shorter" in job.reason
+        path.write_bytes(whole)
+        await until(lambda: job.state == JobState.RUNNING)
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(3000)))
+
+    on(tmp_path, story)
+
+
+STEPS = st.lists(st.sampled_from(["finish", "finish", "die", "cancel", "restart"]), min_size=3, max_size=10)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(STEPS)
+def test_whatever_happens_each_result_is_there_once_and_right(tmp_path: Path, steps: list[str]) -> None:
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    ids: list[str] = []
+
+    async def act(told: Story, step: str, job: Job) -> None:
+        if job.state != JobState.RUNNING:
+            return
+        if step == "cancel":
+            await told.jobs.cancel(job.id)
+            told.drop_running()
+            await told.jobs.resume(job.id)
+        elif step == "die":
+            await told.die()
+        else:
+            await told.finish()
+
+    def life(of_life: list[str]) -> Callable[[Story], Awaitable[None]]:
+        async def story(told: Story) -> None:
+            job = told.jobs.get(ids[0]) if ids else await told.submit(*range(60), "broken")
+            ids[:] = [job.id]
+            for step in of_life:
+                await act(told, step, job)
+
+        return story
+
+    async def end(told: Story) -> None:
+        job = told.jobs.get(ids[0])
+        found = await told.all_done(job)
+        assert found[:60] == y(*(2.0 * value for value in range(60)))
+        assert [sorted(row) for row in found[60:]] == [["error", "item"]]
+
+    # A worker that dies of the same batch again and again would be the item's fault.
+    once = [step for at, step in enumerate(steps) if step != "die" or "die" not in steps[:at]]
+    while "restart" in once:
+        at = once.index("restart")
+        on(folder, life(once[:at]))
+        once = once[at + 1 :]
+    on(folder, life(once))
+    on(folder, end)
 
 
 def test_no_job_is_taken_where_there_is_no_room(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_kill_9_of_every_worker_and_of_the_daemon_loses_nothing_and_doubles_noth
     # One thread for pictures of 480 x 480, so that it takes long enough to be killed.
     flags = ("--drain-delay-secs", "0", "--model-repository", str(models), "--state-dir", str(tmp_path / "state"))
     with running(*flags, "--preprocess-threads", "1") as daemon:
-        job = ask(daemon, "POST", f"{JOBS}?model=digits", body)["id"]
+        # Late from the beginning on, so that it holds every slice.
+        job = ask(daemon, "POST", f"{JOBS}?model=digits&deadline=0.1s", body)["id"]
         for worker in list(daemon.workers()):
             before = show(daemon, job)
             assert before["state"] == "running"
