@@ -63,7 +63,7 @@ KEPT = 64
 
 
 class OnePool:
-    """The lanes, and what each model has had."""
+    """The lanes of all lines of work, and what starts next."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -117,13 +117,15 @@ class OnePool:
 
     def _sweep(self) -> None:
         for key in [key for key, lanes in self._waiting.items() if not lanes]:
-            del self._waiting[key]
+            self._waiting.pop(key, None)  # that may be forgotten already
             if len(self._lanes) > KEPT:
                 self._forget_oldest()
 
     def _forget_oldest(self) -> None:
-        """Of the empty lanes that which no query came for the longest."""
-        del self._lanes[next(key for key, lanes in self._lanes.items() if not lanes)]
+        """Of the empty lanes that which no query came for the longest. It may still be listed as waiting."""
+        key = next(key for key, lanes in self._lanes.items() if not lanes)
+        del self._lanes[key]
+        self._waiting.pop(key, None)
 
     def _next_of(self, now_ns: int, group: list[Lanes]) -> Start | None:
         """Of one class."""

@@ -525,6 +525,22 @@ def test_shapes_and_classes_that_come_once_are_not_kept() -> None:
     assert len(policies[0]._lanes) <= KEPT + 1
 
 
+def test_a_line_that_is_forgotten_after_all_of_it_was_cancelled_does_no_harm() -> None:
+    """Nobody was asked for work in between: it was still listed as one where something waits."""
+    core = busy((1, {"m": GROWS}), (1, {"m": GROWS, "gone": GROWS}))
+    for number in range(KEPT + 1):
+        core.ask(0, dims=(100 + number,))  # each a line of its own, which stays
+    for fields in ({}, {"model": "gone"}):
+        core.ask(0, dims=(1,), **fields)  # type: ignore[arg-type]
+        core.at(0, Cancelled(core.number))
+    for dims in (2, 3, 4, 5):
+        core.ask(0, due_ms=1, dims=(dims,), strict=True)  # refused: an empty line goes for this one
+        core.ask(0, dims=(dims,))
+    core.at(1, StopsServing(1, "gone"))
+    assert len(core.at(10, BatchDone(0, 1))) == 1
+    assert len(core.at(10, BatchDone(1, 2))) == 1
+
+
 def test_strict_queries_are_tried_again_after_a_slow_moment() -> None:
     """What was learned while a slice was slow is no reason to refuse for ever: nothing would run to unlearn it."""
     slices = [SimSlice("one", 1, {"m": [10.0 + batch for batch in range(1, 9)]})]
