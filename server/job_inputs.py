@@ -16,6 +16,7 @@ import binascii
 import itertools
 import math
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,7 +104,7 @@ class LineReader:
             line = self._line()
             if not line:
                 break
-            if not line.isspace():
+            if _is_item(line):
                 items.append(self._item(line, offset))
                 size += items[-1].nbytes
                 self._number += 1
@@ -190,13 +191,22 @@ def _read_file(name: object, inputs_dir: Path | None) -> bytes:
     if path is None:
         raise BadItemError(f"{name[:200]} is not below --jobs-input-dir")
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadItemError(f"{name[:200]} is not a file")
             data = file.read(MAX_ITEM_BYTES + 1)
+    except BadItemError:
+        raise
     except (OSError, ValueError) as error:
         raise BadItemError(f"{name[:200]} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_ITEM_BYTES:
         raise BadItemError(f"{name[:200]} is longer than {MAX_ITEM_BYTES} bytes")
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe has nobody at its other end, perhaps for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def below(folder: Path, name: str) -> Path | None:
@@ -229,6 +239,8 @@ def tensors_of(value: Any, signature: Signature) -> tuple[tuple[bytes, ...], tup
 def _tensor(value: object, spec: TensorSpec) -> tuple[bytes, list[int]]:
     if spec.datatype == "BF16":
         raise BadItemError(f"input {spec.name} is BF16, which JSON cannot carry; send a tensor file")
+    if _holds_text(value):  # numpy would give every element the room of the longest text
+        raise BadItemError(f"input {spec.name} must hold {spec.datatype}, not {_shortly(value)}")
     try:
         array = np.array(value)
     except (ValueError, OverflowError) as error:
@@ -243,6 +255,13 @@ def _tensor(value: object, spec: TensorSpec) -> tuple[bytes, list[int]]:
             raise BadItemError(f"input {spec.name} has a value that does not fit {spec.datatype}")
     varying = _varying(array, spec)
     return array.astype(dtype).tobytes(), varying
+
+
+def _holds_text(value: object) -> bool:
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    kinds = set(map(type, value))
+    return str in kinds or (list in kinds and any(_holds_text(each) for each in value))
 
 
 def _varying(array: np.ndarray, spec: TensorSpec) -> list[int]:
@@ -267,19 +286,23 @@ def _shortly(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+def _is_item(line: bytes) -> bool:
+    """Of what `_lines` yields: all but blank lines. One that is too long is an item, whatever is in it."""
+    return len(line) > MAX_ITEM_BYTES or not line.isspace()
+
+
 def count_lines(path: Path) -> int:
-    """Items of a file of JSON lines: lines that are not blank."""
+    """Items of a file of JSON lines: as many as a LineReader finds in it."""
     with path.open("rb") as file:
-        return sum(not line.isspace() for line in _lines(file))
+        return sum(map(_is_item, _lines(file)))
 
 
 def _lines(file: Any) -> Iterator[bytes]:
-    """A line that is very long counts once."""
-    within = False
-    while line := file.readline(1 << 16):
-        if not within:
-            yield line
-        within = not line.endswith(b"\n")
+    """Of a line that is too long only so much as shows that it is."""
+    while line := file.readline(MAX_ITEM_BYTES + 1):
+        yield line
+        while len(line) > MAX_ITEM_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_ITEM_BYTES + 1)
 
 
 def list_folder(folder: Path, root: Path, listing: Path) -> int:

@@ -81,15 +81,18 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
 def _deadline(text: str, now_s: float) -> float:
     """Of the wall clock: from now on (90, 90s, 15m, 8h, 2d), or a time in ISO form, local without a zone."""
     duration = _DURATION.fullmatch(text.strip())
-    if duration is not None:
-        return now_s + float(duration[1]) * _UNITS[duration[2]]
     try:
-        return datetime.datetime.fromisoformat(text.strip().replace(" ", "+")).timestamp()
-    except (ValueError, OverflowError):
+        if duration is not None:
+            deadline_s = now_s + float(duration[1]) * _UNITS[duration[2]]
+        else:
+            deadline_s = datetime.datetime.fromisoformat(text.strip().replace(" ", "+")).timestamp()
+        datetime.datetime.fromtimestamp(deadline_s, datetime.UTC)  # as it is shown: not beyond the calendar
+    except (ValueError, OverflowError, OSError):
         raise invalid(
             f"deadline {text[:NAME_CHARS]!r} is neither a time from now on, such as 90s, 15m or 8h, nor one of the "
             f"clock, such as 2026-11-21T06:00"
         ) from None
+    return deadline_s
 
 
 class Intake:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,13 @@ def test_a_line_is_one_item_flat_or_nested_named_or_not() -> None:
 )
 def test_what_is_wrong_with_a_line(line: bytes, said: str) -> None:
     with pytest.raises(BadItemError, match=said):
+        tensors_of(parse_line(line), ONE)
+
+
+def test_a_text_among_numbers_takes_no_more_room_than_it_has() -> None:
+    """An array of texts gives each the room of the longest: here 20 GB, of a line of 200 KB."""
+    line = json.dumps([["a" * 50_000], *([""] for _ in range(100_000))]).encode()
+    with pytest.raises(BadItemError, match="must hold FP32"):
         tensors_of(parse_line(line), ONE)
 
 
@@ -133,6 +141,24 @@ def test_a_line_that_is_too_long_costs_itself_only(tmp_path: Path, monkeypatch: 
     assert [item.number for item in items] == [0, 1, 2]
     assert [bool(item.error) for item in items] == [False, True, False]
     reader.close()
+
+
+def test_as_many_items_are_counted_as_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_inputs, "MAX_ITEM_BYTES", 200_000)
+    path = tmp_path / "input"
+    blank = b" " * 100_000
+    path.write_bytes(blank + b"[1,2,3,4]\n" + blank + b"\n\n" + b" " * 300_000 + b"[1,2,3,4]\n[1,2,3,4]")
+    reader = LineReader(path, Position(), ONE, None, None)
+    read = reader.read(100)
+    reader.close()
+    assert ["longer than" in item.error for item in read] == [False, True, False]
+    assert job_inputs.count_lines(path) == len(read)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadItemError, match="pipe is not a file"):
+        element_of({"file": "pipe"}, PICTURE, tmp_path)
 
 
 def test_the_files_of_a_folder_by_name(tmp_path: Path) -> None:
@@ -248,6 +274,9 @@ def test_terms_of_a_job() -> None:
         ({}, "which model"),
         ({"model": "m", "deadine": "8h"}, "did you mean deadline"),
         ({"model": "m", "deadline": "soon"}, "neither a time"),
+        ({"model": "m", "deadline": "99999999999999d"}, "neither a time"),
+        ({"model": "m", "deadline": "9" * 400}, "neither a time"),
+        ({"model": "m", "deadline": "9999-12-31T23:59:59-12:00"}, "neither a time"),
         ({"model": "m", "max_errors": "-1"}, "whole number"),
         ({"model": "m", "output": "csv"}, "jsonl or npz"),
         ({"model": "m", "format": "csv"}, "safetensors"),
