@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ class RawTensor(msgspec.Struct, frozen=True):
         return math.prod(self.shape[1:]) * DATATYPES[self.datatype].itemsize
 
 
+class _Entry(msgspec.Struct, frozen=True):
+    """Of a safetensors header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+_decode_entry = msgspec.json.Decoder(_Entry).decode
+
+
 def unpack_npz(path: Path, most_bytes: int) -> dict[str, RawTensor]:
     """Puts the arrays of an npz file beside it, each as a file, and takes the npz away. Raises ServeError."""
     found = {}
@@ -61,11 +73,19 @@ def unpack_npz(path: Path, most_bytes: int) -> dict[str, RawTensor]:
                 with full_disk(), archive.open(name) as member, out.open("wb") as file:
                     datatype, shape = _npy_header(member, name)
                     shutil.copyfileobj(member, file, 1 << 20)
-                found[name.removesuffix(".npy")] = RawTensor(out.name, 0, datatype, shape)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as error:
+                found[name.removesuffix(".npy")] = tensor = RawTensor(out.name, 0, datatype, shape)
+                _check_bytes(tensor, name, out.stat().st_size)
+    # RuntimeError: it is encrypted.
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError) as error:
         raise invalid(f"the npz file cannot be read: {error}") from None
     path.unlink()
     return found
+
+
+def _check_bytes(tensor: RawTensor, name: str, nbytes: int) -> None:
+    """Are there as many as its shape says? Raises ServeError."""
+    if min(tensor.shape, default=0) < 0 or math.prod(tensor.shape) * DATATYPES[tensor.datatype].itemsize != nbytes:
+        raise invalid(f"array {name[:100]} has shape {list(tensor.shape)[:20]}, which {nbytes} bytes are not")
 
 
 def _npy_header(member: Any, name: str) -> tuple[str, tuple[int, ...]]:
@@ -89,24 +109,23 @@ def read_safetensors(path: Path) -> dict[str, RawTensor]:
         if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
             raise invalid("the safetensors file cannot be read: its header does not fit in it")
         try:
-            entries = msgspec.json.decode(file.read(length), type=dict[str, dict[str, Any]])
-            del entries["__metadata__"]
-        except KeyError:
-            pass
+            raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
+            entries = {name: _decode_entry(entry) for name, entry in raw.items() if name != "__metadata__"}
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise invalid(f"the safetensors file's header cannot be read: {error}") from None
     return {name: _safetensor(path, name, entry, 8 + length, size) for name, entry in entries.items()}
 
 
-def _safetensor(path: Path, name: str, entry: dict[str, Any], base: int, size: int) -> RawTensor:
-    try:
-        begin, end = entry["data_offsets"]
-        found = RawTensor(path.name, base + begin, _SAFETENSORS[entry["dtype"]], tuple(entry["shape"]))
-        whole = math.prod(found.shape) * DATATYPES[found.datatype].itemsize
-        if end - begin != whole or not 0 <= begin <= end <= size - base:
-            raise ValueError("its bytes are not where they should be")
-    except (KeyError, TypeError, ValueError) as error:
-        raise invalid(f"array {name[:100]} of the safetensors file cannot be used: {error}") from None
+def _safetensor(path: Path, name: str, entry: _Entry, base: int, size: int) -> RawTensor:
+    begin, end = entry.data_offsets
+    if entry.dtype not in _SAFETENSORS:
+        raise invalid(f"array {name[:100]} of the safetensors file cannot be used: its dtype is {entry.dtype[:20]!r}")
+    if not 0 <= begin <= end <= size - base:
+        raise invalid(
+            f"array {name[:100]} of the safetensors file cannot be used: its bytes are not where they should be"
+        )
+    found = RawTensor(path.name, base + begin, _SAFETENSORS[entry.dtype], entry.shape)
+    _check_bytes(found, name, end - begin)
     return found
 
 

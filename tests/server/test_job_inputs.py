@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -232,11 +235,47 @@ def test_tensor_files_that_cannot_be_used(tmp_path: Path) -> None:
         path.write_bytes(broken)
         with pytest.raises(ServeError, match="safetensors file"):
             job_tensors.read_safetensors(path)
-    entry = {"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}
-    text = json.dumps(entry).encode()
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets", "said"),
+    [
+        ([4], [0, 12], "which 12 bytes are not"),
+        ([4], [4, 20], "not where they should be"),
+        ([4], [-4, 12], "not where they should be"),
+        ([-2, -2], [0, 16], "which 16 bytes are not"),
+        ([4.5], [0, 16], "header cannot be read"),
+        (4, [0, 16], "header cannot be read"),
+        ([4], [0], "header cannot be read"),
+    ],
+)
+def test_safetensors_that_contradict_themselves(shape: object, offsets: list[int], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "input"
+    text = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
-    with pytest.raises(ServeError, match="not where they should be"):
+    with pytest.raises(ServeError, match=said):
         job_tensors.read_safetensors(path)
+
+
+def test_an_array_that_is_shorter_than_its_shape_is_refused_when_it_comes(tmp_path: Path) -> None:
+    array = io.BytesIO()
+    np.save(array, np.ones((9, 2, 2), np.float32))
+    for data, said in ((array.getvalue()[:-16], "which 128 bytes are not"), (array.getvalue() + b"1", "145 bytes")):
+        with zipfile.ZipFile(tmp_path / "input", "w") as archive:
+            archive.writestr("x.npy", data)
+        with pytest.raises(ServeError, match=said):
+            job_tensors.unpack_npz(tmp_path / "input", 1 << 20)
+
+
+def test_what_is_broken_in_an_npz_is_the_senders_error(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    np.savez_compressed(whole, x=np.random.default_rng(0).standard_normal((50, 2, 2)).astype(np.float32))
+    for place in range(len(whole.getvalue())):
+        data = bytearray(whole.getvalue())
+        data[place] ^= 0xFF
+        (tmp_path / "input").write_bytes(data)
+        with suppress(ServeError, OSError):  # the latter is told by Intake
+            job_tensors.unpack_npz(tmp_path / "input", 1 << 20)
 
 
 @pytest.mark.parametrize(
