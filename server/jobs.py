@@ -172,6 +172,7 @@ class Jobs:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}; only what was stopped can be resumed")
             if max_errors is not None:
                 job.asked = msgspec.structs.replace(job.asked, max_errors=max_errors)
+            await self._let_go(job)
             job.state, job.reason, job.ended_s = JobState.RUNNING, "", None
             await self._in_thread(self.store.save, job)
             await self._begin(job)
@@ -183,8 +184,10 @@ class Jobs:
             job = self.get(job_id)
             if job.state not in ENDED:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}; cancel it first")
+            await self._let_go(job)
             await self._in_thread(self.store.remove, job_id)
-            del self._jobs[job_id]
+            del self._jobs[job_id], self._changing[job_id]
+            self._infeasible.discard(job_id)
 
     async def first_errors(self, job: Job) -> list[tuple[int, str]]:
         """The first items that went wrong."""
@@ -308,20 +311,27 @@ class Jobs:
 
     async def _look(self) -> None:
         self._supply.observe(now_ns())
-        for job in list(self._jobs.values()):
-            async with self._changing.setdefault(job.id, asyncio.Lock()):
-                if job.state in ENDED and job.id in self._runs:
-                    await self._let_go(job)
-                elif job.state == JobState.RUNNING:
-                    self._pause_if_needed(job)
-                if job.state == JobState.PAUSED:
-                    await self._go_on(job)
+        for job_id in list(self._jobs):
+            with suppress(ServeError):  # it has been removed meanwhile
+                async with self._lock(job_id):
+                    await self._look_at(self.get(job_id))
         works, places = self._works()
         self._elastic.decide(works, places)
         for job_id, holding in self._elastic.holdings.items():
             self._tell_infeasible(job_id, holding)
         for run in self._runs.values():
             run.feed()
+
+    async def _look_at(self, job: Job) -> None:
+        try:
+            if job.state in ENDED:
+                await self._let_go(job)
+            elif job.state == JobState.RUNNING:
+                self._pause_if_needed(job)
+            if job.state == JobState.PAUSED:
+                await self._go_on(job)
+        except Exception:  # the others do not wait for it
+            log.exception("a job cannot go on now; it is tried again", job=job.id)
 
     def _pause_if_needed(self, job: Job) -> None:
         try:
@@ -350,13 +360,16 @@ class Jobs:
 
     async def _let_go(self, job: Job) -> None:
         """Of a job that has ended: its state goes to disk before what is not needed any more goes from there."""
+        if job.ended_s is not None:
+            return
         run = self._runs.pop(job.id, None)
         if run is not None:
             if job.errors:
                 job.first_errors = await run.first_errors(ERRORS_SHOWN)
             await run.stop()
-        job.ended_s = time.time()
-        await self._in_thread(self.store.save, job)
+        ended_s = time.time()
+        await self._in_thread(self.store.save, msgspec.structs.replace(job, ended_s=ended_s))
+        job.ended_s = ended_s  # not before: it is tried again where there was no room
         if job.state == JobState.DONE:
             await self._in_thread(self._tidy, job)
         log.info("job ended", job=job.id, state=job.state, done=job.done, errors=job.errors, reason=job.reason)

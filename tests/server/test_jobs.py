@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -439,3 +440,54 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
             await told.submit(1)
 
     on(tmp_path, story)
+
+
+async def stopped(told: Story) -> Job:
+    job = await told.submit("a", "b", 3, max_errors=0)
+    await until(lambda: job.state == JobState.STOPPED)
+    assert job.ended_s is None  # that much earlier than its files are let go of
+    return job
+
+
+def threads_of(job: Job) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(f"job-{job.id}")]
+
+
+def test_resumed_as_soon_as_it_shows_as_stopped_it_runs_once(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await stopped(told)
+        await told.jobs.resume(job.id, 5)
+        found = await told.all_done(job)
+        assert [row.get("outputs") for row in found] == [None, None, {"y": [6.0]}]
+        await until(lambda: not threads_of(job))
+
+    on(tmp_path, story)
+
+
+def test_removed_as_soon_as_it_shows_as_ended_it_is_gone_for_good(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await stopped(told)
+        await told.jobs.remove(job.id)
+        await until(lambda: not threads_of(job))
+        assert told.jobs.store.all() == []
+
+    on(tmp_path, story)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_an_end_that_finds_no_room_on_the_disk_is_kept_once_there_is(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        lines = [json.dumps({"unreadable": "e" * 500})] * 12
+        await told.submit(*lines, max_errors=0)  # the database has a page for it
+        await until(lambda: told.jobs.all()[0].ended_s is not None)
+        database = told.jobs.store._jobs
+        job = await told.submit(*lines, max_errors=0)
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA max_page_count={pages}")
+        await until(lambda: job.state == JobState.STOPPED)
+        await until(lambda: not threads_of(job))  # it is let go of, and could not be kept
+        assert [each.state for each in told.jobs.store.all()] == [JobState.STOPPED, JobState.RUNNING]
+        database.execute("PRAGMA max_page_count=1000000")
+        await until(lambda: {each.state for each in told.jobs.store.all()} == {JobState.STOPPED})
+
+    on(tmp_path, story, pictures=True)
