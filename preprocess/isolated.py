@@ -14,6 +14,7 @@ import pickle
 import queue
 import select
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Pipe, get_context
@@ -198,6 +199,7 @@ class Isolated:
         self._environments = environments or ({},)
         self._start = start
         self._closed = False
+        self._changing = threading.Lock()
         self._all = [self._new(index) for index in range(count)]
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         try:
@@ -261,16 +263,18 @@ class Isolated:
 
     def _replaced(self, worker: Worker) -> Worker:
         worker.close()
-        if self._closed:
-            return worker
-        log.warning("a preprocessing process died", pid=worker.pid)
-        index = self._all.index(worker)
-        new = self._all[index] = self._new(index)
-        return new
+        with self._changing:  # one that is being started while all are ended would stay
+            if self._closed:
+                return worker
+            log.warning("a preprocessing process died", pid=worker.pid)
+            index = self._all.index(worker)
+            new = self._all[index] = self._new(index)
+            return new
 
     def close(self) -> None:
         """Kills them; who waits for one is told that it died."""
-        self._closed = True
+        with self._changing:
+            self._closed = True
         for worker in self._all:
             worker.kill()
         for worker in self._all:

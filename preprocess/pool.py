@@ -122,11 +122,14 @@ class PreprocessPool:
 
     def leave(self, uuids: Collection[str]) -> None:
         """Ends all processes that hold one of these devices; what they did is done by the CPU from now on. Blocks."""
-        for pipeline, target in list(self._targets.items()):
-            if not set(uuids).isdisjoint(target.uuids):
-                self._targets[pipeline] = Target()
-        for target in [each for each in self._runners if not set(uuids).isdisjoint(each.uuids)]:
-            self._runners.pop(target).close()
+        with self._starting:  # what is being started is waited for
+            for pipeline, target in list(self._targets.items()):
+                if not set(uuids).isdisjoint(target.uuids):
+                    self._targets[pipeline] = Target()
+            gone = [each for each in self._runners if not set(uuids).isdisjoint(each.uuids)]
+            runners = [self._runners.pop(target) for target in gone]
+        for runner in runners:
+            runner.close()
 
     def pids(self, device_uuid: str | None = None) -> list[int]:
         """Of its processes, all or those on one device."""
@@ -138,15 +141,16 @@ class PreprocessPool:
         ]
 
     def _prepare(self, pipeline: PipelineFile) -> None:
-        self._ready(self._targets.get(pipeline, self._own))
+        self._ready(pipeline)
         if pipeline.text is not None:  # also where processes have it: its file is looked at here
             from preprocess import text
 
             text.load(pipeline.text)
 
-    def _ready(self, target: Target) -> Local | Isolated:
+    def _ready(self, pipeline: PipelineFile) -> Local | Isolated:
         """In a thread: torch takes a second to import, a process as long to start."""
         with self._starting:
+            target = self._targets.get(pipeline, self._own)
             if target not in self._runners:
                 self._runners[target] = self._new_runner(target)
             return self._runners[target]
@@ -164,11 +168,11 @@ class PreprocessPool:
 
     def _do(self, pipeline: PipelineFile, element: Callable[[Local | Isolated], Result]) -> Result:
         """By whoever is to; by the CPU where that one has had to go meanwhile."""
-        runner = self._ready(self._targets.get(pipeline, self._own))
+        runner = self._ready(pipeline)
         try:
             return element(runner)
         except ClosedError:
-            return element(self._ready(self._targets.get(pipeline, self._own)))
+            return element(self._ready(pipeline))
 
     @property
     def threads(self) -> int:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Awaitable, Callable, Iterator
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import numpy as np
 import pytest
 
 from preprocess import isolated
-from preprocess.errors import BadInputError
+from preprocess.devices import Target
+from preprocess.errors import BadInputError, ClosedError
 from preprocess.isolated import DiedError, Isolated, Worker
 from preprocess.pipeline import PipelineError, PipelineFile
 from preprocess.pool import PreprocessPool
@@ -167,3 +171,49 @@ def test_a_pool_that_is_closed_leaves_no_process() -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_process_that_is_being_started_while_they_are_ended_is_ended_too() -> None:
+    ending: list[threading.Thread] = []
+    pids: list[int] = []
+
+    def start(*arguments: Any) -> BaseProcess:
+        if pids:  # this one stands for the first, which has died; meanwhile they are ended
+            ending.append(threading.Thread(target=processes.close))
+            ending[0].start()
+            ending[0].join(0.2)
+        process = isolated.start(*arguments)
+        pids.append(process.pid or 0)
+        return process
+
+    processes = Isolated(1, "cpu", start=start)
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.raises(ClosedError):
+        written(processes, JPEG)
+    ending[0].join()
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_what_is_being_started_on_a_device_that_must_be_left_leaves_it() -> None:
+    leaving: list[threading.Thread] = []
+
+    def start(*arguments: Any) -> BaseProcess:
+        if not leaving:
+            leaving.append(threading.Thread(target=pool.leave, args=(["MIG-a"],)))
+            leaving[0].start()
+            leaving[0].join(0.2)
+        return isolated.start(*arguments)
+
+    async def story() -> None:
+        try:
+            await pool.prepare(PICTURES, Target("cpu", ("MIG-a",)))
+            await asyncio.to_thread(leaving[0].join)
+            assert pool.pids("MIG-a") == []
+        finally:
+            pool.close()
+
+    pool = PreprocessPool(1, isolated=True, start=start)
+    asyncio.run(story())
