@@ -15,7 +15,7 @@ import numpy as np
 
 from scheduler.answers import Answered
 from scheduler.tensors import DATATYPES, TensorSpec
-from server.job_store import Asked, Ledger, Row, full_disk
+from server.job_store import UNFINISHED, Asked, Ledger, Row, full_disk
 
 # One output of one item: its shape, and its bytes.
 Packed = list[tuple[tuple[int, ...], bytes]]
@@ -90,19 +90,23 @@ def write_as_asked(ledger: Ledger, asked: Asked) -> str:
 
 def write(ledger: Ledger, specs: Sequence[TensorSpec], items: int, output: str, path: Path) -> None:
     """Writes a results file. It is there as a whole or not at all. Raises DiskFullError, ShapesDifferError."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with full_disk():
-        with unfinished.open("wb") as file:
-            if output == JSONL:
-                _write_json_lines(ledger.rows(), specs, file)
-            else:
-                _write_npz(ledger, specs, items, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        with full_disk():
+            with unfinished.open("wb") as file:
+                if output == JSONL:
+                    _write_json_lines(ledger.rows(), specs, file)
+                else:
+                    _write_npz(ledger, specs, items, file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)  # it takes room, of which there may be none
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def _write_json_lines(rows: Iterable[Row], specs: Sequence[TensorSpec], file: IO[bytes]) -> None:

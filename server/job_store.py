@@ -25,6 +25,8 @@ from scheduler.tensors import Signature
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 PAGE = 256
+# Of a file's name while it is being written.
+UNFINISHED = ".unfinished"
 
 
 class DiskFullError(Exception):
@@ -146,12 +148,20 @@ class JobStore:
         self._jobs.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
         shutil.rmtree(self.folder(job_id), ignore_errors=True)
 
+    def tidy(self, job: Job) -> None:
+        """Of one that is done all goes but its results."""
+        for path in self.folder(job.id).glob("*"):
+            if not path.name.startswith("results.") or path.name.endswith(UNFINISHED):
+                path.unlink(missing_ok=True)
+
     def sweep(self) -> None:
-        """Folders of submissions that were cut off."""
-        known = {row[0] for row in self._jobs.execute("SELECT id FROM jobs")}
+        """What was cut off: submissions, and the tidying of what is done."""
+        jobs = {job.id: job for job in self.all()}
         for path in self.root.iterdir():
-            if path.is_dir() and path.name not in known:
+            if path.is_dir() and path.name not in jobs:
                 shutil.rmtree(path, ignore_errors=True)
+            elif path.is_dir() and jobs[path.name].state == JobState.DONE:
+                self.tidy(jobs[path.name])
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.root).free

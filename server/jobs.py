@@ -371,14 +371,8 @@ class Jobs:
         await self._in_thread(self.store.save, msgspec.structs.replace(job, ended_s=ended_s))
         job.ended_s = ended_s  # not before: it is tried again where there was no room
         if job.state == JobState.DONE:
-            await self._in_thread(self._tidy, job)
+            await self._in_thread(self.store.tidy, job)
         log.info("job ended", job=job.id, state=job.state, done=job.done, errors=job.errors, reason=job.reason)
-
-    def _tidy(self, job: Job) -> None:
-        folder = self.store.folder(job.id)
-        for path in folder.iterdir():
-            if not path.name.startswith("results."):
-                path.unlink()
 
     def _tell_infeasible(self, job_id: str, holding: Holding) -> None:
         if holding.feasible:

@@ -89,6 +89,24 @@ def test_jobs_are_there_again_and_folders_of_none_are_swept(tmp_path: Path) -> N
     again.close()
 
 
+def test_inputs_of_a_job_that_is_done_go_at_the_next_start_at_the_latest(tmp_path: Path) -> None:
+    """A kill between the two leaves them."""
+    store = JobStore(tmp_path / "jobs")
+    asked = Asked("m", None, 5.0, "jsonl", "npz", 3, 10, Signature((Y,), (Y,), 8), "mine")
+    for state in (JobState.DONE, JobState.CANCELLED):
+        folder = store.folder(state)
+        folder.mkdir()
+        store.save(Job(state, asked, 2.0, state))
+        for name in ("input", "ledger.sqlite", "results.npz", "results.jsonl.unfinished"):
+            (folder / name).touch()
+    store.close()
+    again = JobStore(tmp_path / "jobs")
+    again.sweep()
+    assert [path.name for path in again.folder("done").iterdir()] == ["results.npz"]
+    assert len(list(again.folder("cancelled").iterdir())) == 4
+    again.close()
+
+
 def test_results_are_in_order_whatever_the_order_of_batches(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.add(rows([4, 1], some(2)), Position())
@@ -139,5 +157,5 @@ def test_outputs_of_different_shapes_fit_no_array(tmp_path: Path) -> None:
     ledger.add(rows([0], some(1)) + rows([1], answered(np.zeros((1, 3), np.float32), np.arange(1))), Position())
     with pytest.raises(job_results.ShapesDifferError, match="output y has shape"):
         job_results.write(ledger, (Y, LABEL), 2, "npz", tmp_path / "results.npz")
-    assert not (tmp_path / "results.npz").exists()
+    assert list(tmp_path.glob("results.*")) == []
     ledger.close()
