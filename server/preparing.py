@@ -153,7 +153,10 @@ class _Preparation:
         return elements
 
     def _read(self, job: asyncio.Future[list[Item]]) -> None:
-        if job.cancelled() or self._pending.ended:
+        if job.cancelled():
+            return
+        job.exception()  # asyncio logs one that nobody has looked at
+        if self._pending.ended:
             return
         try:
             items = job.result()

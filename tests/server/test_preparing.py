@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import time
 from pathlib import Path
@@ -267,12 +268,17 @@ def test_clips_for_which_there_is_no_room_are_refused_once_that_is_known() -> No
 
 def test_a_client_that_leaves_while_its_clip_is_read_leaves_nothing() -> None:
     async def story(stage: Served) -> None:
-        encoded = Tensor("sound", "BYTES", (1,), [wav(speech_like(1.2))])
+        said: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+        encoded = Tensor("sound", "BYTES", (2,), [wav(speech_like(1.2))] * 2)
         cancel = stage.service.submit(stage.model, [encoded], None, time.monotonic_ns(), print)
         cancel()
+        del cancel
         assert (stage.driver.unfinished(), stage.seen.left) == (0, [True])
         await until(lambda: not stage.pool.waiting)
         assert (stage.arena.used, stage.sent) == (0, [])
+        gc.collect()
+        assert said == []
 
     on(sounds, story)
 
