@@ -121,11 +121,17 @@ def _check_padding(backend: Backend, lengths: Lengths, short: int, long: int) ->
                 f"output {spec.name} has shape {list(one.shape)} at length {short} and {list(other.shape)} at {long}; "
                 f"what varies in an output must be as long as the inputs, or lengths cannot be declared"
             )
-        if one.dtype.kind == "f" and not np.allclose(one, cut, PADDING_TOLERANCE, PADDING_TOLERANCE, equal_nan=True):
+        if not _is_same(one, cut):
             raise ModelLoadError(
                 f"padding changes output {spec.name}: an item of length {short} is answered otherwise where zeros fill "
                 f"it up to {long}; lengths.length or lengths.mask must name the input that tells the model what is none"
             )
+
+
+def _is_same(one: Array, other: Array) -> bool:
+    if one.dtype.kind == "f":
+        return np.allclose(one, other, PADDING_TOLERANCE, PADDING_TOLERANCE, equal_nan=True)
+    return np.array_equal(one, other)
 
 
 def _varies_with(dims: Sequence[int], shape: Sequence[int], length: int) -> bool:

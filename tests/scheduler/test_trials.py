@@ -39,3 +39,12 @@ def test_each_length_is_measured_in_batches_of_all_sizes(tmp_path: Path) -> None
 def test_lengths_that_do_not_fit_the_model_are_refused(lengths: str, told: bool, message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=message):
         measured(tmp_path / "m", lengths, told=told)
+
+
+def test_padding_that_changes_whole_numbers_is_noticed_too(tmp_path: Path) -> None:
+    source, *_ = read_model(
+        repositories.masked(tmp_path, "{longest: 64, length: n}", model=repositories.Counted()), 1, 1
+    )
+    assert isinstance(source.lengths, Lengths)
+    with pytest.raises(ModelLoadError, match="padding changes output count"):
+        measure_lengths(TorchBackend(source), source.lengths)
