@@ -310,9 +310,15 @@ def list_folder(folder: Path, root: Path, listing: Path) -> int:
     count = 0
     with full_disk(), listing.open("wb") as out:
         for path in _files(folder):
-            out.write(msgspec.json.encode({"file": str(path.relative_to(root))}) + b"\n")
+            out.write(msgspec.json.encode(_listed(str(path.relative_to(root)))) + b"\n")
             count += 1
     return count
+
+
+def _listed(name: str) -> dict[str, str]:
+    """As a line that is JSON, which names need not be."""
+    shown = os.fsencode(name).decode(errors="replace")
+    return {"file": name} if shown == name else {"unreadable": f"{shown} cannot be read: its name is not UTF-8"}
 
 
 def _files(folder: Path) -> Iterator[Path]:

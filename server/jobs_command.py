@@ -162,7 +162,7 @@ def _body(wish: Wish) -> Iterator[Any]:
 def _folder(folder: Path) -> Iterator[bytes]:
     """Its files, by name, as JSON lines; what cannot be read becomes an item with that error."""
     for path in sorted(each for each in folder.rglob("*") if not each.is_dir()):
-        name = str(path.relative_to(folder))
+        name = os.fsencode(path.relative_to(folder)).decode(errors="replace")  # in JSON it must be UTF-8
         try:
             item = {"bytes": base64.b64encode(path.read_bytes()).decode()}
         except OSError as error:

@@ -16,7 +16,7 @@ import pytest
 from preprocess.pipeline import PipelineFile
 from preprocess.steps import ImageSteps, TextSteps
 from scheduler.tensors import Signature, TensorSpec
-from server import job_inputs, job_tensors
+from server import job_inputs, job_tensors, jobs_command
 from server.errors import ServeError
 from server.job_inputs import BadItemError, LineReader, element_of, parse_line, tensors_of
 from server.job_intake import read_terms
@@ -174,6 +174,20 @@ def test_the_files_of_a_folder_by_name(tmp_path: Path) -> None:
     assert listed == ["a.png", "b/1.png", "b/2.png", "c.png"]
     assert job_inputs.list_folder(root / "b", root, tmp_path / "input") == 2
     assert '"b/1.png"' in (tmp_path / "input").read_text(), "named as --jobs-input-dir sees them"
+
+
+def test_a_file_whose_name_is_not_utf_8_costs_itself_only(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    for name in (b"a.png", b"\xff.png"):
+        Path(os.fsdecode(os.fsencode(root) + b"/" + name)).write_bytes(b"x")
+    assert job_inputs.list_folder(root, root, tmp_path / "input") == 2
+    first, second = map(parse_line, (tmp_path / "input").read_bytes().splitlines())
+    assert element_of(first, PICTURE, root) == b"x"
+    with pytest.raises(BadItemError, match="its name is not UTF-8"):
+        element_of(second, PICTURE, root)
+    sent = [element_of(parse_line(line), PICTURE, None) for line in jobs_command._folder(root)]
+    assert sent == [b"x", b"x"]
 
 
 # ---- tensor files ----
