@@ -104,7 +104,7 @@ class Intake:
         self._repository = repository
 
     async def take(self, terms: Terms, body: AsyncIterator[bytes]) -> Job:
-        """Raises ServeError; then nothing is left of it."""
+        """Raises ServeError; then nothing is left of it. One that is kept as the server stops goes on after that."""
         model = self._repository.get(terms.model, terms.version)
         job_id, folder = self._jobs.new_folder()
         try:
@@ -128,11 +128,11 @@ class Intake:
             job = Job(job_id, asked, time.time())
             self._check_deadline(job, strict=terms.strict)
             await self._jobs.add(job)
-        except DiskFullError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise ServeError(Fault.UNAVAILABLE, f"the disk is full: {error}", reason="disk_full") from error
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException as error:
+            if all(kept.id != job_id for kept in self._jobs.all()):
+                shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, DiskFullError):
+                raise ServeError(Fault.UNAVAILABLE, f"the disk is full: {error}", reason="disk_full") from error
             raise
         return job
 

@@ -152,7 +152,8 @@ class Jobs:
             raise ServeError(Fault.UNAVAILABLE, f"the disk is full: {error}", reason="disk_full") from error
         self._jobs[job.id] = job
         log.info("job", job=job.id, model=job.asked.model, items=job.asked.items)
-        await self._begin(job)
+        if not self._stopping:  # else after the next start
+            await self._begin(job)
 
     async def cancel(self, job_id: str) -> Job:
         """What is finished stays, for `resume`. Raises ServeError."""

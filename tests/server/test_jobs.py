@@ -22,7 +22,7 @@ from scheduler.channel import Failed
 from server.errors import Fault, ServeError
 from server.job_intake import Intake, Terms
 from server.job_preparing import JobPreparer
-from server.job_store import Job, JobState
+from server.job_store import Job, JobState, JobStore
 from server.job_supply import Supply
 from server.jobs import Jobs
 from server.settings import Settings
@@ -491,3 +491,19 @@ def test_an_end_that_finds_no_room_on_the_disk_is_kept_once_there_is(tmp_path: P
         await until(lambda: {each.state for each in told.jobs.store.all()} == {JobState.STOPPED})
 
     on(tmp_path, story, pictures=True)
+
+
+def test_a_job_that_is_sent_as_the_server_stops_is_there_with_its_inputs_or_not_at_all(tmp_path: Path) -> None:
+    for number in range(12):
+
+        async def story(told: Story) -> None:
+            sending = asyncio.create_task(told.submit(1, 2))
+            while not (sending.done() or told.jobs._threads._work_queue.qsize()):  # noqa: ASYNC110  # not kept yet
+                await asyncio.sleep(0)
+            await told.jobs.stop()
+            await asyncio.gather(sending, return_exceptions=True)
+
+        on(tmp_path / str(number), story)
+        store = JobStore(tmp_path / str(number))
+        assert [store.folder(job.id).exists() for job in store.all()] == [True] * len(store.all())
+        store.close()
