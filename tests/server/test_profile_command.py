@@ -62,7 +62,7 @@ def test_a_budget_measures_some_and_predicts_the_rest_and_can_be_raised(tmp_path
     assert [row["source"] for row in second].count("emulated") == 5
     for row in second:
         if (row["mig_profile"], row["batch"]) == ("7g.80gb", "32"):
-            assert float(row["latency_ms"]) == pytest.approx(13.4, rel=0.3)
+            assert float(row["latency_ms"]) > 13.3  # what it emulates; more where the machine is busy
 
 
 def test_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
