@@ -8,12 +8,13 @@ Rules:
 1. A new query is timely, unless the timely lane then holds more than theta times the items that the slices can do
    until the query is due (`rates.Rates`). Then the largest ones waiting go to the late lane until it fits: one late
    query is one late query, however much room it gives to others. What slices could do in their next batches, free ones
-   or any for a query that is the only one, is never too much. Of what the slices can do ALL_THETA is promised to all
-   lines together (a line: one kind, company and class); what is within a line's part of that is let in whatever others
-   have, and a line that asks for more than its part gets theta times that part. Parts are max-min fair among models, by
-   their weights (`shares.py`). Late work that will have gone first by then (3a) counts too. (`admission.py`)
+   or any for a query that is the only one, is never too much. Where several lines (a line: one kind, company and class)
+   have timely work, all of them together get ALL_THETA of what the slices can do; what is within a line's part of that
+   is let in whatever others have, and a line that asks for more than its part gets theta times that part. Parts are
+   max-min fair among models, by their weights (`shares.py`). Late work that will have gone first by then (3a) counts
+   too. (`admission.py`)
 2. What no slice could end in time, were it idle, goes to the late lane; all of what must not be cut has to be in time.
-3. A slice that is free serves the highest class that it can; within a class
+3. A slice that is free serves the highest class that it can, whatever lower ones were accepted for; within a class
    a. late work, where in order of their bounds all slices would end some of it less than PRESSES SLOs before its bound;
    b. timely work, first the line whose first query has the least relative laxity, (due - now - time) / SLO;
    c. late work, the oldest first; d. open work, the oldest first. Open work that has waited a second goes first, while
