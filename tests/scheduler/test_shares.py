@@ -13,7 +13,7 @@ from scheduler.policies.lanes import Lanes, LanesKey
 from scheduler.policies.rates import RateBook
 from scheduler.policies.shares import Share, Shares, fair_part
 from scheduler.simulator import EXACT, SimSlice, simulate
-from scheduler.workload import merge, poisson
+from scheduler.workload import Arrival, merge, poisson
 
 MODELS = st.dictionaries(st.sampled_from("abcde"), st.floats(0, 3), min_size=1)
 WEIGHTS = st.dictionaries(st.sampled_from("abcde"), st.floats(0.1, 10))
@@ -92,7 +92,9 @@ class World:
         key = (priority, (model, bucket), ((), 0, 0))
         if key not in self.lanes:
             self.lanes[key] = Lanes(key, RateBook(self.pool).of((model, bucket), 0))
-        self.lanes[key].arrived(self.now_ns, round(slices * MOST_PER_S * ROUND_NS / S), S)
+        items = round(slices * MOST_PER_S * ROUND_NS / S)
+        self.lanes[key].arrived(self.now_ns, items, S)
+        self.lanes[key].arriving.add(self.now_ns, items)
 
     def round(self) -> dict[str, Share]:
         """By model, class and bucket."""
@@ -170,3 +172,21 @@ def test_slices_and_models_come_and_go(steps: list[tuple[str, Any]]) -> None:
             assert 0 <= share.part <= 1, line
             assert 0 <= share.pressed <= 1, line
             assert 0 <= share.full <= 1, line
+
+
+def test_a_flood_of_a_lower_class_has_nobody_of_a_higher_one_refused() -> None:
+    """Which comes in bursts, of 40 % of what the slices can do in the mean."""
+    slices = [SimSlice(f"slice {index}", 1, {"high": GROWING, "low": GROWING}) for index in range(2)]
+    bursts = [Arrival(burst * S // 5 + query * 20_000, "high", 8) for burst in range(25) for query in range(17)]
+    flood = poisson("low", 4 * MOST_PER_S, 5.0, 2)
+    report = simulate(
+        slices,
+        merge(bursts, flood),
+        slo_ms={"high": 100.0, "low": 100.0},
+        priority={"high": 1, "low": 2},
+        noise=EXACT,
+        max_queued=100_000,
+    )
+    high = report.models["high"]
+    assert high.answered == high.sent
+    assert high.within_slo > 0.9
