@@ -83,7 +83,9 @@ class Client:
                 connection.request(method, path, body, {"Connection": "close"})
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            raise CommandError(f"{self.url} cannot be reached: {error}") from error
+            raise CommandError(
+                f"{self.url} cannot be reached: {error}; --url or MIGSERVE_URL say where it is"
+            ) from error
         if response.status >= 400:
             raise CommandError(_error(response.read()))
         return response
