@@ -84,12 +84,16 @@ def _deadline(text: str, now_s: float) -> float:
     if duration is not None:
         return now_s + float(duration[1]) * _UNITS[duration[2]]
     try:
-        return datetime.datetime.fromisoformat(text.strip().replace(" ", "+")).timestamp()
+        at_s = datetime.datetime.fromisoformat(text.strip().replace(" ", "+")).timestamp()
     except (ValueError, OverflowError):
         raise invalid(
             f"deadline {text[:NAME_CHARS]!r} is neither a time from now on, such as 90s, 15m or 8h, nor one of the "
             f"clock, such as 2026-11-21T06:00"
         ) from None
+    if at_s <= now_s:
+        ago = datetime.timedelta(seconds=round(now_s - at_s))
+        raise invalid(f"deadline {text[:NAME_CHARS]!r} was {ago} ago, by the daemon's clock")
+    return at_s
 
 
 class Intake:

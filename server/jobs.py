@@ -116,10 +116,18 @@ class Jobs:
     # ---- what users do ----
 
     def all(self) -> list[Job]:
+        """None before start() has read what is on disk."""
         return list(self._jobs.values())
+
+    def known(self) -> list[Job]:
+        """As all(), for who would take none for a loss. Raises ServeError."""
+        if self._store is None:
+            raise ServeError(Fault.UNAVAILABLE, self._unusable)
+        return self.all()
 
     def get(self, job_id: str) -> Job:
         """Raises ServeError."""
+        self.known()
         job = self._jobs.get(job_id)
         if job is None:
             raise ServeError(Fault.NOT_FOUND, f"unknown job {job_id[:40]!r}; GET /v2/jobs lists those there are")

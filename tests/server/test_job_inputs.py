@@ -248,6 +248,7 @@ def test_terms_of_a_job() -> None:
         ({}, "which model"),
         ({"model": "m", "deadine": "8h"}, "did you mean deadline"),
         ({"model": "m", "deadline": "soon"}, "neither a time"),
+        ({"model": "m", "deadline": "1969-12-31T22:59:00Z"}, "was 1:01:00 ago"),
         ({"model": "m", "max_errors": "-1"}, "whole number"),
         ({"model": "m", "output": "csv"}, "jsonl or npz"),
         ({"model": "m", "format": "csv"}, "safetensors"),
