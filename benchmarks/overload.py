@@ -142,10 +142,15 @@ def main(
     queries: Annotated[int, typer.Option(help="Of a run, at least.")] = QUERIES,
     jobs: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
     minutes: Annotated[float, typer.Option(help="Then it stops, and prints what there is.")] = float("inf"),
+    take_over: Annotated[
+        int, typer.Option(help="Runs of older code count, if so many of them, drawn by chance, are the same now.")
+    ] = 0,
     write: Annotated[bool, typer.Option("--write", help="Keep the tables in benchmarks/results/overload.md.")] = False,
 ) -> None:
     """Measures what is missing, and prints all that is known."""
     kept = Kept(Case, (KEPT,), {"length": [queries, SLOS, SECONDS]}, POLICIES)
+    for told in kept.take_over(partial(measure, queries=queries), take_over) if take_over else ():
+        print(told)
     until = time.monotonic() + 60 * minutes
     for what, cases in (("overload", overloaded(range(seeds))), ("mixes", mixed(range(seeds)))):
         wanted = [

@@ -169,16 +169,22 @@ def _cheapest(
         return _cheapest_of_one(buckets[0], left[buckets[0]], per_item[:, 0], gpcs, free_ns)
     # Variables: ns of each group for each bucket, in units of the time there is.
     size = len(groups) * len(buckets)
+    # Without the groups that have no time: what the solver takes for 0 may be enough for a few items.
+    there = np.repeat(free_ns > 0, len(buckets))
+    if not there.any():
+        return None
     cost = np.repeat(gpcs, len(buckets)).astype(float)
     of_group = np.kron(np.eye(len(groups)), np.ones(len(buckets)))
     done = np.zeros((len(buckets), size))
     for index in range(len(buckets)):
         done[index, index :: len(buckets)] = within_ns / per_item[:, index] / left[buckets[index]]
-    found = linprog(cost, of_group, free_ns / within_ns, done, np.ones(len(buckets)), method="highs")
+    limits, all_done = free_ns / within_ns, np.ones(len(buckets))
+    found = linprog(cost[there], of_group[:, there], limits, done[:, there], all_done, method="highs")
     if found.status != 0:
         return None
-    ns = found.x.reshape(len(groups), len(buckets)) * within_ns
-    return [dict(zip(buckets, row.tolist(), strict=True)) for row in ns]
+    ns = np.zeros(size)
+    ns[there] = found.x * within_ns
+    return [dict(zip(buckets, row.tolist(), strict=True)) for row in ns.reshape(len(groups), len(buckets))]
 
 
 def _cheapest_of_one(

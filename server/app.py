@@ -76,6 +76,8 @@ def create_app(routes: APIRouter, *, docs: bool = True) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
         reasons = [f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors()]
+        if "json" not in request.headers.get("content-type", ""):
+            reasons = ["the body is JSON; send it with the header 'Content-Type: application/json'"]
         return JSONResponse({"error": "; ".join(reasons)}, Fault.INVALID.http)
 
     @app.exception_handler(Exception)

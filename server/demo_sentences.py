@@ -135,4 +135,5 @@ def make(folder: Path) -> str:
         "# Texts of different lengths share batches, filled up with zeros that the mask tells from tokens.\n"
         f"lengths: {{longest: {MAX_TOKENS}, buckets: 5}}\n"
     )
-    return "embeddings of 384 numbers, by all-MiniLM-L6-v2"
+    made = "embeddings of 384 numbers, by all-MiniLM-L6-v2"
+    return made if find_spec("tokenizers") else f"{made}; to be served it needs pip install 'migserve[text]'"

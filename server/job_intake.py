@@ -83,16 +83,19 @@ def _deadline(text: str, now_s: float) -> float:
     duration = _DURATION.fullmatch(text.strip())
     try:
         if duration is not None:
-            deadline_s = now_s + float(duration[1]) * _UNITS[duration[2]]
+            at_s = now_s + float(duration[1]) * _UNITS[duration[2]]
         else:
-            deadline_s = datetime.datetime.fromisoformat(text.strip().replace(" ", "+")).timestamp()
-        datetime.datetime.fromtimestamp(deadline_s, datetime.UTC)  # as it is shown: not beyond the calendar
+            at_s = datetime.datetime.fromisoformat(text.strip().replace(" ", "+")).timestamp()
+        datetime.datetime.fromtimestamp(at_s, datetime.UTC)  # as it is shown: not beyond the calendar
     except (ValueError, OverflowError, OSError):
         raise invalid(
             f"deadline {text[:NAME_CHARS]!r} is neither a time from now on, such as 90s, 15m or 8h, nor one of the "
             f"clock, such as 2026-11-21T06:00"
         ) from None
-    return deadline_s
+    if duration is None and at_s <= now_s:
+        ago = datetime.timedelta(seconds=round(now_s - at_s))
+        raise invalid(f"deadline {text[:NAME_CHARS]!r} was {ago} ago, by the daemon's clock")
+    return at_s
 
 
 class Intake:

@@ -9,12 +9,26 @@ from collections.abc import Collection, Mapping
 from scheduler.domain import Kind, Pool, Worker
 from scheduler.driver import Driver
 from scheduler.elastic import IdleShares, Place, batch_for, patience_ns
+from server.errors import Fault, ServeError
+from server.job_store import Job
 from server.repository import Model, ModelState, Repository
 
 # A batch of a job takes no more of the arena than that.
 ARENA_SHARE = 1 / 16
 
 Bucket = tuple[int, ...]
+
+
+def usable_model(repository: Repository, job: Job) -> Model:
+    """Raises ServeError: unavailable, until there is one that the job is for."""
+    try:
+        model = repository.get(job.asked.model, job.asked.version)
+    except ServeError as error:
+        raise ServeError(Fault.UNAVAILABLE, error.message) from error
+    had, has = job.asked.signature, model.signature
+    if (had.inputs, had.outputs, had.max_batch > 0) != (has.inputs, has.outputs, has.max_batch > 0):
+        raise ServeError(Fault.UNAVAILABLE, f"model {model.name} has other inputs or outputs than it had")
+    return model
 
 
 class Supply:

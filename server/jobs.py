@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from server.job_inputs import LISTING, TENSORS, LineReader, Reader
 from server.job_preparing import JobPreparer
 from server.job_run import JobRun
 from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger
-from server.job_supply import Supply
+from server.job_supply import Supply, usable_model
 from server.job_tensors import RawTensor, TensorReader
 from server.repository import Model, Repository
 from server.service import InferenceService
@@ -54,6 +55,7 @@ class Jobs:
         self._folder = folder
         self._supply = supply
         self._repository = repository
+        self._usable_model = partial(usable_model, repository)
         self._service = service
         self._preparer = preparer
         self._slice_name = slice_name
@@ -116,10 +118,18 @@ class Jobs:
     # ---- what users do ----
 
     def all(self) -> list[Job]:
+        """None before start() has read what is on disk."""
         return list(self._jobs.values())
+
+    def known(self) -> list[Job]:
+        """As all(), for who would take none for a loss. Raises ServeError."""
+        if self._store is None:
+            raise ServeError(Fault.UNAVAILABLE, self._unusable)
+        return self.all()
 
     def get(self, job_id: str) -> Job:
         """Raises ServeError."""
+        self.known()
         job = self._jobs.get(job_id)
         if job is None:
             raise ServeError(Fault.NOT_FOUND, f"unknown job {job_id[:40]!r}; GET /v2/jobs lists those there are")
@@ -280,17 +290,6 @@ class Jobs:
         except BaseException:
             ledger.close()
             raise
-
-    def _usable_model(self, job: Job) -> Model:
-        """Raises ServeError: unavailable, until there is one that the job is for."""
-        try:
-            model = self._repository.get(job.asked.model, job.asked.version)
-        except ServeError as error:
-            raise ServeError(Fault.UNAVAILABLE, error.message) from error
-        had, has = job.asked.signature, model.signature
-        if (had.inputs, had.outputs, had.max_batch > 0) != (has.inputs, has.outputs, has.max_batch > 0):
-            raise ServeError(Fault.UNAVAILABLE, f"model {model.name} has other inputs or outputs than it had")
-        return model
 
     def _changed(self, run: JobRun) -> None:
         """Told by a run: it has ended or paused, or its slices are not what they were."""

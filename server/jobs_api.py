@@ -37,7 +37,7 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
 
     @routes.get("/v2/jobs")
     async def index() -> dict[str, Any]:
-        return {"jobs": [_job(jobs, job) for job in jobs.all()]}
+        return {"jobs": [_job(jobs, job) for job in jobs.known()]}
 
     @routes.get("/v2/jobs/{job_id}")
     async def show(job_id: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 TIMEOUT_S = 60.0
 LOOK_EVERY_S = 0.5
 CHUNK = 1 << 20
+UNBROKEN = 400  # columns of what goes to a file or a pipe
 ENDED = ("done", "cancelled", "stopped")
 
 
@@ -83,7 +84,9 @@ class Client:
                 connection.request(method, path, body, {"Connection": "close"})
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            raise CommandError(f"{self.url} cannot be reached: {error}") from error
+            raise CommandError(
+                f"{self.url} cannot be reached: {error}; --url or MIGSERVE_URL say where it is"
+            ) from error
         if response.status >= 400:
             raise CommandError(_error(response.read()))
         return response
@@ -176,9 +179,9 @@ def show_all(client: Client, *, as_json: bool) -> int:
         if as_json:
             print(json.dumps(jobs))
             return 0
-        table = Table(box=None)
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
         for column in ("id", "model", "state", "done", "errors", "deadline", "ends", "slices", "name"):
-            table.add_column(column, no_wrap=column in ("id", "done", "ends"))
+            table.add_column(column, no_wrap=column not in ("model", "name"), overflow="fold")
         for job in jobs:
             table.add_row(
                 job["id"],
@@ -191,7 +194,9 @@ def show_all(client: Client, *, as_json: bool) -> int:
                 str(len(job.get("slices", ())) or ""),
                 job["name"],
             )
-        Console(highlight=False).print(table if jobs else "there are no jobs")
+        console = Console(highlight=False)
+        console = console if console.is_terminal else Console(highlight=False, width=UNBROKEN)
+        console.print(table if jobs else "there are no jobs")
         return 0
 
     return told(act)

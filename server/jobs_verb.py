@@ -20,6 +20,7 @@ _Url = Annotated[str, typer.Option(help="Where the daemon serves HTTP.", envvar=
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _Id = Annotated[str, typer.Argument(help="As **jobs list** shows it; its beginning will do.", metavar="ID")]
 _Out = Annotated[Path | None, typer.Option(help="File for the results; by default they go to stdout.")]
+_OutOfWait = Annotated[Path | None, typer.Option(help="File for the results; waits for them.")]
 URL = "http://localhost:8000"
 
 
@@ -42,7 +43,7 @@ def submit(
     name: Annotated[str, typer.Option(help="For you to know it by.")] = "",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse it if it cannot end by its deadline.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Show its progress until it has ended.")] = False,
-    out: _Out = None,
+    out: _OutOfWait = None,
     url: _Url = URL,
     json: _Json = False,
 ) -> None:
@@ -70,7 +71,7 @@ def show(job: _Id, url: _Url = URL, json: _Json = False) -> None:
 
 
 @app.command()
-def wait(job: _Id, out: _Out = None, url: _Url = URL) -> None:
+def wait(job: _Id, out: _OutOfWait = None, url: _Url = URL) -> None:
     """Show its progress until it has ended. Ctrl-C ends the watching, not the job."""
     from server import jobs_command as do
 

@@ -205,6 +205,9 @@ class _Preparation:
         dims = {spec.name: spec.dims for spec in signature.inputs}
         if signature.max_batch == 0 and self._items != 1:
             raise invalid(f"{self._items} elements for model {self._model.name}, which does not batch; expected 1")
+        if signature.max_batch and not 1 <= self._items <= signature.max_batch:
+            asked = f"input {self._pipeline.input} has {self._items} elements, a batch of {self._items} items"
+            raise invalid(f"{asked}; expected 1 to {signature.max_batch}")
         batch = () if signature.max_batch == 0 else (self._items,)
         made = []
         for name, (datatype, of_item) in self._pipeline.makes.items():

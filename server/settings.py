@@ -204,7 +204,7 @@ def load(config: Path | None, flags: dict[str, Any]) -> Settings:
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """MIGSERVE_* variables that set nothing, with the nearest that does."""
     names = sorted(name.removeprefix(PREFIX) for name in environment if name.startswith(PREFIX))
-    known = {name.upper() for name in Settings.model_fields} | {"CONFIG"}
+    known = {name.upper() for name in Settings.model_fields} | {"CONFIG", "URL"}  # URL: of `migserve jobs`
     return [
         f"{PREFIX}{name} sets nothing{_nearest(name, known, PREFIX)}"
         for name in names

@@ -5,6 +5,7 @@ Work of others counts where it is of the same class or a higher one and has slic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from scheduler.domain import Part, Pool
@@ -46,10 +47,10 @@ class Admission:
         if excess_ns <= 0:
             return 0
         if bound_ns is not None:
-            retry_ns = excess_ns if bound_ns == 0 else self._late_excess_ns(now_ns, lanes, part)
-            if retry_ns > 0:
+            late_excess_ns = math.inf if bound_ns == 0 else self._late_excess_ns(now_ns, lanes, part)
+            if late_excess_ns > 0:
                 lanes.discard(part)
-                return max(int(retry_ns), 1)
+                return max(int(min(excess_ns, late_excess_ns)), 1)
         self._put_back(now_ns, lanes, part, excess_ns, bounded=bound_ns is not None)
         return 0
 
@@ -83,7 +84,8 @@ class Admission:
         if excess <= 0 < excess + forced:
             # Late work takes its place. It is not to go on like that.
             for each in beside:
-                each.timely_use.add(now_ns, part.items / rates.pool_per_ns * each.rates.pool_per_ns)
+                if each.priority == lanes.priority:
+                    each.timely_use.add(now_ns, part.items / rates.pool_per_ns * each.rates.pool_per_ns)
         return (excess + forced) / rates.pool_per_ns
 
     def _fits(self, now_ns: int, lanes: Lanes, due_ns: int) -> bool:

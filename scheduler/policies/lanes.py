@@ -102,7 +102,7 @@ class Lanes:
         return self.timely.items + self.late.items + self.open.items
 
     def arrived(self, now_ns: int, items: int, slo_ns: int) -> None:
-        """Learns the sizes of queries, how soon they are due, and how many come."""
+        """Learns the sizes of queries, and how soon they are due."""
         self._count += 1
         weight = 1 / min(self._count, SIZES_KEPT)
         if slo_ns != self.slo_ns:
@@ -111,7 +111,6 @@ class Lanes:
         mean, square = self.sizes
         self.sizes = Sizes(mean + weight * (items - mean), square + weight * (items * items - square))
         self.arriving.tau_ns = self.timely_use.tau_ns = LATELY * self.slo_ns
-        self.arriving.add(now_ns, items)
 
     def late_items(self, until_ns: float) -> float:
         """Of late work that must end by then."""

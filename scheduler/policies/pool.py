@@ -8,12 +8,13 @@ Rules:
 1. A new query is timely, unless the timely lane then holds more than theta times the items that the slices can do
    until the query is due (`rates.Rates`). Then the largest ones waiting go to the late lane until it fits: one late
    query is one late query, however much room it gives to others. What slices could do in their next batches, free ones
-   or any for a query that is the only one, is never too much. Of what the slices can do ALL_THETA is promised to all
-   lines together (a line: one kind, company and class); what is within a line's part of that is let in whatever others
-   have, and a line that asks for more than its part gets theta times that part. Parts are max-min fair among models, by
-   their weights (`shares.py`). Late work that will have gone first by then (3a) counts too. (`admission.py`)
+   or any for a query that is the only one, is never too much. Where several lines (a line: one kind, company and class)
+   have timely work, all of them together get ALL_THETA of what the slices can do; what is within a line's part of that
+   is let in whatever others have, and a line that asks for more than its part gets theta times that part. Parts are
+   max-min fair among models, by their weights (`shares.py`). Late work that will have gone first by then (3a) counts
+   too. (`admission.py`)
 2. What no slice could end in time, were it idle, goes to the late lane; all of what must not be cut has to be in time.
-3. A slice that is free serves the highest class that it can; within a class
+3. A slice that is free serves the highest class that it can, whatever lower ones were accepted for; within a class
    a. late work, where in order of their bounds all slices would end some of it less than PRESSES SLOs before its bound;
    b. timely work, first the line whose first query has the least relative laxity, (due - now - time) / SLO;
    c. late work, the oldest first; d. open work, the oldest first. Open work that has waited a second goes first, while
@@ -92,6 +93,7 @@ class OnePool:
         lanes.arrived(now_ns, part.items, slo_of(part))
         lanes.rates = self._rates.of(part.kind, lanes.slo_ns)
         retry_ns = self._admission.admit(now_ns, lanes, part, part.due_ns, bound_ns)
+        lanes.arriving.add(now_ns, part.items)  # not before: one large query is no crowd
         if lanes:
             self._waiting[key] = lanes
         elif len(self._lanes) > KEPT:
@@ -188,7 +190,7 @@ class OnePool:
         seen: set[int] = set()
         of_time = UNHURRIED if self._many_free(now_ns, lanes) else 1.0
         for worker in self._pool.ready.values():
-            if worker.gpcs in seen or kind not in worker.tables:
+            if worker.gpcs in seen or kind not in worker.tables or _is_overdue(now_ns, worker):
                 continue
             fit = rates.fit(worker)
             table = fit.table
@@ -221,7 +223,7 @@ class OnePool:
             self._promises.started(worker, lanes, parts, first=index == 0)
         if not entries and not lanes.lone:
             self._fill_up(now_ns, worker, lanes, parts, due_ns)
-        self._count_use(now_ns, worker, worker.tables[kind].time_ns(sum(part.items for part in parts)))
+        self._count_use(now_ns, worker, lanes.priority, worker.tables[kind].time_ns(sum(part.items for part in parts)))
         return Start(worker, kind, parts)
 
     def _many_free(self, now_ns: int, lanes: Lanes) -> bool:
@@ -265,15 +267,16 @@ class OnePool:
                     parts = lanes.take_strict(places, fixed, max(now_ns, worker.free_at_ns) + time_ns)
                 if lanes is not None and parts:
                     self._promises.started(worker, lanes, parts, first=True)
-                    self._count_use(now_ns, worker, worker.tables[lanes.kind].time_ns(sum(p.items for p in parts)))
+                    time_ns = worker.tables[lanes.kind].time_ns(sum(part.items for part in parts))
+                    self._count_use(now_ns, worker, priority, time_ns)
                     return Start(worker, lanes.kind, parts)
                 self._promises.drop_first(worker, key)
         return None
 
-    def _count_use(self, now_ns: int, worker: Worker, time_ns: int) -> None:
-        """For rule 7: what each kind of work here could have had of that time."""
+    def _count_use(self, now_ns: int, worker: Worker, priority: int, time_ns: int) -> None:
+        """For rule 7: what each kind of work of that class or a lower one could have had of that time here."""
         for lanes in self._lanes.values():
-            if lanes.slo_ns and lanes.kind in worker.tables:
+            if lanes.priority >= priority and lanes.slo_ns and lanes.kind in worker.tables:
                 rates = self._rates.of(lanes.kind, lanes.slo_ns)
                 lanes.timely_use.add(now_ns, time_ns * rates.fit(worker).items_per_ns)
 
@@ -310,7 +313,9 @@ class OnePool:
     def _bulk(self, now_ns: int, lanes: Lanes, *, late: bool, forced: bool = False) -> Start | None:
         """Rule 5, on the fastest slice that is free."""
         kind, rates = lanes.kind, lanes.rates
-        ready = [w for w in self._ready(kind) if late or not forced or now_ns >= self._open_first_ns.get(w.id, 0)]
+        ready = [
+            w for w in self._ready(now_ns, kind) if late or not forced or now_ns >= self._open_first_ns.get(w.id, 0)
+        ]
         line = lanes.late if late else lanes.open
         if self._promises:
             head = line.entries[0][3]
@@ -334,13 +339,13 @@ class OnePool:
         start = Start(worker, kind, parts)
         time_ns = table.time_ns(sum(part.items for part in parts))
         if forced and late:
-            self._count_use(now_ns, worker, time_ns)
+            self._count_use(now_ns, worker, lanes.priority, time_ns)
         elif forced:
             self._open_first_ns[worker.id] = now_ns + int(time_ns / OPEN_SHARE)
         return start
 
-    def _ready(self, kind: Kind) -> Iterator[Worker]:
-        return (worker for worker in self._pool.ready.values() if kind in worker.tables)
+    def _ready(self, now_ns: int, kind: Kind) -> Iterator[Worker]:
+        return (w for w in self._pool.ready.values() if kind in w.tables and not _is_overdue(now_ns, w))
 
     def _cap(self, now_ns: int, worker: Worker, kind: Kind, most: int) -> int:
         return (
@@ -379,3 +384,8 @@ class OnePool:
                 wait_ns += lanes.items / lanes.rates.pool_per_ns
                 free_ns = min(free_ns, *(worker.free_at_ns for worker in lanes.rates.workers))
         return int(wait_ns + (max(free_ns - now_ns, 0) if free_ns < math.inf else 0))
+
+
+def _is_overdue(now_ns: int, worker: Worker) -> bool:
+    """Nobody knows when its batch will end: nothing is to wait behind that."""
+    return bool(worker.in_flight) and worker.free_at_ns < now_ns

@@ -28,7 +28,8 @@ LEAST_ASKED = 1e-4
 
 class Share(NamedTuple):
     """`part`: of the time of the slices that serve the line, its own. `pressed`: 0 if it asks for less than that, 1 if
-    it asks for more; `full`: 0 if all lines together ask these slices for less than all of their time, 1 if more."""
+    it asks for more; `full`: 0 if all lines of its class and of higher ones ask these slices for less than all of their
+    time, 1 if more."""
 
     part: float
     pressed: float
@@ -68,10 +69,10 @@ class Shares:
             key: self._asked.get(key) or dict.fromkeys(rates.ids, asks) for key, (asks, rates) in lines.items()
         }
         parts: dict[LanesKey, dict[int, float]] = {key: {} for key in lines}
-        load: dict[int, float] = {}
+        load: dict[int, dict[int, float]] = {}
         for worker in self._pool.workers.values():
             here = {key: asked[worker.id] for key, asked in self._asked.items() if worker.id in asked}
-            load[worker.id] = sum(here.values())
+            load[worker.id] = _loads(here)
             for key, part in _parts(here, self._pool.weights).items():
                 parts[key][worker.id] = part
         self._shares = {key: self._settle(key, *line, parts[key], load) for key, line in lines.items()}
@@ -87,10 +88,16 @@ class Shares:
         return lines
 
     def _settle(
-        self, key: LanesKey, asks: float, rates: Rates, parts: Mapping[int, float], load: Mapping[int, float]
+        self,
+        key: LanesKey,
+        asks: float,
+        rates: Rates,
+        parts: Mapping[int, float],
+        loads: Mapping[int, Mapping[int, float]],
     ) -> Share:
         """The line's share, by its parts of slices; and what it asks them for next."""
         asked = self._asked[key]
+        load = {worker: of_slice[key[0]] for worker, of_slice in loads.items() if key[0] in of_slice}
         does = {worker.id: rates.fit(worker).items_per_ns / rates.pool_per_ns for worker in rates.workers}
         part = sum(parts[worker] * does[worker] for worker in does)
         full = sum(_beyond(load[worker]) * does[worker] for worker in does)
@@ -98,6 +105,16 @@ class Shares:
         scale = asks / sum(wanted[worker] * does[worker] for worker in does)
         self._asked[key] = {worker: wants * scale for worker, wants in wanted.items()}
         return Share(min(part, 1.0), _beyond(asks / part if part else 1.0), full)
+
+
+def _loads(asked: Mapping[LanesKey, float]) -> dict[int, float]:
+    """Of one slice's time, what each class and the higher ones ask for: lower ones take nothing from it."""
+    loads: dict[int, float] = {}
+    total = 0.0
+    for priority in sorted({key[0] for key in asked}):
+        total += sum(asks for key, asks in asked.items() if key[0] == priority)
+        loads[priority] = total
+    return loads
 
 
 def _beyond(asked: float) -> float:

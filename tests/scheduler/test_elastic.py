@@ -62,6 +62,19 @@ def test_what_cannot_be_is_said_with_the_earliest_end() -> None:
     assert holding.ends_ns == pytest.approx(10 * S, rel=0.02)
 
 
+def test_a_few_items_of_several_buckets_wait_where_an_overdue_job_needs_all_the_time() -> None:
+    """So few that a solver of linear programmes takes the time that they need for none."""
+    places = [
+        Place(1, 2, 0.17, {0: (8, 0.4e6), 1: (8, 0.8e6)}),
+        Place(3, 1, 0.5, {0: (8, 0.8e6), 1: (8, 1.6e6)}),
+    ]
+    works = [Work("small", {0: 1, 1: 2}, 3600 * S), Work("overdue", {0: 43e6, 1: 1}, -5 * S)]
+    found = decide(works, {work.job: places for work in works}, {})
+    assert list(found["overdue"].planned) == [1, 3]
+    assert (found["small"].feasible, found["small"].planned) == (False, {})
+    assert found["small"].ends_ns > 0.98 * found["overdue"].ends_ns
+
+
 def test_a_deadline_that_has_passed_is_no_end_of_it() -> None:
     holding = decide([Work("a", {0: 7_000}, -5 * S)], {"a": slices(7)}, {})["a"]
     assert (holding.feasible, len(holding.planned)) == (False, 7)

@@ -269,6 +269,20 @@ def test_after_a_restart_it_goes_on_with_what_is_not_finished(tmp_path: Path) ->
     on(tmp_path, after)
 
 
+def test_before_the_disk_is_read_nobody_is_told_that_there_are_no_jobs(tmp_path: Path) -> None:
+    async def story() -> None:
+        told = Story(tmp_path, pictures=False)
+        for ask in (told.jobs.known, lambda: told.jobs.get("a1")):
+            with pytest.raises(ServeError, match="the server is starting"):
+                ask()
+        await told.jobs.start()
+        assert told.jobs.known() == []
+        await told.jobs.stop()
+        told.stage.pool.close()
+
+    asyncio.run(story())
+
+
 def test_without_its_model_a_job_pauses(tmp_path: Path) -> None:
     async def story(told: Story) -> None:
         job = await told.submit(*range(40))

@@ -49,8 +49,11 @@ def test_a_torch_model_on_the_cpu(tmp_path: Path) -> None:
 def test_a_budget_measures_some_and_predicts_the_rest_and_can_be_raised(tmp_path: Path) -> None:
     out = tmp_path / "table.csv"
     asked = ("resnet50", *QUICK, "--slices", "4g.40gb,7g.80gb", "--out", out)
+    result = profile(*asked, "--budget", "10%")
+    assert "made from fewer than 3 points" in result.output
     result = profile(*asked, "--budget", "25%")
     assert result.exit_code == 0, result.output
+    assert "made from fewer" not in result.output
     first = rows(out)
     assert [row["source"] for row in first].count("emulated") == 3
     assert [row["source"] for row in first].count("predicted") == 9
@@ -62,7 +65,7 @@ def test_a_budget_measures_some_and_predicts_the_rest_and_can_be_raised(tmp_path
     assert [row["source"] for row in second].count("emulated") == 5
     for row in second:
         if (row["mig_profile"], row["batch"]) == ("7g.80gb", "32"):
-            assert float(row["latency_ms"]) == pytest.approx(13.4, rel=0.3)
+            assert float(row["latency_ms"]) > 13.3  # what it emulates; more where the machine is busy
 
 
 def test_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
@@ -104,6 +107,7 @@ def test_what_does_not_fit_into_memory_is_told_and_left_out(tmp_path: Path) -> N
         (["mlp", "--batches", "1,x"], "--batches takes numbers"),
         (["mlp", "--device", "cpu", "--lengths", "8"], "no axis that varies"),
         (["mlp", "--device", "cpu", "--budget", "some"], "--budget is a number"),
+        (["mlp", "--device", "cpu", "--budget", "200%"], "--budget is a number"),
     ],
 )
 def test_what_cannot_be_is_said(arguments: list[str], says: str, tmp_path: Path) -> None:

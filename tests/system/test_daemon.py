@@ -194,6 +194,7 @@ def test_a_wrong_variable_is_named_as_one() -> None:
 
 def test_variables_that_set_nothing_are_told() -> None:
     environment = {"MIGSERVE_HTTP_PRT": "1", "MIGSERVE_HTTP_PORT": "1", "MIGSERVE_CONFIG": "a", "HTTP_PRT": "1"}
+    environment["MIGSERVE_URL"] = "http://localhost:8000"  # of the other commands
     kubernetes = {"MIGSERVE_PORT_8000_TCP_ADDR": "10.0.0.1", "MIGSERVE_SERVICE_PORT_HTTP": "1", "MIGSERVE_PORT": "1"}
     assert settings.unknown_variables(environment | kubernetes) == [
         "MIGSERVE_HTTP_PRT sets nothing; did you mean MIGSERVE_HTTP_PORT?"

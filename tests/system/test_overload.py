@@ -63,7 +63,8 @@ def test_an_slo_out_of_reach_is_missed_and_the_answer_says_by_how_much(slow: Run
 
 def test_what_would_take_more_than_ten_slos_is_refused(slow: RunningDaemon) -> None:
     status, headers, body = post(slow.http, "slow", sixteen(slo_ms=20))
-    assert (status, headers["retry-after"]) == (429, "1")
+    assert status == 429
+    assert 1 <= int(headers["retry-after"]) <= 3
     assert "even in ten times what it may take: slo_ms of the request is 20 ms" in body["error"]
     assert metric(slow, "migserve_requests_not_answered_total", reason="overloaded") == 1
 

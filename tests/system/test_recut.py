@@ -256,6 +256,13 @@ def test_a_stranger_is_refused_before_the_body_is_read(
     assert answer.error
 
 
+def test_a_change_that_is_not_sent_as_json_is_told_the_header(daemon: RunningDaemon) -> None:
+    token = {"Authorization": f"Bearer {daemon.admin_token}"}
+    form = token | {"Content-Type": "application/x-www-form-urlencoded"}  # curl -d, left alone
+    answer = request(daemon.admin, "POST", "/admin/layout", b'{"gpus": {"0": "7g.80gb"}}', form)
+    assert (answer.status, "Content-Type: application/json" in answer.error) == (400, True)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
