@@ -62,8 +62,9 @@ class Kept(Generic[Case]):
                 self._others.setdefault((row["policy"], row["code"]), {})[case] = row
 
     def take_over(self, measure: Callable[[Case], Row], count: int) -> Iterator[str]:
-        """What other code has measured counts, if `count` figures, drawn by chance, are the same when measured anew."""
-        for (policy, code), rows in self._others.items():
+        """What the code before has measured counts, if `count` figures, drawn by chance, are the same measured anew."""
+        for policy, code in dict(self._others.keys()).items():
+            rows = self._others[policy, code]
             missing = [case for case in rows if case not in self.by_case]
             drawn = random.Random(code).sample(missing, min(count, len(missing)))
             differ = [case for case in drawn if _figures(measure(case)) - _figures(rows[case])]
