@@ -62,12 +62,19 @@ class Kept(Generic[Case]):
                 self._others.setdefault((row["policy"], row["code"]), {})[case] = row
 
     def take_over(self, measure: Callable[[Case], Row], count: int) -> Iterator[str]:
-        """What the code before has measured counts, if `count` figures, drawn by chance, are the same measured anew."""
-        for policy, code in dict(self._others.keys()).items():
-            rows = self._others[policy, code]
+        """What older code has measured counts, if `count` figures, drawn by chance, are the same when measured anew.
+
+        From the code before on backwards, until some differ.
+        """
+        others: set[str] = set()  # policies that have changed since
+        for (policy, code), rows in reversed(self._others.items()):
+            if policy in others:
+                continue
             missing = [case for case in rows if case not in self.by_case]
             drawn = random.Random(code).sample(missing, min(count, len(missing)))
             differ = [case for case in drawn if _figures(measure(case)) - _figures(rows[case])]
+            if differ:
+                others.add(policy)
             for case in [] if differ else missing:
                 self.keep(case, {name: value for name, value in rows[case].items() if name not in asdict(case)})  # type: ignore[call-overload]
             yield f"{policy}, {code}: {len(differ)} of {len(drawn)} differ, {len(missing)} figures" + (
