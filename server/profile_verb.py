@@ -9,40 +9,53 @@ import typer
 
 from server.options import DEFAULT_GPU
 
+Model = Annotated[str, typer.Argument(help="By its name in the repository, or its folder.")]
+Repository = Annotated[Path, typer.Option(help="Folder of models, as of **serve**.")]
+Device = Annotated[str | None, typer.Option(help="`cpu`, `cuda` or `emulated`; by default the GPU where there is one.")]
+Gpu = Annotated[str, typer.Option(help="Of an emulated model: which GPU's slices.")]
+Slices = Annotated[
+    str | None,
+    typer.Option(help="MIG profiles, such as 1g.10gb,2g.20gb; on the CPU numbers of threads. By default all; 1."),
+]
+Batches = Annotated[str | None, typer.Option(help="Such as 1,8,64; by default powers of two.")]
+Processes = Annotated[str | None, typer.Option(help="Side by side on a slice, such as 1,2,3; by default 1.")]
+Lengths = Annotated[str | None, typer.Option(help="Of inputs that vary, such as 32,128,512.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Measure so many points, or such a share as 10%, and predict the rest.")
+]
+Minutes = Annotated[float | None, typer.Option(min=0, help="Measure for so long, and predict the rest.")]
+Sure = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="With a budget: stop when decisions lose less than this share of throughput."),
+]
+Within = Annotated[
+    float, typer.Option(min=0.001, max=1, help="Run a point until its median is known to this share of it.")
+]
+Seconds = Annotated[float, typer.Option(min=0.01, help="A point takes at most so long, warm-up apart.")]
+MemoryMib = Annotated[
+    int | None, typer.Option(min=16, help="On the CPU: what a process may take; more counts as not fitting.")
+]
+Out = Annotated[Path | None, typer.Option(help="The table; by default MODEL.latency.csv. It is gone on with.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw the table to this .svg or .png file, too.")]
+
 
 def profile(
-    model: Annotated[str, typer.Argument(help="By its name in the repository, or its folder.")],
-    repository: Annotated[Path, typer.Option(help="Folder of models, as of **serve**.")] = Path("models"),
-    device: Annotated[
-        str | None, typer.Option(help="`cpu`, `cuda` or `emulated`; by default the GPU where there is one.")
-    ] = None,
-    gpu: Annotated[str, typer.Option(help="Of an emulated model: which GPU's slices.")] = DEFAULT_GPU,
-    slices: Annotated[
-        str | None,
-        typer.Option(help="MIG profiles, such as 1g.10gb,2g.20gb; on the CPU numbers of threads. By default all; 1."),
-    ] = None,
-    batches: Annotated[str | None, typer.Option(help="Such as 1,8,64; by default powers of two.")] = None,
-    processes: Annotated[str | None, typer.Option(help="Side by side on a slice, such as 1,2,3; by default 1.")] = None,
-    lengths: Annotated[str | None, typer.Option(help="Of inputs that vary, such as 32,128,512.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Measure so many points, or such a share as 10%, and predict the rest.")
-    ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, help="Measure for so long, and predict the rest.")] = None,
-    sure: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="With a budget: stop when decisions lose less than this share of throughput."),
-    ] = 0.0,
-    within: Annotated[
-        float, typer.Option(min=0.001, max=1, help="Run a point until its median is known to this share of it.")
-    ] = 0.02,
-    seconds: Annotated[float, typer.Option(min=0.01, help="A point takes at most so long, warm-up apart.")] = 3.0,
-    memory_mib: Annotated[
-        int | None, typer.Option(min=16, help="On the CPU: what a process may take; more counts as not fitting.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The table; by default MODEL.latency.csv. It is gone on with.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the table to this .svg or .png file, too.")] = None,
+    model: Model,
+    repository: Repository = Path("models"),
+    device: Device = None,
+    gpu: Gpu = DEFAULT_GPU,
+    slices: Slices = None,
+    batches: Batches = None,
+    processes: Processes = None,
+    lengths: Lengths = None,
+    budget: Budget = None,
+    minutes: Minutes = None,
+    sure: Sure = 0.0,
+    within: Within = 0.02,
+    seconds: Seconds = 3.0,
+    memory_mib: MemoryMib = None,
+    out: Out = None,
+    plot: Plot = None,
 ) -> None:
     """Measure how long a model takes on slices, by batch size, and write a latency table.
 

@@ -9,60 +9,70 @@ import typer
 
 from server.options import DEFAULT_GPU, CatalogueGpu, LatencyTable, SkipSuspects
 
+Gpus = Annotated[int | None, typer.Option(min=1, max=64, help="How many; by default 2, or as planned.")]
+Layout = Annotated[
+    str | None,
+    typer.Option(help="Of each GPU, such as 3g.40gb+2g.20gb+1g.10gb+1g.10gb; by default a varied one, or as planned."),
+]
+Model = Annotated[str | None, typer.Option(help="By its name in the latency table; by default resnet50.")]
+Workload = Annotated[
+    str,
+    typer.Option(
+        help="`w-paper`: 1 to 32 items a query, log-normal. `w-length`: texts of 16 to 512 tokens, for bert-base. "
+        "`w-slo`: the models, rates and SLOs of a --scenario. Or a CSV file with the columns "
+        "seconds,model,items,length (the last two may be missing).",
+    ),
+]
+Scenario = Annotated[str | None, typer.Option(help="Of w-slo: S1 to S6.")]
+Arrivals = Annotated[str, typer.Option(help="`poisson`, `bursty`, or `diurnal`.")]
+Policy = Annotated[
+    list[str] | None,
+    typer.Option(help="Who decides; several times, or `all`, to compare. By default ours; in a report elsa beside it."),
+]
+Rate = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="Queries a second; by default 80 % of the fluid bound, or as stated or recorded."),
+]
+FindMax = Annotated[
+    str | None,
+    typer.Option(
+        help="`p95` or `p99`: look for the highest rate at which it is within the SLO, and every query ends within "
+        "ten SLOs.",
+    ),
+]
+SloFactor = Annotated[
+    float | None, typer.Option(min=0.1, help="The SLO, in times of 32 items on a whole GPU. Default: 2.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse what would be late, instead of serving it late.")]
+Noise = Annotated[float, typer.Option(min=0, max=1, help="Of service times, as a share; 0: exact, no tail.")]
+Queries = Annotated[int, typer.Option(min=100, help="About so many a run.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same figures.")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="So many from --seed on; by default 3 with --find-max, else 1.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Out = Annotated[Path | None, typer.Option(help="Write a report with plots to this .html file.")]
+
 
 def simulate(
     gpu: CatalogueGpu = DEFAULT_GPU,
-    gpus: Annotated[int | None, typer.Option(min=1, max=64, help="How many; by default 2, or as planned.")] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            help="Of each GPU, such as 3g.40gb+2g.20gb+1g.10gb+1g.10gb; by default a varied one, or as planned."
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="By its name in the latency table; by default resnet50.")] = None,
-    workload: Annotated[
-        str,
-        typer.Option(
-            help="`w-paper`: 1 to 32 items a query, log-normal. `w-length`: texts of 16 to 512 tokens, for bert-base. "
-            "`w-slo`: the models, rates and SLOs of a --scenario. Or a CSV file with the columns "
-            "seconds,model,items,length (the last two may be missing).",
-        ),
-    ] = "w-paper",
-    scenario: Annotated[str | None, typer.Option(help="Of w-slo: S1 to S6.")] = None,
-    arrivals: Annotated[str, typer.Option(help="`poisson`, `bursty`, or `diurnal`.")] = "poisson",
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Who decides; several times, or `all`, to compare. By default ours; in a report elsa beside it."
-        ),
-    ] = None,
-    rate: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="Queries a second; by default 80 % of the fluid bound, or as stated or recorded."),
-    ] = None,
-    find_max: Annotated[
-        str | None,
-        typer.Option(
-            help="`p95` or `p99`: look for the highest rate at which it is within the SLO, and every query ends within "
-            "ten SLOs.",
-        ),
-    ] = None,
-    slo_factor: Annotated[
-        float | None, typer.Option(min=0.1, help="The SLO, in times of 32 items on a whole GPU. Default: 2.")
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse what would be late, instead of serving it late.")
-    ] = False,
-    noise: Annotated[float, typer.Option(min=0, max=1, help="Of service times, as a share; 0: exact, no tail.")] = 0.03,
-    queries: Annotated[int, typer.Option(min=100, help="About so many a run.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same figures.")] = 0,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="So many from --seed on; by default 3 with --find-max, else 1.")
-    ] = None,
+    gpus: Gpus = None,
+    layout: Layout = None,
+    model: Model = None,
+    workload: Workload = "w-paper",
+    scenario: Scenario = None,
+    arrivals: Arrivals = "poisson",
+    policy: Policy = None,
+    rate: Rate = None,
+    find_max: FindMax = None,
+    slo_factor: SloFactor = None,
+    strict: Strict = False,
+    noise: Noise = 0.03,
+    queries: Queries = 10_000,
+    seed: Seed = 0,
+    seeds: Seeds = None,
     latency_table: LatencyTable = None,
     skip_suspects: SkipSuspects = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write a report with plots to this .html file.")] = None,
+    json: Json = False,
+    out: Out = None,
 ) -> None:
     """Simulate the scheduler on slices of MIG GPUs, with measured latencies. Nothing is served, no GPU is needed.
 
