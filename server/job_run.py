@@ -119,12 +119,17 @@ class JobRun:
         """None of them may fail unseen: the job would wait for ever."""
         if task.cancelled() or (error := task.exception()) is None or self.job.state != JobState.RUNNING:
             return
-        if isinstance(error, OSError | sqlite3.Error):
-            self.job.state, self.job.reason = JobState.PAUSED, f"the disk: {error}"
+        if isinstance(error, DiskFullError | OSError | sqlite3.Error):
+            self._ends(JobState.PAUSED, f"the disk: {error}")
         else:
             log.error("a job failed", job=self.job.id, exc_info=error)
-            self.job.state, self.job.reason = JobState.STOPPED, "an internal error; the server's log has the details"
+            self._ends(JobState.STOPPED, "an internal error; the server's log has the details")
         self._on_change(self)
+
+    def _ends(self, state: JobState, reason: str) -> None:
+        """Unless it has been cancelled meanwhile."""
+        if self.job.state == JobState.RUNNING:
+            self.job.state, self.job.reason = state, reason
 
     async def stop(self) -> None:
         """Takes back what waits, puts down what is finished, and lets go of its files."""
@@ -347,17 +352,12 @@ class JobRun:
             await self._to_commit.wait()
             await asyncio.sleep(COMMIT_EVERY_S)
             self._to_commit.clear()
-            try:
-                await self._put_down()
-                if self.job.errors > self.job.asked.max_errors:
-                    self.job.state = JobState.STOPPED
-                    self.job.reason = self._too_many(await self.first_errors(3))
-                elif self.job.done >= self.job.asked.items:
-                    self.job.reason = await self.in_thread(job_results.write_as_asked, self.ledger, self.job.asked)
-                    self.job.state = JobState.DONE
-            except (DiskFullError, OSError) as error:
-                self.job.state, self.job.reason = JobState.PAUSED, f"the disk: {error}"
-                self._to_commit.set()
+            await self._put_down()
+            if self.job.errors > self.job.asked.max_errors:
+                self._ends(JobState.STOPPED, self._too_many(await self.first_errors(3)))
+            elif self.job.done >= self.job.asked.items:
+                said = await self.in_thread(job_results.write_as_asked, self.ledger, self.job.asked)
+                self._ends(JobState.DONE, said)
             if self.job.state != JobState.RUNNING:
                 self._on_change(self)
                 return
@@ -384,8 +384,8 @@ class JobRun:
             if isinstance(outcome, str):
                 rows += [Row(item.number, outcome, None) for item in items]
             else:
-                numbers = [item.number for item in items]
-                rows += rows_of(numbers, outcome, asked.signature.outputs, batches=batches, as_json=as_json)
+                numbers, outputs = [item.number for item in items], asked.signature.outputs
+                rows += rows_of(numbers, outcome, outputs, batches=batches, as_json=as_json)
         return self.ledger.add(rows, position)
 
     def _too_many(self, errors: Sequence[tuple[int, str]]) -> str:
