@@ -13,9 +13,9 @@ from preprocess.errors import BadInputError
 from preprocess.pipeline import PipelineFile
 from preprocess.pool import PoolFullError, PreprocessPool
 from scheduler.lengths import stepped
-from server import codec
 from server.codec import Tensor
 from server.job_inputs import Item
+from server.preparing import check_made
 from server.repository import Model
 
 log = structlog.get_logger(__name__)
@@ -75,10 +75,13 @@ class JobPreparer:
         by_length = defaultdict(list)
         for item, read in zip(items, await self._pool.read(pipeline, elements).future, strict=True):
             by_length[_padded(model, read.length)].append((item, read))
+        slots = []
         for length, pairs in by_length.items():
             slot = _Slot(model, pipeline, len(pairs), length)
             await self._pool.place(pipeline, [read for _, read in pairs], length, slot.places).future
-            slot.fill([item for item, _ in pairs])
+            slots.append((slot, [item for item, _ in pairs]))
+        for slot, filled in slots:  # all or none: what fails is prepared again, one by one
+            slot.fill(filled)
 
 
 def _padded(model: Model, length: int) -> int:
@@ -92,14 +95,7 @@ class _Slot:
     def __init__(self, model: Model, pipeline: PipelineFile, items: int, length: int | None) -> None:
         """Raises ServeError where the pipeline makes what the model does not take."""
         self._inputs = model.signature.inputs
-        self._count = items
-        batch = () if model.signature.max_batch == 0 else (1,)
-        dims = {spec.name: spec.dims for spec in self._inputs}
-        made = []
-        for name, (datatype, of_item) in pipeline.makes.items():
-            shape = dims[name] if not of_item else tuple(length or dim if dim == -1 else dim for dim in of_item)
-            made.append(Tensor(name, datatype, (*batch, *shape), []))
-        self._dims = codec.check_inputs(model.signature, made).dims
+        self._dims = check_made(model, pipeline, 1, length).dims
         # One slot an item: a model that does not batch has no other, and items go into batches one by one.
         self._slot = model.layout.slot(1, self._dims)
         self._sizes = [place.nbytes for place in self._slot.places]

@@ -53,6 +53,17 @@ def allocate(arena: Arena, nbytes: int) -> int:
         ) from None
 
 
+def check_made(model: Model, pipeline: PipelineFile, items: int, length: int | None) -> Checked:
+    """What the pipeline makes of so many items, padded to a length, against the model's inputs. Raises ServeError."""
+    dims = {spec.name: spec.dims for spec in model.signature.inputs}
+    batch = () if model.signature.max_batch == 0 else (items,)
+    made = []
+    for name, (datatype, of_item) in pipeline.makes.items():
+        shape = dims[name] if not of_item else tuple(length or dim if dim == -1 else dim for dim in of_item)
+        made.append(Tensor(name, datatype, (*batch, *shape), []))
+    return codec.check_inputs(model.signature, made)
+
+
 class Preparer:
     """Begins them."""
 
@@ -202,18 +213,12 @@ class _Preparation:
     def _checked(self, length: int | None) -> Checked:
         """What the pipeline makes of it, against the model's signature. Raises ServeError."""
         signature = self._model.signature
-        dims = {spec.name: spec.dims for spec in signature.inputs}
         if signature.max_batch == 0 and self._items != 1:
             raise invalid(f"{self._items} elements for model {self._model.name}, which does not batch; expected 1")
         if signature.max_batch and not 1 <= self._items <= signature.max_batch:
             asked = f"input {self._pipeline.input} has {self._items} elements, a batch of {self._items} items"
             raise invalid(f"{asked}; expected 1 to {signature.max_batch}")
-        batch = () if signature.max_batch == 0 else (self._items,)
-        made = []
-        for name, (datatype, of_item) in self._pipeline.makes.items():
-            shape = dims[name] if not of_item else tuple(length or dim if dim == -1 else dim for dim in of_item)
-            made.append(Tensor(name, datatype, (*batch, *shape), []))
-        return codec.check_inputs(signature, made)
+        return check_made(self._model, self._pipeline, self._items, length)
 
     def _take_slot(self, checked: Checked) -> dict[str, memoryview]:
         """The place of each input. Raises ServeError."""
