@@ -17,13 +17,12 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from scheduler import backends, spawn
 from scheduler.backends import Array, Backend, ModelLoadError
 from scheduler.channel import Load, ModelSource
 from scheduler.steady import LEAST_RUNS, Steady, summary
-from scheduler.tensors import DATATYPES, InputLayout, Signature
+from scheduler.tensors import Signature
+from scheduler.trials import sample
 
 # Loading may read tens of gigabytes; one batch that takes longer hangs.
 LOAD_SECONDS, HANG_SECONDS = 300.0, 120.0
@@ -192,12 +191,13 @@ def main(source: ModelSource, device: Device, pipe: Connection) -> None:
             return
         pipe.send((backend.signature, backends.versions(device.kind)))
         while True:
-            _answer(pipe.recv(), backend, device, pipe)
+            _answer(pipe.recv(), backend, source, device, pipe)
 
 
-def _answer(ask: _Ask, backend: Backend, device: Device, pipe: Connection) -> None:
+def _answer(ask: _Ask, backend: Backend, source: ModelSource, device: Device, pipe: Connection) -> None:
     try:
-        inputs = _zeros(backend.signature, ask.batch, ask.dims)
+        dims = ask.dims or backend.signature.sample_dims
+        inputs = sample(backend.signature, ask.batch, dims, source.lengths, dims[0] if dims else 0)
         backends.forget_memory(device.kind)
         pipe.send((_timed(backend, inputs, ask.effort), backends.memory_mib(device.kind)))
         while not pipe.poll():
@@ -208,14 +208,6 @@ def _answer(ask: _Ask, backend: Backend, device: Device, pipe: Connection) -> No
             raise
         detail = f"{type(error).__name__}: {error}"[:500]
         pipe.send(OutOfMemory(detail) if backends.is_out_of_memory(error) else Failure(detail))
-
-
-def _zeros(signature: Signature, batch: int, dims: tuple[int, ...]) -> list[Array]:
-    places = InputLayout(signature).slot(max(batch, signature.min_batch), dims or signature.sample_dims).places
-    return [
-        np.zeros(place.shape, DATATYPES[spec.datatype].numpy)
-        for spec, place in zip(signature.inputs, places, strict=True)
-    ]
 
 
 def _timed(backend: Backend, inputs: list[Array], effort: Effort) -> Steady:

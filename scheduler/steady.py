@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,8 +31,8 @@ def summary(times_ms: Sequence[float]) -> Steady:
     """Of at least one run. The interval is that of order statistics: it presumes no distribution."""
     ordered = sorted(times_ms)
     runs = len(ordered)
-    median_ms = _median(ordered)
-    off = _median(sorted(abs(each - median_ms) for each in ordered))
+    median_ms = statistics.median(ordered)
+    off = statistics.median(abs(each - median_ms) for each in ordered)
     # A clock has ticks, and equal times would make every other one an outlier.
     limit_ms = median_ms + OUTLIER * max(_DEVIATIONS_PER_MAD * off, 0.01 * median_ms)
     outliers = sum(each > limit_ms for each in ordered)
@@ -40,8 +41,3 @@ def summary(times_ms: Sequence[float]) -> Steady:
     if low < 0 or runs < LEAST_RUNS:
         return Steady(median_ms, math.inf, outliers, runs)
     return Steady(median_ms, (ordered[high] - ordered[low]) / 2 / median_ms, outliers, runs)
-
-
-def _median(ordered: Sequence[float]) -> float:
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
