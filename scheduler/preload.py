@@ -5,7 +5,7 @@ import os
 import signal
 
 import scheduler.backends.emulated
-import scheduler.worker  # noqa: F401
+import scheduler.worker  # noqa: F401  # what workers are forked with
 
 # Ctrl-C goes to the whole process group. It is the daemon's to handle, also while the fork server is still importing.
 signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -127,7 +127,7 @@ class Admission:
         late = [each for each in beside if each.late.entries]
         if not late:
             return 0.0
-        if len(late) == 1:
+        if len(late) == 1:  # the usual case, made to be quick: at the marks only
             return _forced_of(late[0], due_ns) * lanes.rates.pool_per_ns
         work_ns = _late_ns(late, due_ns, presses=True)
         for each in late:

@@ -62,7 +62,7 @@ class Shares:
 
     def _share(self, now_ns: int) -> None:
         lines = self._lines(now_ns)
-        if len(lines) == 1:
+        if len(lines) == 1:  # what follows comes to the same, and takes longer
             self._shares = {key: Share(1.0, 0.0, _beyond(asks)) for key, (asks, _) in lines.items()}
             return
         self._asked = {
