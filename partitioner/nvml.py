@@ -173,15 +173,22 @@ class NvmlDoor:
         utilization = supported("nvmlDeviceGetUtilizationRates", handle)
         power_mw = supported("nvmlDeviceGetPowerUsage", handle)
         limit_mw = supported("nvmlDeviceGetEnforcedPowerLimit", handle)
-        energy_mj = supported("nvmlDeviceGetTotalEnergyConsumption", handle)
         return GpuReadings(
             memory_total_bytes=None if memory is None else int(memory.total),
             memory_used_bytes=None if memory is None or self._simulated else int(memory.used),
             utilization=None if utilization is None else utilization.gpu / 100,
             power_w=None if power_mw is None else power_mw / 1e3,
             power_limit_w=None if limit_mw is None else limit_mw / 1e3,
-            energy_j=None if energy_mj is None else energy_mj / 1e3,
+            energy_j=self.energy_j(gpu_uuid),
         )
+
+    def energy_j(self, gpu_uuid: str) -> float | None:
+        """What the whole GPU has taken, since its driver was loaded; None where NVML does not say.
+
+        Of a MIG device there is no such thing: what one instance takes nobody measures. Raises GpuLostError.
+        """
+        energy_mj = self._session.supported("nvmlDeviceGetTotalEnergyConsumption", self._session.gpu(gpu_uuid))
+        return None if energy_mj is None else energy_mj / 1e3
 
     def memory(self, device_uuid: str) -> SliceMemory | None:
         """Of a MIG device; None where NVML does not say. Raises NotFoundError when it is gone."""

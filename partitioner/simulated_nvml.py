@@ -35,6 +35,8 @@ _ARCHITECTURES = {
 SUBSYSTEM_ID = 0x147F10DE  # of every simulated board
 FALLEN_OFF_THE_BUS = 79
 NOT_AN_INSTANCE = 0xFFFFFFFF
+# The counter of energy moves in steps, as a power sensor has samples.
+ENERGY_STEP_S = 0.125
 
 
 def nobody(device_uuid: str) -> Sequence[int]:
@@ -70,6 +72,7 @@ class SimulatedNvml(InstanceCalls, EventCalls):
         self._old_driver = old_driver
         self._virtualization = virtualization
         self._clock = clock
+        self._drawn: dict[str, list[tuple[float, float]]] = {}  # by GPU: from when on, so many watts
 
     # ---- what a test orders ----
 
@@ -88,6 +91,10 @@ class SimulatedNvml(InstanceCalls, EventCalls):
     def calls(self) -> list[str]:
         """Names of the functions called, oldest first; the last 10,000."""
         return list(self._faults.calls)
+
+    def draw(self, gpu_uuid: str, watts: float) -> None:
+        """What the whole GPU shall draw from now on; before, it measures no energy."""
+        self._drawn.setdefault(gpu_uuid, []).append((self._clock(), watts))
 
     def lose(self, gpu_uuid: str) -> None:
         """The GPU falls off the bus, with XID 79, until the next reboot."""
@@ -240,7 +247,13 @@ class SimulatedNvml(InstanceCalls, EventCalls):
 
     @api()
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any) -> Any:
-        self._measures_nothing(handle)
+        device = self._device(handle)
+        drawn = self._drawn.get(device.gpu.uuid)
+        if device.part is not None or drawn is None:  # of an instance nothing is known
+            raise RefusedError("NOT_SUPPORTED")
+        at = self._clock() // ENERGY_STEP_S * ENERGY_STEP_S
+        ends = [begin for begin, _ in drawn[1:]] + [at]
+        return int(sum(1e3 * watts * max(end - begin, 0) for (begin, watts), end in zip(drawn, ends, strict=True)))
 
     def _measures_nothing(self, handle: Any) -> None:
         self._device(handle)

@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -28,6 +28,8 @@ from scheduler.trials import sample
 LOAD_SECONDS, HANG_SECONDS = 300.0, 120.0
 END_SECONDS = 5.0
 PATIENCE = 5
+# How long energy is counted, how long a step of its counter may take, and how often it is looked at.
+ENERGY_SECONDS, STEP_SECONDS, LOOK_SECONDS = 1.0, 1.0, 0.002
 
 
 class Device(NamedTuple):
@@ -52,14 +54,29 @@ class Effort(NamedTuple):
     warm_up_seconds: float = 0.1
 
 
+class Gauges(NamedTuple):
+    """What can be read of a device while it works; they block. `energy_j`: a counter. None: there is no such thing."""
+
+    energy_j: Callable[[], float | None] | None = None
+    sm_activity: Callable[[], float | None] | None = None
+
+
+NO_GAUGES = Gauges()
+
+
 class Timed(NamedTuple):
-    """What was measured of one point: the processes' mean, their slowest `within`, all their outliers and runs."""
+    """What was measured of one point: the processes' mean, their slowest `within`, all their outliers and runs.
+
+    `energy_j`: of one batch, with what the GPU takes for being on. `sm_activity`: share of SMs that were busy.
+    """
 
     latency_ms: float
     within: float
     outliers: int
     runs: int
     memory_mib: float | None
+    energy_j: float | None = None
+    sm_activity: float | None = None
 
 
 class OutOfMemory(NamedTuple):
@@ -86,8 +103,9 @@ class Measurer:
     After a point that did not go well they are started anew.
     """
 
-    def __init__(self, source: ModelSource, device: Device, processes: int) -> None:
+    def __init__(self, source: ModelSource, device: Device, processes: int, gauges: Gauges = NO_GAUGES) -> None:
         self._source, self._device, self._count = source, device, processes
+        self._gauges = gauges
         self._children: list[tuple[ForkServerProcess, Connection]] = []
         self.signature: Signature | None = None
         self.versions = ""
@@ -135,12 +153,22 @@ class Measurer:
         seconds = PATIENCE * effort.seconds + effort.warm_up_seconds + HANG_SECONDS
         answers = [self._hear(index, seconds) for index in range(self._count)]
         if all(isinstance(answer, tuple) and isinstance(answer[0], Steady) for answer in answers):
+            found = _together([answer[0] for answer in answers], [answer[1] for answer in answers], self._device.kind)
+            found = self._gauged(found)
             for _, pipe in self._children:
                 pipe.send(None)
-            return _together([answer[0] for answer in answers], [answer[1] for answer in answers], self._device.kind)
+            return found
         self.close()
         bad = [answer for answer in answers if isinstance(answer, OutOfMemory | Failure)]
         return next((answer for answer in bad if isinstance(answer, OutOfMemory)), bad[0])
+
+    def _gauged(self, found: Timed) -> Timed:
+        """All processes go on with their batches meanwhile."""
+        watts = mean_w(self._gauges.energy_j) if self._gauges.energy_j is not None else None
+        return found._replace(
+            energy_j=None if watts is None else watts * found.latency_ms / 1e3 / self._count,
+            sm_activity=None if self._gauges.sm_activity is None else self._gauges.sm_activity(),
+        )
 
     def _hear(self, index: int, seconds: float) -> Any:
         """What `main` sends; or what its silence means."""
@@ -166,6 +194,36 @@ def _together(each: Sequence[Steady], memory: Sequence[float | None], kind: str)
         sum(one.runs for one in each),
         (max(known) if kind == "cuda" else sum(known)) if known else None,
     )
+
+
+def mean_w(energy_j: Callable[[], float | None]) -> float | None:
+    """What is drawn, over a second or so; None where the counter is silent, stands still, or goes back.
+
+    The counter moves in steps of up to a tenth of a second or so: from one step to another nothing of it is lost.
+    """
+    first = _next_step(energy_j)
+    if first is None:
+        return None
+    time.sleep(ENERGY_SECONDS)
+    last = _next_step(energy_j)
+    if last is None or last.joules <= first.joules:
+        return None
+    return (last.joules - first.joules) / (last.at_s - first.at_s)
+
+
+class _Reading(NamedTuple):
+    at_s: float
+    joules: float
+
+
+def _next_step(energy_j: Callable[[], float | None]) -> _Reading | None:
+    before, begin = energy_j(), time.perf_counter()
+    while before is not None and time.perf_counter() - begin < STEP_SECONDS:
+        now, at = energy_j(), time.perf_counter()
+        if now != before:
+            return None if now is None else _Reading(at, now)
+        time.sleep(LOOK_SECONDS)
+    return None
 
 
 # ---- in the processes ----

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +13,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from partitioner import latency
-from partitioner.catalog import GPU_MODELS
-from partitioner.cuts import slice_profiles
-from partitioner.latency import LatencyTable, LatencyTableError, Measurement
+from partitioner.latency import LatencyTableError, Measurement
 from partitioner.nvml_errors import NvmlError
 from partitioner.performance import Point
 from partitioner.predictor import Knowledge, learn
 from partitioner.profiler import Campaign
 from scheduler.backends import ModelLoadError
 from scheduler.channel import ModelSource
-from scheduler.measuring import Device, Effort, Failure, Measurer, OutOfMemory, Timed
+from scheduler.measuring import Effort, Failure, Measurer, OutOfMemory, Timed
 from scheduler.tensors import Signature
-from server import picture, profile_plot
+from server import picture, profile_places, profile_plot
 from server.config_pbtxt import ModelFileError
 from server.gpus import StartError, open_gpus
 from server.model_files import read_model, versions_to_serve
 from server.plan_command import UsageError, complain, nearest
 from server.profile_file import PREDICTED, TableFile
+from server.profile_places import Machine
 
 IMPOSSIBLE, USAGE, INTERRUPTED = 1, 2, 130
 # A predicted row holds what so large a share of measurements would lie below: the margin of plans made on it.
@@ -60,25 +59,6 @@ class Request:
     plot: Path | None
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A slice to measure on, by its MIG profile (or what stands for it), and how to get there."""
-
-    mig_profile: str
-    gpcs: int
-    device: Device
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What the rows say of where they come from, and its slices by name."""
-
-    gpu: str
-    source: str
-    driver: str
-    places: Mapping[str, Place]
-
-
 def run(request: Request) -> int:
     """Measures; the exit code is 0, 1 if a point failed, 2 for what is unknown, 130 after Ctrl-C."""
     try:
@@ -91,11 +71,21 @@ def _run(request: Request) -> int:
     try:
         source = _source(request)
         machine = _machine(request, source)
+    except (UsageError, ModelFileError, StartError, NvmlError) as error:
+        return complain(str(error), USAGE)
+    try:
+        return _on(machine, request, source)
+    finally:
+        machine.close()
+
+
+def _on(machine: Machine, request: Request, source: ModelSource) -> int:
+    try:
         path = request.out or Path(f"{source.name}.latency.csv")
         file = TableFile(path, source.name, machine.gpu)
         session = _Session(request, source, machine, file)
         session.prepare()
-    except (UsageError, ModelFileError, StartError, NvmlError, LatencyTableError) as error:
+    except (UsageError, ModelFileError, LatencyTableError) as error:
         return complain(str(error), USAGE)
     except (ModelLoadError, MemoryError) as error:
         return complain(f"the model cannot be loaded: {error}", IMPOSSIBLE)
@@ -125,7 +115,12 @@ def _machine(request: Request, source: ModelSource) -> Machine:
         raise UsageError(f"no device is called {kind!r}; there are {', '.join(DEVICES)}")
     if (kind == "emulated") != (source.backend == "emulated"):
         raise UsageError(f"{source.name} is {'' if kind != 'emulated' else 'not '}emulated: leave --device out")
-    made = {"cpu": _cpu, "cuda": _cuda, "emulated": _emulated}[kind](request, source)
+    if kind == "cpu":
+        made = profile_places.cpu(request.slices, request.memory_mib)
+    elif kind == "emulated":
+        made = profile_places.emulated(request.gpu, source, request.memory_mib)
+    else:
+        made = profile_places.cuda(open_gpus("nvml", None))
     unknown = [name for name in request.slices if name not in made.places]
     if unknown:
         raise UsageError(f"no slice {unknown[0]!r}; {nearest(unknown[0], list(made.places))}")
@@ -134,55 +129,6 @@ def _machine(request: Request, source: ModelSource) -> Machine:
 
 def _has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists()
-
-
-def _cpu(request: Request, _: ModelSource) -> Machine:
-    """A number of threads stands for a slice."""
-    places = {}
-    for name in request.slices or ("1",):
-        if not name.isdecimal() or not int(name):
-            raise UsageError(f"--slices: on the CPU these are numbers of threads, such as 1,2, not {name!r}")
-        places[name] = Place(f"cpu-{name}", int(name), Device(None, int(name), None, request.memory_mib))
-    return Machine(_cpu_name(), "measured", "", places)
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"CPU {names[0]}" if names else "CPU"
-
-
-def _cuda(_: Request, __: ModelSource) -> Machine:
-    """One slice of each MIG profile that there is, or a whole GPU. Written for GPUs, and never run on one yet."""
-    door = open_gpus("nvml", None)
-    try:
-        gpus, driver = door.gpus(), door.driver_version()
-    finally:
-        door.close()
-    slices = [each for gpu in gpus for each in gpu.slices]
-    if not slices:
-        raise StartError("no slice to measure on: see migserve layout apply")
-    gpu = next(each for each in gpus if each.uuid == slices[0].gpu_uuid)
-    places = {}
-    for each in slices:
-        name = each.mig_profile or f"{each.gpcs}g.{round(each.memory_mib / 1024)}gb"
-        if each.gpu_uuid == gpu.uuid and name not in places:
-            places[name] = Place(name, each.gpcs, Device(each.device_uuid))
-    return Machine(gpu.model.name if gpu.model else gpu.name, "measured", driver, places)
-
-
-def _emulated(request: Request, source: ModelSource) -> Machine:
-    """The slices of a GPU of the catalogue; nothing is computed, times are those of the model's own table."""
-    if request.gpu not in GPU_MODELS:
-        raise UsageError(f"no GPU is called {request.gpu!r}; {nearest(request.gpu, list(GPU_MODELS))}")
-    if not source.latency_ms:
-        raise UsageError(f"{source.name} is emulated, and has no latency_table in serving.yaml")
-    table = LatencyTable({gpcs: dict(points) for gpcs, points in source.latency_ms.items()})
-    places = {
-        each.name: Place(each.name, each.gpcs, Device(None, 1, tuple(table.points(each.gpcs)), request.memory_mib))
-        for each in slice_profiles(GPU_MODELS[request.gpu])
-    }
-    return Machine(request.gpu, "emulated", "", places)
 
 
 class _Session:
@@ -281,15 +227,24 @@ class _Session:
             point.seq_len,
         )
         within = found.within if math.isfinite(found.within) else None
-        how = {"runs": found.runs, "outliers": found.outliers, "within": within, "versions": versions}
-        self._file.add(row, {**how, "driver": self._machine.driver})
+        how = {
+            "runs": found.runs,
+            "outliers": found.outliers,
+            "within": within,
+            "driver": self._machine.driver,
+            "versions": versions,
+            "energy_j": found.energy_j,
+            "sm_activity": found.sm_activity,
+        }
+        self._file.add(row, how)
         self._campaign.took(point, found.latency_ms)
         self._widest = max(self._widest, found.within)
 
     def _at(self, mig_profile: str, processes: int) -> Measurer:
         if self._where != (mig_profile, processes) or self._measurer is None:
             self._close()
-            self._measurer = Measurer(self._source, self._places[mig_profile].device, processes)
+            place = self._places[mig_profile]
+            self._measurer = Measurer(self._source, place.device, processes, place.gauges)
             self._where = mig_profile, processes
         return self._measurer
 

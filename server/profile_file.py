@@ -13,9 +13,10 @@ from partitioner.latency import LatencyTableError, Measurement, read_measurement
 from partitioner.performance import Point, point_of
 
 # What `partitioner/latency.py` reads, and what says how a row came to be. `within`: share of the median that it is
-# known to.
+# known to. `energy_j`: of a batch, by the counter of the whole GPU; `sm_activity`: share of SMs that were busy.
 COLUMNS = (
     *Measurement.__dataclass_fields__, "items_per_s", "runs", "outliers", "within", "driver", "versions",
+    "energy_j", "sm_activity",
 )  # fmt: skip
 PREDICTED = "predicted"
 

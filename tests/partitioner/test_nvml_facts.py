@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pynvml
 import pytest
 
 from partitioner.catalog import GPU_MODELS
@@ -114,3 +115,19 @@ def test_fact_10_door_says_unknown_where_nothing_is_measured() -> None:
     readings = at.door.readings(at.uuid)
     assert (readings.utilization, readings.power_w, readings.energy_j) == (None, None, None)
     assert at.door.utilization(at.uuid) == {1: None, 5: None, 13: None}
+
+
+def test_fact_10_energy_is_of_the_whole_gpu_and_moves_in_steps() -> None:
+    now = [0.0]
+    at = setup("H100-80GB", None, clock=lambda: now[0])
+    at.sim.draw(at.uuid, 200.0)
+    found = []
+    for now[0] in (0.05, 0.15, 0.24, 1.0):
+        found.append(at.door.energy_j(at.uuid))
+    assert found == pytest.approx([0.0, 25.0, 25.0, 200.0])
+    at.sim.draw(at.uuid, 100.0)
+    now[0] = 2.0
+    assert at.door.energy_j(at.uuid) == pytest.approx(300.0)
+    device = at.sim.nvmlDeviceGetMigDeviceHandleByIndex(at.sim.nvmlDeviceGetHandleByIndex(0), 0)
+    with pytest.raises(pynvml.NVMLError_NotSupported):
+        at.sim.nvmlDeviceGetTotalEnergyConsumption(device)

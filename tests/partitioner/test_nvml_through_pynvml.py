@@ -35,6 +35,7 @@ SIGNATURES = {
     "nvmlDeviceGetMemoryInfo": "g>s",
     "nvmlDeviceGetArchitecture": "g>u",
     "nvmlDeviceGetVirtualizationMode": "g>q",
+    "nvmlDeviceGetTotalEnergyConsumption": "g>q",
     "nvmlDeviceGetMigMode": "g>uu",
     "nvmlDeviceSetMigMode": "gn>u",
     "nvmlDeviceGetMaxMigDeviceCount": "g>u",
@@ -183,4 +184,16 @@ def test_a_gpu_is_cut_through_pynvml(through_pynvml: Callable[[SimulatedNvml], N
         door.destroy(gpu.uuid, each.gi_id)
     assert door.instances(gpu.uuid) == []
     assert door.set_mig_mode(gpu.uuid, False).done
+    door.close()
+
+
+def test_energy_comes_through_pynvml_in_joules(through_pynvml: Callable[[SimulatedNvml], NvmlDoor]) -> None:
+    now = [5.0]
+    sim = SimulatedNvml(parse_gpus("H100-80GB", "off"), clock=lambda: now[0])
+    door = through_pynvml(sim)
+    (gpu,) = door.gpus()
+    assert door.energy_j(gpu.uuid) is None
+    sim.draw(gpu.uuid, 300.0)
+    now[0] = 20_000_005.0  # 6e12 mJ: more than 32 bits
+    assert door.energy_j(gpu.uuid) == pytest.approx(300.0 * 20_000_000)
     door.close()

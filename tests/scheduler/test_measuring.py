@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from partitioner.nvml import NvmlDoor
+from partitioner.simulated_nvml import SimulatedNvml, parse_gpus
 from scheduler.channel import ModelSource
-from scheduler.measuring import Device, Effort, Failure, Measurer, OutOfMemory, Timed
+from scheduler.measuring import Device, Effort, Failure, Gauges, Measurer, OutOfMemory, Timed, mean_w
 from server.model_files import read_model
 
 MODELS = Path("build/demo-models")
@@ -56,3 +59,27 @@ def test_a_model_that_raises_is_a_failure_not_an_end() -> None:
         assert isinstance(found, Failure)
         assert "IndexError" in found.detail
         assert isinstance(measurer.measure(1, (), QUICK), Timed)
+
+
+def test_energy_of_a_batch_is_what_the_gpu_draws_over_its_processes_batches() -> None:
+    sim = SimulatedNvml(parse_gpus("H100-80GB", "off"))
+    door = NvmlDoor(sim, simulated=True)
+    uuid = door.gpus()[0].uuid
+    sim.draw(uuid, 300.0)
+    device = Device(None, latency_ms=((1, 4.0), (32, 40.0)))
+    with Measurer(source("resnet50"), device, 2, Gauges(lambda: door.energy_j(uuid), lambda: 0.5)) as measurer:
+        found = measurer.measure(32, (), QUICK)
+    assert isinstance(found, Timed)
+    assert found.energy_j == pytest.approx(300.0 * found.latency_ms / 1e3 / 2, rel=0.1)
+    assert found.sm_activity == 0.5
+
+
+@pytest.mark.parametrize("readings", [[None], [7.0, 6.0, 5.0], [7.0, 8.0, None]], ids=["silent", "back", "lost"])
+def test_a_counter_of_energy_that_cannot_be_right_gives_nothing(readings: list[float | None]) -> None:
+    def told() -> Iterator[float | None]:
+        yield from readings
+        while True:
+            yield readings[-1]
+
+    counter = told()
+    assert mean_w(lambda: next(counter)) is None
