@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
 from difflib import get_close_matches
+from io import RawIOBase
 from pathlib import Path
 
 import msgspec
@@ -19,13 +20,15 @@ from server.errors import Fault, ServeError, invalid
 from server.job_inputs import FOLDER, FORMATS, JSONL, LISTING, NPZ, SAFETENSORS, TENSORS
 from server.job_results import JSONL as LINES
 from server.job_results import OUTPUTS
-from server.job_store import Asked, DiskFullError, Job, full_disk
+from server.job_store import Asked, Job, kept_or_refused
 from server.jobs import Jobs, within_ns
 from server.repository import Model, Repository
 from server.settings import MIB, Settings
 
 PARAMETERS = ("model", "version", "deadline", "format", "output", "max_errors", "name", "folder", "strict")
 WRITE_BYTES = 1 << 20
+GUESS_BYTES = 512
+_NO_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 NAME_CHARS = 100
 # Without a word on it so many items may go wrong, or a tenth.
 FEW_ERRORS, ERROR_SHARE = 10, 0.1
@@ -111,7 +114,7 @@ class Intake:
         model = self._repository.get(terms.model, terms.version)
         job_id, folder = self._jobs.new_folder()
         try:
-            await self._receive(body, folder / LISTING)
+            await receive(body, folder / LISTING, self._settings)
             form = FOLDER if terms.folder is not None else terms.format or _guess(folder / LISTING)
             items = await self._prepare(folder, form, model, terms.folder)
             if not items:
@@ -131,11 +134,9 @@ class Intake:
             job = Job(job_id, asked, time.time())
             self._check_deadline(job, strict=terms.strict)
             await self._jobs.add(job)
-        except BaseException as error:
+        except BaseException:
             if all(kept.id != job_id for kept in self._jobs.all()):
                 shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, DiskFullError):
-                raise ServeError(Fault.UNAVAILABLE, f"the disk is full: {error}", reason="disk_full") from error
             raise
         return job
 
@@ -149,35 +150,11 @@ class Intake:
             earliest = f"the earliest end is in {holding.ends_ns / 1e9:.0f} s, {late_s:.0f} s after it"
         raise ServeError(Fault.CONFLICT, f"the job cannot end by its deadline: {earliest}", reason="infeasible")
 
-    async def _receive(self, body: AsyncIterator[bytes], path: Path) -> None:
-        most = self._settings.jobs_max_input_mib * MIB
-        loop = asyncio.get_running_loop()
-        size, waiting = 0, bytearray()
-        with path.open("wb") as file:
-            parts = aiter(body)
-            while True:
-                try:
-                    async with asyncio.timeout(self._settings.http_read_timeout_secs):
-                        part = await anext(parts, None)
-                except TimeoutError:
-                    raise invalid("the inputs did not arrive in time") from None
-                if part is None:
-                    break
-                size += len(part)
-                waiting += part
-                if size > most:
-                    raise ServeError(Fault.TOO_LARGE, f"the inputs are longer than {most} bytes; --jobs-max-input-mib")
-                if len(waiting) >= WRITE_BYTES:
-                    with full_disk():
-                        await loop.run_in_executor(None, file.write, bytes(waiting))
-                    waiting.clear()
-            with full_disk():
-                file.write(waiting)
-
     async def _prepare(self, folder: Path, form: str, model: Model, files: str | None) -> int:
-        """Returns how many items there are. Raises ServeError, DiskFullError."""
+        """Returns how many items there are. Raises ServeError."""
         try:
-            return await asyncio.to_thread(self._prepared, folder, form, model, files)
+            with kept_or_refused():
+                return await asyncio.to_thread(self._prepared, folder, form, model, files)
         except OSError as error:
             raise invalid(f"the inputs cannot be read: {error.strerror or error}") from error
 
@@ -210,10 +187,44 @@ class Intake:
         return folder, root.resolve()
 
 
+async def receive(body: AsyncIterator[bytes], path: Path, settings: Settings) -> None:
+    """Puts what comes into a file, a piece at a time, in a thread. Raises ServeError."""
+    most, timeout_s = settings.jobs_max_input_mib * MIB, settings.http_read_timeout_secs
+    size, waiting = 0, bytearray()
+    with kept_or_refused(), path.open("wb", buffering=0) as file:
+        parts = aiter(body)
+        while True:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    part = await anext(parts, None)
+            except TimeoutError:
+                raise invalid("the inputs did not arrive in time") from None
+            size += len(part or b"")
+            waiting += part or b""
+            if size > most:
+                raise ServeError(Fault.TOO_LARGE, f"the inputs are longer than {most} bytes; --jobs-max-input-mib")
+            if len(waiting) >= WRITE_BYTES or part is None:
+                await asyncio.to_thread(_write, file, bytes(waiting))
+                waiting.clear()
+            if part is None:
+                return
+
+
+def _write(file: RawIOBase, data: bytes) -> None:
+    """All of it: without a buffer a call may write less."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) or 0 :]
+
+
 def _guess(path: Path) -> str:
-    """By how the file begins."""
+    """By how the file begins. Raises ServeError where that is no text either."""
     with path.open("rb") as file:
-        begin = file.read(9)
+        begin = file.read(GUESS_BYTES)
     if begin.startswith(b"PK\3\4"):
         return NPZ
-    return SAFETENSORS if len(begin) == 9 and begin[8:] == b"{" and 0 in begin[:8] else JSONL
+    if begin[8:9] == b"{" and 0 in begin[:8]:
+        return SAFETENSORS
+    if _NO_TEXT.search(begin):
+        raise invalid("the inputs are no text, and neither npz nor safetensors: they cannot be used")
+    return JSONL

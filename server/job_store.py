@@ -16,12 +16,14 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
 import msgspec
 
 from scheduler.tensors import Signature
+from server.errors import Fault, ServeError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 PAGE = 256
@@ -116,6 +118,18 @@ class _FullDisk:
 full_disk = _FullDisk
 
 
+@contextmanager
+def kept_or_refused() -> Iterator[None]:
+    """What a client is told where something could not be put down. Raises ServeError."""
+    try:
+        with full_disk():
+            yield
+    except DiskFullError as error:
+        raise ServeError(Fault.UNAVAILABLE, f"the disk is full: {error}", reason="disk_full") from error
+    except sqlite3.Error as error:
+        raise ServeError(Fault.UNAVAILABLE, f"the database of jobs cannot be written: {error}") from error
+
+
 class JobStore:
     """All jobs. `folder` is made where it is not there. Raises OSError and sqlite3.Error where it cannot be had."""
 
@@ -144,8 +158,12 @@ class JobStore:
             )
 
     def remove(self, job_id: str) -> None:
-        """Its folder goes last: what is left of one that no row knows is swept at the next start."""
-        self._jobs.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+        """Its folder goes last: what is left of one that no row knows is swept at the next start.
+
+        Raises DiskFullError.
+        """
+        with full_disk():
+            self._jobs.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
         shutil.rmtree(self.folder(job_id), ignore_errors=True)
 
     def tidy(self, job: Job) -> None:

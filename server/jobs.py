@@ -22,7 +22,7 @@ from server.errors import Fault, ServeError
 from server.job_inputs import LISTING, TENSORS, LineReader, Reader
 from server.job_preparing import JobPreparer
 from server.job_run import JobRun
-from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger
+from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger, kept_or_refused
 from server.job_supply import Supply, usable_model
 from server.job_tensors import RawTensor, TensorReader
 from server.repository import Model, Repository
@@ -105,6 +105,9 @@ class Jobs:
         if self._store is not None:
             self._store.close()
 
+    def _has_room(self) -> bool:
+        return self.store.free_bytes() >= self._settings.jobs_min_free_mib * MIB
+
     def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
@@ -138,11 +141,12 @@ class Jobs:
     def new_folder(self) -> tuple[str, Path]:
         """For the inputs of a job that is being sent. Raises ServeError, OSError."""
         store = self.store
-        if store.free_bytes() < self._settings.jobs_min_free_mib * MIB:
+        if not self._has_room():
             raise ServeError(Fault.UNAVAILABLE, "there is no room on the disk of the state folder", reason="disk_full")
         job_id = secrets.token_hex(ID_BYTES)
         folder = store.folder(job_id)
-        folder.mkdir(mode=0o700)
+        with kept_or_refused():
+            folder.mkdir(mode=0o700)
         return job_id, folder
 
     def forecast(self, job: Job) -> Holding:
@@ -156,10 +160,8 @@ class Jobs:
 
     async def add(self, job: Job) -> None:
         """Takes on a job whose inputs are in its folder. Raises ServeError."""
-        try:
+        with kept_or_refused():
             await self._in_thread(self.store.save, job)
-        except DiskFullError as error:
-            raise ServeError(Fault.UNAVAILABLE, f"the disk is full: {error}", reason="disk_full") from error
         self._jobs[job.id] = job
         log.info("job", job=job.id, model=job.asked.model, items=job.asked.items)
         if not self._stopping:  # else after the next start
@@ -172,7 +174,8 @@ class Jobs:
             if job.state in ENDED:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state} already")
             job.state, job.reason = JobState.CANCELLED, ""
-            await self._let_go(job)
+            with kept_or_refused():  # cancelled it is all the same; putting it down is tried again
+                await self._let_go(job)
             return job
 
     async def resume(self, job_id: str, max_errors: int | None = None) -> Job:
@@ -181,11 +184,13 @@ class Jobs:
             job = self.get(job_id)
             if job.state not in (JobState.CANCELLED, JobState.STOPPED):
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}; only what was stopped can be resumed")
-            if max_errors is not None:
-                job.asked = msgspec.structs.replace(job.asked, max_errors=max_errors)
-            await self._let_go(job)
-            job.state, job.reason, job.ended_s = JobState.RUNNING, "", None
-            await self._in_thread(self.store.save, job)
+            most = job.asked.max_errors if max_errors is None else max_errors
+            asked = msgspec.structs.replace(job.asked, max_errors=most)
+            with kept_or_refused():  # then it stays as it was
+                await self._let_go(job)
+                again = msgspec.structs.replace(job, asked=asked, state=JobState.RUNNING, reason="", ended_s=None)
+                await self._in_thread(self.store.save, again)
+            job.asked, job.state, job.reason, job.ended_s = asked, JobState.RUNNING, "", None
             await self._begin(job)
             return job
 
@@ -196,7 +201,8 @@ class Jobs:
             if job.state not in ENDED:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}; cancel it first")
             await self._let_go(job)
-            await self._in_thread(self.store.remove, job_id)
+            with kept_or_refused():
+                await self._in_thread(self.store.remove, job_id)
             del self._jobs[job_id], self._changing[job_id]
             self._infeasible.discard(job_id)
 
@@ -336,7 +342,7 @@ class Jobs:
     def _pause_if_needed(self, job: Job) -> None:
         try:
             self._usable_model(job)
-            if self.store.free_bytes() < self._settings.jobs_min_free_mib * MIB:
+            if not self._has_room():
                 raise ServeError(Fault.UNAVAILABLE, "the disk: there is too little room, see --jobs-min-free-mib")
         except ServeError as error:
             job.state, job.reason = JobState.PAUSED, error.message
@@ -349,7 +355,7 @@ class Jobs:
         except ServeError as error:
             job.reason = error.message
             return
-        if self.store.free_bytes() < self._settings.jobs_min_free_mib * MIB:
+        if not self._has_room():
             return
         run = self._runs.pop(job.id, None)
         if run is not None:

@@ -27,6 +27,8 @@ TIMEOUT_S = 60.0
 LOOK_EVERY_S = 0.5
 CHUNK = 1 << 20
 UNBROKEN = 400  # columns of what goes to a file or a pipe
+# Of a file that is called so; others are told by how they begin.
+FORMATS = {".jsonl": "jsonl", ".npz": "npz", ".safetensors": "safetensors"}
 ENDED = ("done", "cancelled", "stopped")
 
 
@@ -56,6 +58,7 @@ class Wish:
         asked = {
             "model": model,
             "version": version or None,
+            "format": FORMATS.get(self.inputs.suffix.lower()) if self.inputs is not None else None,
             "deadline": self.deadline,
             "folder": self.server_folder,
             "output": self.output,

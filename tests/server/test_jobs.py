@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -21,7 +22,7 @@ from structlog.testing import capture_logs
 
 from scheduler.channel import Failed
 from server.errors import Fault, ServeError
-from server.job_intake import Intake, Terms
+from server.job_intake import WRITE_BYTES, Intake, Terms, receive
 from server.job_preparing import JobPreparer
 from server.job_store import Job, JobState, JobStore
 from server.job_supply import Supply
@@ -452,11 +453,25 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
     async def story(told: Story) -> None:
         with pytest.raises(ServeError, match="no items"):
             await told.submit("", " ")
+        for rubbish in (b"PK\3\4 rubbish", b"PK\5\6" + bytes(18), bytes(range(256)), b"{\0}"):
+            with pytest.raises(ServeError, match=r"npz.* cannot be"):
+                await told.submit(rubbish)
+        with pytest.raises(ServeError, match="npz file cannot be read"):
+            await told.submit(b"rubbish", format="npz")
         told.settings.jobs_max_input_mib = 0
         with pytest.raises(ServeError, match="longer than"):
             await told.submit(1)
 
     on(tmp_path, story)
+
+
+@pytest.mark.parametrize("nbytes", [10, WRITE_BYTES + 10])
+def test_a_disk_that_is_full_is_told_as_that_whenever_it_shows(nbytes: int) -> None:
+    async def parts() -> AsyncIterator[bytes]:
+        yield bytes(nbytes)
+
+    with pytest.raises(ServeError, match="the disk is full: No space left"):
+        asyncio.run(receive(parts(), Path("/dev/full"), Settings()))
 
 
 async def stopped(told: Story) -> Job:
@@ -490,6 +505,24 @@ def test_removed_as_soon_as_it_shows_as_ended_it_is_gone_for_good(tmp_path: Path
 
     on(tmp_path, story)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_a_resume_that_cannot_be_kept_leaves_it_as_it_was(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit("a", "b", 3, max_errors=0)
+        await until(lambda: job.ended_s is not None)
+        told.jobs.store._jobs.execute("PRAGMA busy_timeout=0")
+        with sqlite3.connect(tmp_path / "jobs.sqlite") as other:
+            other.execute("BEGIN EXCLUSIVE")
+            with pytest.raises(ServeError, match="database is locked") as refused:
+                await told.jobs.resume(job.id, 5)
+            assert refused.value.fault == Fault.UNAVAILABLE
+            assert (job.state, job.asked.max_errors, job.ended_s is None) == (JobState.STOPPED, 0, False)
+        other.close()
+        await told.jobs.resume(job.id, 5)
+        assert (await told.all_done(job))[2]["outputs"] == {"y": [6.0]}
+
+    on(tmp_path, story)
 
 
 def test_an_end_that_finds_no_room_on_the_disk_is_kept_once_there_is(tmp_path: Path) -> None:
