@@ -31,6 +31,7 @@ from server.job_store import Position, full_disk
 JSONL, FOLDER, NPZ, SAFETENSORS = "jsonl", "folder", "npz", "safetensors"
 FORMATS = (JSONL, NPZ, SAFETENSORS)
 MAX_ITEM_BYTES = 64 * 1024 * 1024
+MOST_NAME_CHARS = 4096  # as a path has
 # The bucket of items that a pipeline is to make tensors of.
 ENCODED = (-1,)
 LISTING, TENSORS = "input", "tensors.json"
@@ -45,7 +46,7 @@ class Item(msgspec.Struct, gc=False):
 
     `bucket`: the sizes of the model's varying axes, since only items of the same share a batch; or ENCODED. `error`:
     what is wrong with it, if it cannot be run. `offset`: where it begins in the file. `crashes`: workers that died of
-    batches with it.
+    batches with it. `name`: its file, or what its line calls it.
     """
 
     number: int
@@ -54,6 +55,7 @@ class Item(msgspec.Struct, gc=False):
     parts: tuple[bytes, ...] = ()
     error: str = ""
     crashes: int = 0
+    name: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -133,6 +135,7 @@ class LineReader:
             if self._pipeline is None or self._is_ready(value):
                 item.parts, item.bucket = tensors_of(value, self._signature)
             else:
+                item.name = name_of(value, self._pipeline.input)
                 item.parts, item.bucket = (element_of(value, self._pipeline, self._inputs_dir),), ENCODED
         except BadItemError as error:
             item.error = str(error)
@@ -171,6 +174,13 @@ def element_of(value: Any, pipeline: PipelineFile, inputs_dir: Path | None) -> b
     if not isinstance(value, str):
         raise BadItemError(f"{pipeline.input} must be a string, not {_shortly(value)}")
     return value.encode()
+
+
+def name_of(value: Any, taken: str) -> str | None:
+    """What a line for a pipeline calls its item; `taken`: the key of what it is made of."""
+    keys = [key for key in ("name", "file") if isinstance(value, dict) and key != taken]
+    found = next((value[key] for key in keys if isinstance(value.get(key), str)), None)
+    return None if found is None else str(found)[:MOST_NAME_CHARS]
 
 
 def _base64(value: object, name: str) -> bytes:
@@ -318,7 +328,9 @@ def list_folder(folder: Path, root: Path, listing: Path) -> int:
 def _listed(name: str) -> dict[str, str]:
     """As a line that is JSON, which names need not be."""
     shown = os.fsencode(name).decode(errors="replace")
-    return {"file": name} if shown == name else {"unreadable": f"{shown} cannot be read: its name is not UTF-8"}
+    if shown == name:
+        return {"file": name}
+    return {"name": shown, "unreadable": f"{shown} cannot be read: its name is not UTF-8"}
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -18,10 +18,11 @@ import msgspec
 from server import job_inputs, job_tensors
 from server.errors import Fault, ServeError, invalid
 from server.job_inputs import FOLDER, FORMATS, JSONL, LISTING, NPZ, SAFETENSORS, TENSORS
+from server.job_progress import within_ns
 from server.job_results import JSONL as LINES
 from server.job_results import OUTPUTS
 from server.job_store import Asked, Job, kept_or_refused
-from server.jobs import Jobs, within_ns
+from server.jobs import Jobs
 from server.repository import Model, Repository
 from server.settings import MIB, Settings
 

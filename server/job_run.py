@@ -20,12 +20,15 @@ import structlog
 from scheduler.answers import Answered
 from scheduler.driver import now_ns
 from scheduler.elastic import Elastic
+from scheduler.messages import Reason
 from server import job_results
 from server.errors import Fault, ServeError
 from server.job_inputs import ENCODED, Item, Reader
+from server.job_pace import Casualties, Pace
 from server.job_preparing import JobPreparer, tensors_of_batch
-from server.job_results import rows_of
-from server.job_store import DiskFullError, Job, JobState, Ledger, Position, Row
+from server.job_progress import now_s
+from server.job_results import rows_of_all
+from server.job_store import DiskFullError, Job, JobState, Ledger, Position
 from server.job_window import Window
 from server.repository import Model
 from server.service import InferenceService
@@ -41,9 +44,8 @@ AHEAD = 2
 COMMIT_EVERY_S = 0.2
 # A worker that dies of a batch may have died of anything; an item is given up after so many, the last ones alone.
 MOST_CRASHES = 3
+GIVEN_UP = "{} workers died of batches with it, the last ones of it alone; it was not tried again"
 AGAIN_S = 0.2
-# The rate that is shown is of about so long.
-RATE_TAU_S = 10.0
 # Of a bucket's times over the table's: so much of the last batch.
 PACE_WEIGHT = 0.2
 
@@ -66,6 +68,7 @@ class JobRun:
         elastic: Elastic,
         batch_for: BatchFor,
         preparer: JobPreparer,
+        casualties: Casualties,
         on_change: Callable[[JobRun], None],
     ) -> None:
         self.job = job
@@ -76,12 +79,13 @@ class JobRun:
         self._elastic = elastic
         self._batch_for = batch_for
         self._preparer = preparer
+        self._casualties = casualties
         # Its own, and one: what it does with its files is done one after the other.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"job-{job.id}")
         self._on_change = on_change
         self.seen: Counter[Bucket] = Counter()  # items read, by bucket
         self.factors: dict[Bucket, float] = {}  # of a bucket's times over the table's
-        self.rate_per_s = 0.0
+        self.pace = Pace()
         self._ready: dict[Bucket, deque[Item]] = {}
         self._alone: deque[Item] = deque()  # suspects: each runs by itself
         self._sent: dict[int, tuple[int, list[Item], Callable[[], object]]] = {}  # by number: worker, items, cancel
@@ -98,7 +102,6 @@ class JobRun:
         self._to_commit = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._feeding: asyncio.TimerHandle | asyncio.Handle | None = None
-        self._committed_at = 0.0
 
     # ---- life ----
 
@@ -108,7 +111,7 @@ class JobRun:
         self._window.read_to = self.ledger.position
         self._already = await self.in_thread(self.ledger.finished_from, self._window.read_to.item)
         await self._read_some()
-        self._committed_at = asyncio.get_running_loop().time()
+        self.pace.start(now_s())
         going_on = [self._read(), self._commit(), *(self._prepare() for _ in range(PREPARING))]
         self._tasks = [asyncio.create_task(each) for each in going_on]
         for task in self._tasks:
@@ -164,6 +167,16 @@ class JobRun:
         """Items that are not finished, by bucket: what is not read yet is taken to be like what was."""
         left, seen = self.job.asked.items - self.job.done, self.seen.total()
         return {bucket: left * count / seen for bucket, count in self.seen.items()} if seen else {}
+
+    @property
+    def _is_starved(self) -> bool:
+        """Whether slices that it holds have less than they could, since inputs are not ready."""
+        held = self._elastic.held(self.job.id)
+        return bool(held) and not self._all_prepared and all(self._on[worker_id] < AHEAD for worker_id in held)
+
+    @property
+    def _all_prepared(self) -> bool:
+        return self._read_all and not self._encoded and not self._preparing
 
     # ---- reading ----
 
@@ -242,6 +255,8 @@ class JobRun:
         if self.job.state != JobState.RUNNING:
             return
         for worker_id in self._elastic.held(self.job.id):
+            if self._casualties.spared_s(worker_id, now_s()):
+                continue
             while self._on[worker_id] < AHEAD and self._feeding is None:
                 items, ns = self._next_batch(worker_id)
                 if not items:
@@ -275,8 +290,7 @@ class JobRun:
 
     def _full_buckets(self, worker_id: int) -> list[Bucket]:
         """Those that have a whole batch; all, where no more is to come before one has ended."""
-        all_prepared = self._read_all and not self._encoded and not self._preparing
-        if all_prepared or self._window.is_full or self._window.is_ready_full:
+        if self._all_prepared or self._window.is_full or self._window.is_ready_full:
             return list(self._ready)
         return [bucket for bucket, waiting in self._ready.items() if len(waiting) >= self._size(worker_id, bucket)[0]]
 
@@ -313,18 +327,20 @@ class JobRun:
             self.feed_soon(AGAIN_S)
             self._on_change(self)
         else:
+            if outcome.reason == Reason.CRASHED:
+                self._casualties.died(worker_id, now_s())
             self._blame(items, outcome)
             self.feed_soon()
 
     def _blame(self, items: list[Item], error: ServeError) -> None:
         """One of them may be at fault: each has to show by itself."""
-        crashed = error.reason == "crashed"
+        crashed = error.reason == Reason.CRASHED
         for item in items:
             item.crashes += crashed
             if len(items) > 1 or (crashed and item.crashes < MOST_CRASHES):
                 self._alone.append(item)
             else:
-                self._let_go([item], error.message)
+                self._let_go([item], GIVEN_UP.format(item.crashes) if crashed else error.message)
 
     def _let_go(self, items: list[Item], outcome: Answered | str) -> None:
         self._window.ended(items, were_ready=True)
@@ -371,29 +387,14 @@ class JobRun:
         except BaseException:
             self._finished = finished + self._finished
             raise
-        self._count_rate(counts[0] - self.job.done)
+        self.pace.count(counts[0] - self.job.done, now_s(), starved=self._is_starved)
         self.job.done, self.job.errors = counts
         self._window.put_down(sum(len(items) for items, _ in finished))
         self._room.set()
 
     def _add(self, finished: list[tuple[list[Item], Answered | str]], position: Position) -> tuple[int, int]:
-        asked = self.job.asked
-        batches, as_json = asked.signature.max_batch > 0, asked.output == job_results.JSONL
-        rows: list[Row] = []
-        for items, outcome in finished:
-            if isinstance(outcome, str):
-                rows += [Row(item.number, outcome, None) for item in items]
-            else:
-                numbers, outputs = [item.number for item in items], asked.signature.outputs
-                rows += rows_of(numbers, outcome, outputs, batches=batches, as_json=as_json)
-        return self.ledger.add(rows, position)
+        return self.ledger.add(rows_of_all(finished, self.job.asked), position)
 
     def _too_many(self, errors: Sequence[tuple[int, str]]) -> str:
         shown = "; ".join(f"item {item}: {error}" for item, error in errors)
         return f"{self.job.errors} items have errors, more than max_errors={self.job.asked.max_errors}; {shown}"
-
-    def _count_rate(self, done: int) -> None:
-        at = asyncio.get_running_loop().time()
-        took_s, self._committed_at = max(at - self._committed_at, 1e-3), at
-        weight = min(took_s / RATE_TAU_S, 1.0) if self.rate_per_s else 1.0
-        self.rate_per_s += weight * (done / took_s - self.rate_per_s)

@@ -3,7 +3,7 @@
     jobs/jobs.sqlite          what was asked for, and what has become of it
     jobs/ID/input             the inputs as they came; a folder's listing
     jobs/ID/ledger.sqlite     what is finished, by item; in any order
-    jobs/ID/results.jsonl     in the order of the inputs, once all is finished; or results.npz
+    jobs/ID/results.jsonl     in the order of the inputs, once all is finished; or results.npz, .safetensors
 
 An item is finished once its row is in the ledger, which a crash leaves as it was committed. Nothing here knows the
 event loop: calls block, and are made in a thread, one at a time.
@@ -80,11 +80,12 @@ class Job(msgspec.Struct):
 
 
 class Row(msgspec.Struct, array_like=True):
-    """A finished item: its outputs, packed, or its error."""
+    """A finished item: its outputs, packed, or its error; and its name in the inputs, where it has one."""
 
     item: int
     error: str | None
     value: bytes | None
+    name: str | None = None
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -196,7 +197,11 @@ class Ledger:
         self._path = folder / "ledger.sqlite"
         with full_disk():
             self._rows = _connect(self._path)
-            self._rows.execute("CREATE TABLE IF NOT EXISTS done (item INTEGER PRIMARY KEY, error TEXT, value BLOB)")
+            self._rows.execute(
+                "CREATE TABLE IF NOT EXISTS done (item INTEGER PRIMARY KEY, error TEXT, value BLOB, name TEXT)"
+            )
+            if "name" not in {row[1] for row in self._rows.execute("PRAGMA table_info(done)")}:
+                self._rows.execute("ALTER TABLE done ADD COLUMN name TEXT")  # begun by an older release
             self._rows.execute("CREATE TABLE IF NOT EXISTS totals (done INTEGER, errors INTEGER, position BLOB)")
             if self._totals() is None:
                 self._rows.execute("INSERT INTO totals VALUES (0, 0, ?)", (msgspec.json.encode(Position()),))
@@ -230,8 +235,8 @@ class Ledger:
             try:
                 done = errors = 0
                 for row in rows:
-                    values = (row.item, row.error, row.value)
-                    new = self._rows.execute("INSERT OR IGNORE INTO done VALUES (?, ?, ?)", values).rowcount
+                    values = (row.item, row.error, row.value, row.name)
+                    new = self._rows.execute("INSERT OR IGNORE INTO done VALUES (?, ?, ?, ?)", values).rowcount
                     done += new
                     errors += new and row.error is not None
                 self._rows.execute(
@@ -249,10 +254,16 @@ class Ledger:
         """Items from that one on that are finished."""
         return {row[0] for row in self._rows.execute("SELECT item FROM done WHERE item >= ?", (item,))}
 
+    @property
+    def has_names(self) -> bool:
+        return self._rows.execute("SELECT 1 FROM done WHERE name IS NOT NULL LIMIT 1").fetchone() is not None
+
     def rows(self, *, errors_only: bool = False, limit: int = -1) -> Iterator[Row]:
         """In the order of the items."""
         where = "WHERE error IS NOT NULL" if errors_only else ""
-        cursor = self._rows.execute(f"SELECT item, error, value FROM done {where} ORDER BY item LIMIT ?", (limit,))
+        cursor = self._rows.execute(
+            f"SELECT item, error, value, name FROM done {where} ORDER BY item LIMIT ?", (limit,)
+        )
         while page := cursor.fetchmany(PAGE):
             yield from (Row(*values) for values in page)
 

@@ -22,9 +22,13 @@ from server.job_store import Position, full_disk
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 
-_SAFETENSORS = {
+# Of a safetensors file: dtype -> ours.
+SAFETENSORS_TYPES = {
     "BOOL": "BOOL",
     "U8": "UINT8",
+    "U16": "UINT16",
+    "U32": "UINT32",
+    "U64": "UINT64",
     "I8": "INT8",
     "I16": "INT16",
     "I32": "INT32",
@@ -118,13 +122,13 @@ def read_safetensors(path: Path) -> dict[str, RawTensor]:
 
 def _safetensor(path: Path, name: str, entry: _Entry, base: int, size: int) -> RawTensor:
     begin, end = entry.data_offsets
-    if entry.dtype not in _SAFETENSORS:
+    if entry.dtype not in SAFETENSORS_TYPES:
         raise invalid(f"array {name[:100]} of the safetensors file cannot be used: its dtype is {entry.dtype[:20]!r}")
     if not 0 <= begin <= end <= size - base:
         raise invalid(
             f"array {name[:100]} of the safetensors file cannot be used: its bytes are not where they should be"
         )
-    found = RawTensor(path.name, base + begin, _SAFETENSORS[entry.dtype], entry.shape)
+    found = RawTensor(path.name, base + begin, SAFETENSORS_TYPES[entry.dtype], entry.shape)
     _check_bytes(found, name, end - begin)
     return found
 

@@ -18,9 +18,12 @@ import structlog
 
 from scheduler.driver import now_ns
 from scheduler.elastic import Elastic, Holding, Place, Work, decide
+from scheduler.staff import CRASH_WINDOW_S, CRASHES
 from server.errors import Fault, ServeError
 from server.job_inputs import LISTING, TENSORS, LineReader, Reader
+from server.job_pace import Casualties
 from server.job_preparing import JobPreparer
+from server.job_progress import demands, progress, within_ns
 from server.job_run import JobRun
 from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger, kept_or_refused
 from server.job_supply import Supply, usable_model
@@ -61,6 +64,7 @@ class Jobs:
         self._slice_name = slice_name
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="jobs")
         self._elastic = Elastic()
+        self._casualties = Casualties(CRASHES - 1, CRASH_WINDOW_S)  # the death that is one too many is others'
         self._jobs: dict[str, Job] = {}
         self._runs: dict[str, JobRun] = {}
         self._changing: dict[str, asyncio.Lock] = {}
@@ -228,23 +232,12 @@ class Jobs:
         run, holding = self._runs.get(job.id), self._elastic.holdings.get(job.id)
         if run is None:
             return {}
-        slices = [self._slice_name(worker_id) for worker_id in self._elastic.held(job.id)]
-        found: dict[str, Any] = {"rate_per_s": round(run.rate_per_s, 1), "slices": slices}
-        if holding is not None and holding.planned:
-            found["ends_in_s"] = round(holding.ends_ns / 1e9, 1)
-            found["in_time"] = holding.feasible
-        return found
+        held = {worker_id: self._slice_name(worker_id) for worker_id in self._elastic.held(job.id)}
+        return progress(job, run.pace, holding, held, self._casualties)
 
     def demands(self) -> list[tuple[str, float, float]]:
         """Of each model with jobs that have a deadline: items that are left, and seconds to the first deadline."""
-        found: dict[str, tuple[float, float]] = {}
-        for run in self._runs.values():
-            job = run.job
-            if job.state == JobState.RUNNING and job.asked.deadline_s is not None:
-                items, within_s = found.get(job.asked.model, (0.0, float("inf")))
-                left = job.asked.items - job.done
-                found[job.asked.model] = items + left, min(within_s, within_ns(job) / 1e9)
-        return [(model, items, within_s) for model, (items, within_s) in found.items() if items]
+        return demands(run.job for run in self._runs.values())
 
     # ---- running ----
 
@@ -273,6 +266,7 @@ class Jobs:
             self._elastic,
             self._supply.batch,
             self._preparer,
+            self._casualties,
             self._changed,
         )
         self._runs[job.id] = run
@@ -323,8 +317,8 @@ class Jobs:
                     await self._look_at(self.get(job_id))
         works, places = self._works()
         self._elastic.decide(works, places)
-        for job_id, holding in self._elastic.holdings.items():
-            self._tell_infeasible(job_id, holding)
+        for job_id in self._elastic.holdings:
+            self._tell_infeasible(job_id)
         for run in self._runs.values():
             run.feed()
 
@@ -380,12 +374,15 @@ class Jobs:
             await self._in_thread(self.store.tidy, job)
         log.info("job ended", job=job.id, state=job.state, done=job.done, errors=job.errors, reason=job.reason)
 
-    def _tell_infeasible(self, job_id: str, holding: Holding) -> None:
-        if holding.feasible:
+    def _tell_infeasible(self, job_id: str) -> None:
+        found = self.progress(self._jobs[job_id])
+        if "in_time" not in found:
+            return  # without slices nobody knows
+        if found["in_time"]:
             self._infeasible.discard(job_id)
-        elif holding.planned and job_id not in self._infeasible:  # without slices nobody knows
+        elif job_id not in self._infeasible:
             self._infeasible.add(job_id)
-            log.warning("job will be late", job=job_id, ends_in_s=round(holding.ends_ns / 1e9, 1))
+            log.warning("job will be late", job=job_id, ends_in_s=found["ends_in_s"])
 
     def _works(self) -> tuple[list[Work], dict[str, list[Place]]]:
         works, places = [], {}
@@ -396,9 +393,3 @@ class Jobs:
                 places[job_id] = self._supply.places(self._usable_model(run.job), run.left, run.factors)
                 works.append(Work(job_id, run.left, within_ns(run.job)))
         return works, places
-
-
-def within_ns(job: Job) -> float:
-    """By the wall clock as it is now: one that is set right sets this right. Infinite without a deadline."""
-    deadline_s = job.asked.deadline_s
-    return float("inf") if deadline_s is None else (deadline_s - time.time()) * 1e9

@@ -16,7 +16,7 @@ from server.job_intake import Intake, read_terms
 from server.job_store import Job
 from server.jobs import Jobs
 
-_TYPES = {".jsonl": "application/x-ndjson", ".npz": "application/octet-stream"}
+_TYPES = {".jsonl": "application/x-ndjson"}
 
 
 def router(jobs: Jobs, intake: Intake) -> APIRouter:
@@ -46,7 +46,7 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
     @routes.get("/v2/jobs/{job_id}/results")
     async def results(job_id: str) -> FileResponse:
         path = jobs.results(job_id)
-        return FileResponse(path, media_type=_TYPES[path.suffix])
+        return FileResponse(path, media_type=_TYPES.get(path.suffix, "application/octet-stream"))
 
     @routes.post("/v2/jobs/{job_id}/cancel")
     async def cancel(job_id: str) -> dict[str, Any]:
@@ -81,13 +81,20 @@ def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
         "deadline": None if asked.deadline_s is None else _clock(asked.deadline_s),
         **jobs.progress(job),
     }
+    warnings = []
+    if found.get("left_alone"):
+        slices = ", ".join(f"{name} for {seconds:.0f} s" for name, seconds in found["left_alone"].items())
+        warnings.append(f"workers died of its batches; so that they do not stay out it leaves alone {slices}")
+    found.pop("left_alone", None)
     if job.reason:
         found["reason"] = job.reason
     if job.ended_s is not None:
         found["ended"] = _clock(job.ended_s)
     if found.get("in_time") is False and "ends_in_s" in found:
         end = _clock(time.time() + found["ends_in_s"])
-        found["warning"] = f"it cannot end by its deadline: the earliest end is {end}"
+        warnings.append(f"it cannot end by its deadline: the earliest end is {end}")
+    if warnings:
+        found["warning"] = "; ".join(warnings)
     return found
 
 

@@ -36,7 +36,7 @@ def submit(
     server_folder: Annotated[
         str | None, typer.Option(help="Instead of inputs: a folder below the daemon's --jobs-input-dir.")
     ] = None,
-    output: Annotated[str, typer.Option(help="`jsonl` or `npz`.")] = "jsonl",
+    output: Annotated[str, typer.Option(help="`jsonl`, `npz` or `safetensors`.")] = "jsonl",
     max_errors: Annotated[
         int | None, typer.Option(min=0, help="More stop the job; by default a tenth of the items, at least 10.")
     ] = None,

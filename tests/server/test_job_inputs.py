@@ -332,7 +332,7 @@ def test_terms_of_a_job() -> None:
         ({"model": "m", "deadline": "9999-12-31T23:59:59-12:00"}, "neither a time"),
         ({"model": "m", "deadline": "1969-12-31T22:59:00Z"}, "was 1:01:00 ago"),
         ({"model": "m", "max_errors": "-1"}, "whole number"),
-        ({"model": "m", "output": "csv"}, "jsonl or npz"),
+        ({"model": "m", "output": "csv"}, "jsonl or npz or safetensors"),
         ({"model": "m", "format": "csv"}, "safetensors"),
         ({"model": "m", "strict": "yes"}, "true or false"),
     ],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sqlite3
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from scheduler.tensors import Signature, TensorSpec
 from server import job_results
 from server.job_results import rows_of
 from server.job_store import Asked, DiskFullError, Job, JobState, JobStore, Ledger, Position, Row
+from server.job_tensors import read_safetensors
 
 Y = TensorSpec("y", "FP32", (2,))
 LABEL = TensorSpec("label", "INT64", ())
@@ -129,6 +132,71 @@ def test_results_are_in_order_whatever_the_order_of_batches(tmp_path: Path) -> N
         assert found["ok"].tolist() == [False, True, True, True, True]
     with zipfile.ZipFile(tmp_path / "results.npz") as archive:
         assert json.load(io.BytesIO(archive.read("errors.jsonl"))) == {"item": 0, "error": "no good"}
+    ledger.close()
+
+
+def test_results_as_safetensors_are_read_as_they_were(tmp_path: Path) -> None:
+    """By the reader of our inputs, which follows the format's specification."""
+    ledger = Ledger(tmp_path)
+    values = np.array([[1, 2], [np.inf, np.nan]], np.float32)
+    rows_of_two = rows_of([2, 0], answered(values, np.array([7, 8])), (Y, LABEL), batches=True, as_json=False)
+    ledger.add([*rows_of_two, Row(1, "no good", None, "b.jpg")], Position())
+    path = tmp_path / "results.safetensors"
+    job_results.write(ledger, (Y, LABEL), 3, "safetensors", path)
+    found = read_safetensors(path)
+    assert {name: (each.datatype, each.shape) for name, each in found.items()} == {
+        "label": ("INT64", (3,)),
+        "y": ("FP32", (3, 2)),
+        "ok": ("BOOL", (3,)),
+        "errors.jsonl": ("UINT8", (44,)),
+        "names.jsonl": ("UINT8", (48,)),
+    }
+    data = path.read_bytes()
+    assert all(each.offset % 8 == 0 for name, each in found.items() if name in ("label", "y"))
+    at = found["y"].offset
+    assert np.frombuffer(data[at : at + 24], np.float32).tobytes() == np.float32([np.inf, np.nan, 0, 0, 1, 2]).tobytes()
+    at = found["ok"].offset
+    assert data[at : at + 3] == b"\1\0\1"
+    at = found["errors.jsonl"].offset
+    assert json.loads(data[at : at + 44]) == {"item": 1, "name": "b.jpg", "error": "no good"}
+    assert len(data) == max(each.offset + 48 * (name == "names.jsonl") for name, each in found.items())
+    ledger.close()
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors"])
+def test_an_output_that_is_called_ok_is_not_taken_for_ours(form: str, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ok = TensorSpec("ok", "FP32", (2,))
+    ledger.add(rows_of([0, 1], some(2), (ok, LABEL), batches=True, as_json=False), Position())
+    path = tmp_path / f"results.{form}"
+    job_results.write(ledger, (ok, LABEL), 2, form, path)
+    found: Any = np.load(path) if form == "npz" else read_safetensors(path)
+    assert (found["ok"].shape, found["ok_"].shape) == ((2, 2), (2,))
+    if form == "npz":
+        found.close()
+    ledger.close()
+
+
+def test_names_are_in_the_results_and_a_ledger_without_them_goes_on(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)
+    old.execute("CREATE TABLE done (item INTEGER PRIMARY KEY, error TEXT, value BLOB)")
+    old.execute("INSERT INTO done VALUES (0, 'no good', NULL)")
+    old.execute("CREATE TABLE totals (done INTEGER, errors INTEGER, position BLOB)")
+    old.execute("INSERT INTO totals VALUES (1, 1, ?)", (b'{"item":1,"offset":9}',))
+    old.close()
+    ledger = Ledger(tmp_path)
+    (made,) = rows([1], some(1))
+    made.name = "b.jpg"
+    assert ledger.add([made], Position(2)) == (2, 1)
+    job_results.write(ledger, (Y, LABEL), 2, "jsonl", tmp_path / "results.jsonl")
+    assert lines(tmp_path / "results.jsonl") == [
+        {"item": 0, "error": "no good"},
+        {"item": 1, "name": "b.jpg", "outputs": {"y": [0.0, 1.0], "label": 0}},
+    ]
+    job_results.write(ledger, (Y, LABEL), 2, "npz", tmp_path / "results.npz")
+    with zipfile.ZipFile(tmp_path / "results.npz") as archive:
+        named = [json.loads(line) for line in archive.read("names.jsonl").splitlines()]
+    assert named == [{"item": 0}, {"item": 1, "name": "b.jpg"}]
     ledger.close()
 
 

@@ -441,8 +441,10 @@ def test_pictures_go_through_the_pipeline_and_bad_ones_have_their_errors(tmp_pat
         assert "missing.png cannot be read" in found[3]["error"]
         assert found[4]["outputs"] == {"y": [1.0]}, "a ready tensor needs no pipeline"
         assert [row["outputs"] for row in found[5:]] == [{"y": [2.0]}] * 20
+        assert [row.get("name") for row in found[:5]] == [None, None, "there.png", "missing.png", None]
         folder = await told.submit(folder=".")
-        assert (await told.all_done(folder))[0]["outputs"]["y"][0] == pytest.approx(0.4)
+        (row,) = await told.all_done(folder)
+        assert (row["name"], row["outputs"]["y"][0]) == ("there.png", pytest.approx(0.4))
         with pytest.raises(ServeError, match="no folder below"):
             await told.submit(folder="../..")
 

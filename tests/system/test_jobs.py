@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from typer.testing import CliRunner, Result
 
@@ -20,6 +21,7 @@ from tests import repositories
 from tests.harness import MODELS, RunningDaemon, running, until
 from tests.preprocess.pictures import encoded
 from tests.server.raw_http import request
+from tests.system.asking import metric, post, x_of
 
 JOBS = "/v2/jobs"
 
@@ -103,6 +105,31 @@ def test_kill_9_of_every_worker_and_of_the_daemon_loses_nothing_and_doubles_noth
     assert [row["outputs"]["label"] for row in rows] == labels.tolist()
     assert np.allclose([row["outputs"]["scores"] for row in rows], scores, atol=1e-5)
     assert not list((tmp_path / "state" / "jobs" / job).glob("*.unfinished"))
+
+
+def picky_lines(count: int, *poison: int) -> bytes:
+    return b"\n".join(b"[%g]" % (repositories.STUCK if n in poison else n / 100) for n in range(count))
+
+
+def test_items_that_kill_their_worker_are_given_up_and_never_cost_the_slice(tmp_path: Path) -> None:
+    """A hanging batch is killed with its worker."""
+    repositories.picky(tmp_path / "picky")
+    with running("--model-repository", str(tmp_path), "--batch-timeout-secs", "0.5", "--layout", "7g.80gb") as daemon:
+        job = ask(daemon, "POST", f"{JOBS}?model=picky", picky_lines(200, 77))["id"]
+        assert until_state(daemon, job, "done")["errors"] == 1
+        found = results(daemon, job)
+        assert "3 workers died of batches with it" in found.pop(77)["error"]
+        assert [row["outputs"]["y"][0] for row in found] == pytest.approx([n / 50 for n in range(200) if n != 77])
+        assert len(daemon.events("worker lost")) == 3
+        # One death more is what a job may cost a worker within two minutes: with the fifth it would stay out.
+        job = ask(daemon, "POST", f"{JOBS}?model=picky", picky_lines(200, 1, 50, 99, 120, 150))["id"]
+        found = until(lambda: show(daemon, job).get("warning"), "it waits")
+        assert "it leaves alone gpu0/7g.80gb@0 for" in found
+        daemon.wait_for("worker up", count=5)
+        until(lambda: metric(daemon, "migserve_slice_state", state="ready") == 1, "the slice is back")
+        assert post(daemon.http, "picky", x_of(4))[2]["outputs"][0]["data"] == [8]
+        assert len(daemon.events("worker lost")) == 4
+        assert ask(daemon, "POST", f"{JOBS}/{job}/cancel")["state"] == "cancelled"
 
 
 def test_the_life_of_a_job(tmp_path: Path) -> None:

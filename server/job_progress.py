@@ -1,0 +1,48 @@
+"""What is told of a job while it runs: its rate, its slices, when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from scheduler.driver import now_ns
+from scheduler.elastic import Holding
+from server.job_pace import Casualties, Pace
+from server.job_store import Job, JobState
+
+
+def now_s() -> float:
+    return now_ns() / 1e9
+
+
+def within_ns(job: Job) -> float:
+    """By the wall clock as it is now: one that is set right sets this right. Infinite without a deadline."""
+    deadline_s = job.asked.deadline_s
+    return float("inf") if deadline_s is None else (deadline_s - time.time()) * 1e9
+
+
+def progress(
+    job: Job, pace: Pace, holding: Holding | None, held: Mapping[int, str], casualties: Casualties
+) -> dict[str, Any]:
+    """`held`: the names of its slices, by worker."""
+    at_s = now_s()
+    found: dict[str, Any] = {"rate_per_s": round(pace.per_s(at_s), 1), "slices": list(held.values())}
+    if holding is not None and holding.planned:
+        planned_s = holding.ends_ns / 1e9
+        ends_s = pace.ends_s(job.asked.items - job.done, planned_s, at_s)
+        found["ends_in_s"] = round(ends_s, 1)
+        found["in_time"] = holding.feasible and (ends_s <= planned_s or ends_s * 1e9 <= within_ns(job))
+    spared = {name: casualties.spared_s(worker_id, at_s) for worker_id, name in held.items()}
+    found["left_alone"] = {name: round(seconds, 1) for name, seconds in spared.items() if seconds}
+    return found
+
+
+def demands(jobs: Iterable[Job]) -> list[tuple[str, float, float]]:
+    """Of each model with jobs that have a deadline: items that are left, and seconds to the first deadline."""
+    found: dict[str, tuple[float, float]] = {}
+    for job in jobs:
+        if job.state == JobState.RUNNING and job.asked.deadline_s is not None:
+            items, within_s = found.get(job.asked.model, (0.0, float("inf")))
+            found[job.asked.model] = items + job.asked.items - job.done, min(within_s, within_ns(job) / 1e9)
+    return [(model, items, within_s) for model, (items, within_s) in found.items() if items]
