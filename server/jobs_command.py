@@ -6,14 +6,13 @@ import base64
 import http.client
 import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 from rich.console import Console
@@ -22,9 +21,13 @@ from rich.table import Table
 
 from server.plan_command import complain
 
+T = TypeVar("T")
+
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 TIMEOUT_S = 60.0
 LOOK_EVERY_S = 0.5
+# A daemon that is started anew loads its models first.
+PATIENCE_S = 300.0
 CHUNK = 1 << 20
 UNBROKEN = 400  # columns of what goes to a file or a pipe
 # Of a file that is called so; others are told by how they begin.
@@ -38,6 +41,10 @@ class CommandError(Exception):
     def __init__(self, message: str, code: int = FAILED) -> None:
         super().__init__(message)
         self.code = code
+
+
+class AwayError(CommandError):
+    """The daemon does not answer, or not yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +94,36 @@ class Client:
                 connection.request(method, path, body, {"Connection": "close"})
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            raise CommandError(
-                f"{self.url} cannot be reached: {error}; --url or MIGSERVE_URL say where it is"
-            ) from error
+            raise AwayError(f"{self.url} cannot be reached: {error}; --url or MIGSERVE_URL say where it is") from error
         if response.status >= 400:
-            raise CommandError(_error(response.read()))
+            kind = AwayError if response.status == http.client.SERVICE_UNAVAILABLE else CommandError
+            raise kind(_error(self.whole(response)))
         return response
 
+    def whole(self, response: http.client.HTTPResponse) -> bytes:
+        """What it says. Raises AwayError where it was cut off."""
+        try:
+            return response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise AwayError(f"{self.url} broke off its answer: {error}") from error
+
     def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.open(method, path, body).read())
+        found: dict[str, Any] = json.loads(self.whole(self.open(method, path, body)))
         return found
+
+    def copy(self, path: str, to: IO[bytes]) -> None:
+        """A file of the daemon. Raises OSError where it cannot be written."""
+        response = self.open("GET", path)
+        while part := self._part(response):
+            to.write(part)
+        if response.length:  # reading a part does not tell of an end that comes too early
+            raise AwayError(f"{self.url} broke off its answer: {response.length} bytes are missing")
+
+    def _part(self, response: http.client.HTTPResponse) -> bytes:
+        try:
+            return response.read(CHUNK)
+        except (OSError, http.client.HTTPException) as error:
+            raise AwayError(f"{self.url} broke off its answer: {error}") from error
 
     def jobs(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.ask("GET", "/v2/jobs")["jobs"]
@@ -240,7 +267,11 @@ def show(client: Client, job: str, *, as_json: bool) -> int:
 
 
 def wait(client: Client, job: str, out: Path | None) -> int:
-    return told(lambda: _watch(client, client.path(job).rsplit("/", 1)[1], out))
+    def act() -> int:
+        path = _patiently(lambda: client.path(job), Console(stderr=True))
+        return _watch(client, path.rsplit("/", 1)[1], out)
+
+    return told(act)
 
 
 def _watch(client: Client, job: str, out: Path | None) -> int:
@@ -249,7 +280,7 @@ def _watch(client: Client, job: str, out: Path | None) -> int:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(job, total=None, note="")
         while True:
-            found = client.ask("GET", f"/v2/jobs/{job}")
+            found = _patiently(lambda: client.ask("GET", f"/v2/jobs/{job}"), bar.console)
             bar.update(task, total=found["items"], completed=found["done"], note=_note(found))
             if found["state"] in ENDED:
                 break
@@ -259,8 +290,24 @@ def _watch(client: Client, job: str, out: Path | None) -> int:
     if found["errors"]:
         _say(f"[yellow]{found['errors']} items have errors[/]")
     if out is not None:
-        _save(client, f"/v2/jobs/{job}", out)
+        _patiently(lambda: _save(client, f"/v2/jobs/{job}", out), Console(stderr=True))
     return 0
+
+
+def _patiently(act: Callable[[], T], console: Console) -> T:
+    """The job goes on over a restart of the daemon; so does who waits for it. Raises CommandError."""
+    begin = time.monotonic()
+    told = False
+    while True:
+        try:
+            return act()
+        except AwayError as error:
+            if time.monotonic() - begin > PATIENCE_S:
+                raise
+            if not told:
+                console.print(f"{error}; it is tried again for {PATIENCE_S:.0f} s", style="yellow", soft_wrap=True)
+            told = True
+        time.sleep(LOOK_EVERY_S)
 
 
 def _note(job: dict[str, Any]) -> str:
@@ -289,7 +336,7 @@ def results(client: Client, job: str, out: Path | None) -> int:
         if out is not None:
             _save(client, path, out)
         else:
-            shutil.copyfileobj(client.open("GET", f"{path}/results"), sys.stdout.buffer, CHUNK)
+            client.copy(f"{path}/results", sys.stdout.buffer)
             sys.stdout.flush()
         return 0
 
@@ -299,10 +346,9 @@ def results(client: Client, job: str, out: Path | None) -> int:
 def _save(client: Client, path: str, out: Path) -> None:
     """As a whole or not at all."""
     unfinished = out.with_name(out.name + ".unfinished")
-    response = client.open("GET", f"{path}/results")
     try:
         with unfinished.open("wb") as file:
-            shutil.copyfileobj(response, file, CHUNK)
+            client.copy(f"{path}/results", file)
         unfinished.replace(out)
     except OSError as error:
         raise CommandError(f"{out} cannot be written: {error}") from error

@@ -6,8 +6,10 @@ import base64
 import io
 import json
 import os
+import threading
 import zipfile
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -306,6 +308,34 @@ def test_arrays_that_are_not_the_models_inputs(arrays: dict[str, np.ndarray], sa
         np.savez(file, **arrays)
     with pytest.raises(ServeError, match=said):
         job_tensors.check_tensors(job_tensors.unpack_npz(tmp_path / "input", 1 << 20), ONE)
+
+
+# ---- the client ----
+
+
+class CutOff(BaseHTTPRequestHandler):
+    """Says that there are ten bytes more than it sends."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "19")
+        self.end_headers()
+        self.wfile.write(b'{"item":0')
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+def test_results_that_are_cut_off_are_not_taken_for_all(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), CutOff) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        client = jobs_command.Client(f"127.0.0.1:{server.server_port}")
+        with (tmp_path / "out").open("wb") as file, pytest.raises(jobs_command.AwayError, match="10 bytes are missing"):
+            client.copy("/v2/jobs/a/results", file)
+        with pytest.raises(jobs_command.AwayError, match="broke off its answer"):
+            client.ask("GET", "/v2/jobs/a")
+        server.shutdown()
+        thread.join()
 
 
 # ---- terms ----

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from typer.testing import CliRunner, Result
 
 from server.__main__ import app
 from server.demo import digits_split, picture_of
+from server.job_tensors import read_safetensors
 from tests import repositories
-from tests.harness import MODELS, RunningDaemon, running, until
+from tests.harness import MODELS, REPOSITORY, RunningDaemon, running, until
 from tests.preprocess.pictures import encoded
 from tests.server.raw_http import request
 from tests.system.asking import metric, post, x_of
@@ -154,10 +157,17 @@ def test_the_life_of_a_job(tmp_path: Path) -> None:
         assert f'migserve_job_items{{job="{job}",model="slow"}} 60.0' in series
         request(daemon.http, "POST", "/v2/repository/models/slow/load")
         until_state(daemon, job, "running")
-        # A drain lets it be gone on with after a restart.
+        # A drain lets it be gone on with after a restart; who waits for it sees its end all the same.
+        url = f"http://{daemon.http}"
         daemon.terminate()
         assert daemon.wait() == 0
-    with running(*flags, "--state-dir", str(tmp_path / "state")) as daemon:
+    command = [sys.executable, "-m", "server", "jobs", "wait", job, "--out", str(tmp_path / "waited.jsonl")]
+    waiting = subprocess.Popen([*command, "--url", url], stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert waiting.stderr is not None
+    said = waiting.stderr.readline()
+    assert "cannot be reached" in said
+    assert "it is tried again for 300 s" in said
+    with running(*flags, "--state-dir", str(tmp_path / "state"), "--http-port", url.rpartition(":")[2]) as daemon:
         done = show(daemon, job)["done"]
         assert done > 0
         # Another one beside it, which cannot be in time.
@@ -168,6 +178,9 @@ def test_the_life_of_a_job(tmp_path: Path) -> None:
         assert [each["id"] for each in ask(daemon, "GET", JOBS)["jobs"]] == [job, late]
         until_state(daemon, job, "done")
         assert results(daemon, job) == right
+        _, said = waiting.communicate(timeout=30)
+        assert waiting.returncode == 0, said
+        assert [json.loads(line) for line in (tmp_path / "waited.jsonl").read_text().splitlines()] == right
         assert daemon.events("job will be late", job=late)
         until_state(daemon, late, "done")
 
@@ -182,6 +195,16 @@ def test_the_life_of_a_job(tmp_path: Path) -> None:
         assert told.exit_code == 0, told.stderr
         with np.load(out) as arrays:
             assert arrays["y"].tolist() == [[16.0]] * 4
+        tensors, out = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+        head = json.dumps({"x": {"dtype": "F32", "shape": [4, 16], "data_offsets": [0, 256]}}).encode()
+        tensors.write_bytes(len(head).to_bytes(8, "little") + head + np.ones((4, 16), np.float32).tobytes())
+        told = command("submit", "slow", str(tensors), "--output", "safetensors", "--out", str(out))
+        assert told.exit_code == 0, told.stderr
+        at = read_safetensors(out)["y"].offset
+        assert np.frombuffer(out.read_bytes()[at : at + 16], np.float32).tolist() == [16.0] * 4
+        rubbish = tmp_path / "rubbish.npz"
+        rubbish.write_text("rubbish")
+        assert "the npz file cannot be read" in command("submit", "slow", str(rubbish)).stderr
         assert job in command("list").stdout
         assert "state        done" in command("show", job[:6]).stdout
         assert command("results", job).stdout.splitlines() == [json.dumps(row, separators=(",", ":")) for row in right]
