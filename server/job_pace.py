@@ -8,6 +8,8 @@ from collections import deque
 TAU_S = 10.0
 # Where slices wait for inputs more often than that, it is these that the end waits for.
 STARVED = 0.5
+# Of a bucket's factor: so much of the last batch.
+WEIGHT = 0.2
 
 
 class Pace:
@@ -53,3 +55,12 @@ class Casualties:
         if died_s is None or len(died_s) < self._most:
             return 0.0
         return max(died_s[0] + self._window_s - at_s, 0.0)
+
+
+class Factors(dict[tuple[int, ...], float]):
+    """By length bucket: its batches' times over those that were expected by the table."""
+
+    def learn(self, bucket: tuple[int, ...], ratio: float) -> None:
+        """One batch more; `ratio`: its time over what was expected of it, with this factor."""
+        ratio = min(max(ratio, 0.1), 10.0)
+        self[bucket] = min(max(self.get(bucket, 1.0) * (1 + WEIGHT * (ratio - 1)), 0.02), 50.0)

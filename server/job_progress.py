@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from scheduler.driver import now_ns
@@ -46,3 +46,9 @@ def demands(jobs: Iterable[Job]) -> list[tuple[str, float, float]]:
             items, within_s = found.get(job.asked.model, (0.0, float("inf")))
             found[job.asked.model] = items + job.asked.items - job.done, min(within_s, within_ns(job) / 1e9)
     return [(model, items, within_s) for model, (items, within_s) in found.items() if items]
+
+
+def too_many(job: Job, errors: Sequence[tuple[int, str]]) -> str:
+    """Why it is stopped."""
+    shown = "; ".join(f"item {item}: {error}" for item, error in errors)
+    return f"{job.errors} items have errors, more than max_errors={job.asked.max_errors}; {shown}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -24,9 +24,9 @@ from scheduler.messages import Reason
 from server import job_results
 from server.errors import Fault, ServeError
 from server.job_inputs import ENCODED, Item, Reader
-from server.job_pace import Casualties, Pace
+from server.job_pace import Casualties, Factors, Pace
 from server.job_preparing import JobPreparer, tensors_of_batch
-from server.job_progress import now_s
+from server.job_progress import now_s, too_many
 from server.job_results import rows_of_all
 from server.job_store import DiskFullError, Job, JobState, Ledger, Position
 from server.job_window import Window
@@ -46,8 +46,6 @@ COMMIT_EVERY_S = 0.2
 MOST_CRASHES = 3
 GIVEN_UP = "{} workers died of batches with it, the last ones of it alone; it was not tried again"
 AGAIN_S = 0.2
-# Of a bucket's times over the table's: so much of the last batch.
-PACE_WEIGHT = 0.2
 
 Bucket = tuple[int, ...]
 # Model, worker, bucket, its factor -> items of a batch and its ns; None if it is not served there.
@@ -56,7 +54,10 @@ _OURS = (Fault.REFUSED, Fault.UNAVAILABLE)  # nothing is wrong with the items
 
 
 class JobRun:
-    """`job` is kept up to date. `on_change`: told when it has ended or paused, or its slices refuse."""
+    """`job` is kept up to date, and `tally`: finished items, by model and outcome.
+
+    `on_change`: told when it has ended or paused, or its slices refuse.
+    """
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class JobRun:
         batch_for: BatchFor,
         preparer: JobPreparer,
         casualties: Casualties,
+        tally: Counter[tuple[str, str]],
         on_change: Callable[[JobRun], None],
     ) -> None:
         self.job = job
@@ -80,11 +82,12 @@ class JobRun:
         self._batch_for = batch_for
         self._preparer = preparer
         self._casualties = casualties
+        self._tally = tally
         # Its own, and one: what it does with its files is done one after the other.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"job-{job.id}")
         self._on_change = on_change
         self.seen: Counter[Bucket] = Counter()  # items read, by bucket
-        self.factors: dict[Bucket, float] = {}  # of a bucket's times over the table's
+        self.factors = Factors()
         self.pace = Pace()
         self._ready: dict[Bucket, deque[Item]] = {}
         self._alone: deque[Item] = deque()  # suspects: each runs by itself
@@ -353,9 +356,7 @@ class JobRun:
         bucket = items[0].bucket
         wanted, ns = self._size(worker_id, bucket)
         if len(items) == wanted and ns > 0 and answered.started_ns:
-            ratio = min(max((now_ns() - answered.started_ns) / ns, 0.1), 10.0)
-            factor = self.factors.get(bucket, 1.0)
-            self.factors[bucket] = min(max(factor * (1 + PACE_WEIGHT * (ratio - 1)), 0.02), 50.0)
+            self.factors.learn(bucket, (now_ns() - answered.started_ns) / ns)
 
     # ---- finishing ----
 
@@ -370,7 +371,7 @@ class JobRun:
             self._to_commit.clear()
             await self._put_down()
             if self.job.errors > self.job.asked.max_errors:
-                self._ends(JobState.STOPPED, self._too_many(await self.first_errors(3)))
+                self._ends(JobState.STOPPED, too_many(self.job, await self.first_errors(3)))
             elif self.job.done >= self.job.asked.items:
                 said = await self.in_thread(job_results.write_as_asked, self.ledger, self.job.asked)
                 self._ends(JobState.DONE, said)
@@ -388,13 +389,12 @@ class JobRun:
             self._finished = finished + self._finished
             raise
         self.pace.count(counts[0] - self.job.done, now_s(), starved=self._is_starved)
+        failed = counts[1] - self.job.errors
+        model = self.job.asked.model
+        self._tally.update({(model, "ok"): counts[0] - self.job.done - failed, (model, "failed"): failed})
         self.job.done, self.job.errors = counts
         self._window.put_down(sum(len(items) for items, _ in finished))
         self._room.set()
 
     def _add(self, finished: list[tuple[list[Item], Answered | str]], position: Position) -> tuple[int, int]:
         return self.ledger.add(rows_of_all(finished, self.job.asked), position)
-
-    def _too_many(self, errors: Sequence[tuple[int, str]]) -> str:
-        shown = "; ".join(f"item {item}: {error}" for item, error in errors)
-        return f"{self.job.errors} items have errors, more than max_errors={self.job.asked.max_errors}; {shown}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from scheduler.domain import Kind, Pool, Worker
 from scheduler.driver import Driver
@@ -44,6 +44,11 @@ class Supply:
     def observe(self, at_ns: int) -> None:
         for worker_id in self._pool.workers:
             self._idle.observe(at_ns, worker_id, self._driver.busy_ns[worker_id])
+
+    def gpcs(self, worker_ids: Iterable[int]) -> int:
+        """Of those that are still there."""
+        workers = self._pool.workers
+        return sum(workers[worker_id].gpcs for worker_id in worker_ids if worker_id in workers)
 
     def places(self, model: Model, buckets: Collection[Bucket], factors: Mapping[Bucket, float]) -> list[Place]:
         """Slices that serve the model now. `factors`: of a bucket's times over the table's, where that is known."""

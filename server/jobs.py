@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -74,6 +75,7 @@ class Jobs:
         self._unusable = "the server is starting"
         self._stopping = False
         self._infeasible: set[str] = set()  # that were told so
+        self.finished: Counter[tuple[str, str]] = Counter()  # items, by model and outcome, since the start
 
     # ---- life ----
 
@@ -233,7 +235,7 @@ class Jobs:
         if run is None:
             return {}
         held = {worker_id: self._slice_name(worker_id) for worker_id in self._elastic.held(job.id)}
-        return progress(job, run.pace, holding, held, self._casualties)
+        return {**progress(job, run.pace, holding, held, self._casualties), "gpcs": self._supply.gpcs(held)}
 
     def demands(self) -> list[tuple[str, float, float]]:
         """Of each model with jobs that have a deadline: items that are left, and seconds to the first deadline."""
@@ -267,6 +269,7 @@ class Jobs:
             self._supply.batch,
             self._preparer,
             self._casualties,
+            self.finished,
             self._changed,
         )
         self._runs[job.id] = run

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,17 @@ def send_requests(daemon: RunningDaemon) -> None:
         assert infer(width=15) == 400
 
 
+@contextmanager
+def a_job(daemon: RunningDaemon) -> Iterator[None]:
+    """One that goes on until it is cancelled; with an item that has an error."""
+    with httpx.Client(base_url=f"http://{daemon.http}/v2", timeout=60.0) as client:
+        lines = ["nonsense", *[json.dumps([1.0] * 16)] * 300_000]
+        job = client.post("/jobs", params={"model": "affine", "deadline": "1h"}, content="\n".join(lines)).json()["id"]
+        yield
+        assert client.post(f"/jobs/{job}/cancel").status_code == 200
+        assert client.delete(f"/jobs/{job}").status_code == 200
+
+
 @pytest.fixture(scope="module")
 def prometheus(daemon: RunningDaemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Our configuration, but for the daemon's address and a shorter wait; has seen requests come in."""
@@ -96,8 +109,10 @@ def prometheus(daemon: RunningDaemon, tmp_path_factory: pytest.TempPathFactory) 
         listening = re.search(r'"Listening on" address=(\S+)', log.read_text())
         assert listening is not None, log.read_text()
         server = Prometheus(listening[1])
-        see_requests(server, daemon)
-        yield server
+        with a_job(daemon):
+            see_requests(server, daemon)
+            until(lambda: server.query("rate(migserve_job_items_finished_total[1m]) > 0"), "the job is seen to go on")
+            yield server
         server.close()
     finally:
         process.terminate()

@@ -154,7 +154,7 @@ def test_the_life_of_a_job(tmp_path: Path) -> None:
         assert "unloaded" in until_state(daemon, job, "paused")["reason"]
         series = request(daemon.metrics, "GET", "/metrics").body.decode()
         assert 'migserve_jobs{state="paused"} 1.0' in series
-        assert f'migserve_job_items{{job="{job}",model="slow"}} 60.0' in series
+        assert f'migserve_job_items{{job_id="{job}",model="slow"}} 60.0' in series
         request(daemon.http, "POST", "/v2/repository/models/slow/load")
         until_state(daemon, job, "running")
         # A drain lets it be gone on with after a restart; who waits for it sees its end all the same.
