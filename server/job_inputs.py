@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 
 from preprocess.pipeline import PipelineFile
+from scheduler.lengths import Lengths
 from scheduler.tensors import DATATYPES, Signature, TensorSpec
 from server.job_store import Position, full_disk
 
@@ -44,9 +45,10 @@ _decode = msgspec.json.Decoder().decode
 class Item(msgspec.Struct, gc=False):
     """One input. `parts`: the bytes of each of the model's inputs, or the encoded element of a pipeline.
 
-    `bucket`: the sizes of the model's varying axes, since only items of the same share a batch; or ENCODED. `error`:
-    what is wrong with it, if it cannot be run. `offset`: where it begins in the file. `crashes`: workers that died of
-    batches with it. `name`: its file, or what its line calls it.
+    `dims`: the sizes of the varying axes, as they are in `parts`. `length`: its own, of a model that pads; 0: `dims`
+    tell it. `bucket`: only items of the same share a batch; or ENCODED. `error`: what is wrong with it, if it cannot
+    be run. `offset`: where it begins in the file. `crashes`: workers that died of batches with it. `name`: its file,
+    or what its line calls it.
     """
 
     number: int
@@ -56,6 +58,8 @@ class Item(msgspec.Struct, gc=False):
     error: str = ""
     crashes: int = 0
     name: str | None = None
+    dims: tuple[int, ...] = ()
+    length: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +96,9 @@ class LineReader:
         signature: Signature,
         pipeline: PipelineFile | None,
         inputs_dir: Path | None,
+        lengths: Lengths | None = None,
     ) -> None:
+        self._lengths = lengths
         self._file = path.open("rb")
         self._file.seek(start.offset)
         self._number, self._offset = start.item, start.offset
@@ -133,7 +139,8 @@ class LineReader:
                 raise BadItemError(f"the line is longer than {MAX_ITEM_BYTES} bytes")
             value = parse_line(line)
             if self._pipeline is None or self._is_ready(value):
-                item.parts, item.bucket = tensors_of(value, self._signature)
+                item.parts, item.dims = tensors_of(value, self._signature, self._lengths)
+                item.bucket = item.dims
             else:
                 item.name = name_of(value, self._pipeline.input)
                 item.parts, item.bucket = (element_of(value, self._pipeline, self._inputs_dir),), ENCODED
@@ -143,7 +150,8 @@ class LineReader:
 
     def _is_ready(self, value: object) -> bool:
         """Whether it needs no pipeline."""
-        return isinstance(value, dict) and set(value) == {spec.name for spec in self._signature.inputs}
+        names = {spec.name for spec in self._signature.inputs}
+        return isinstance(value, dict) and bool(value) and set(value) <= names <= {*value, *_told(self._lengths)}
 
     def close(self) -> None:
         self._file.close()
@@ -228,22 +236,36 @@ def below(folder: Path, name: str) -> Path | None:
     return path if path.is_relative_to(folder.resolve()) else None
 
 
-def tensors_of(value: Any, signature: Signature) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
-    """The bytes of each input, and the sizes of the varying axes. Raises BadItemError."""
-    specs = signature.inputs
+def tensors_of(
+    value: Any, signature: Signature, lengths: Lengths | None = None
+) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
+    """The bytes of each input, and the sizes of the varying axes. Raises BadItemError.
+
+    Inputs that tell which part of an item is none may be left out, as in requests: all is there.
+    """
+    specs, told = signature.inputs, _told(lengths)
     if not isinstance(value, dict):
-        if len(specs) != 1:
+        own = [spec.name for spec in specs if spec.name not in told]
+        if len(own) != 1:
             raise BadItemError(f"the line must be an object with {', '.join(spec.name for spec in specs)}")
-        value = {specs[0].name: value}
-    names = [spec.name for spec in specs]
-    if set(value) != set(names):
-        raise BadItemError(f"expected {', '.join(names)}; the line has {_names(value)}")
-    parts, bucket = [], []
+        value = {own[0]: value}
+    names = {spec.name for spec in specs}
+    if not set(value) <= names <= {*value, *told}:
+        raise BadItemError(f"expected {', '.join(spec.name for spec in specs)}; the line has {_names(value)}")
+    found = {spec.name: _tensor(value[spec.name], spec) for spec in specs if spec.name in value}
+    length = next((varying[0] for _, varying in found.values() if varying), 1)
     for spec in specs:
-        data, varying = _tensor(value[spec.name], spec)
-        parts.append(data)
-        bucket += varying
-    return tuple(parts), tuple(bucket)
+        if spec.name not in found:
+            dims = [length if dim == -1 else dim for dim in spec.dims]
+            of_all = length if lengths is not None and spec.name == lengths.length else 1
+            found[spec.name] = np.full(dims, of_all, np.int64).tobytes(), [length] * spec.dims.count(-1)
+    made = [found[spec.name] for spec in specs]
+    return tuple(data for data, _ in made), tuple(size for _, varying in made for size in varying)
+
+
+def _told(lengths: Lengths | None) -> set[str]:
+    """Inputs that say how long an item is."""
+    return {lengths.length, lengths.mask} - {""} if lengths is not None else set()
 
 
 def _tensor(value: object, spec: TensorSpec) -> tuple[bytes, list[int]]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import structlog
 
 from preprocess.errors import BadInputError
 from preprocess.pipeline import PipelineFile
 from preprocess.pool import PoolFullError, PreprocessPool
-from scheduler.lengths import stepped
+from scheduler.lengths import Lengths, stepped
+from scheduler.tensors import DATATYPES, TensorSpec
 from server.codec import Tensor
 from server.job_inputs import Item
 from server.preparing import check_made
@@ -41,7 +44,7 @@ class JobPreparer:
         return max(self._pool.threads, min(MOST, int(self._pool.threads * GROUP_S / self._element_s)))
 
     async def prepare(self, model: Model, pipeline: PipelineFile, items: Sequence[Item]) -> None:
-        """Each becomes its tensors, with the bucket of their length; or has an error."""
+        """Each becomes its tensors, or has an error."""
         begin_s = time.monotonic()
         while True:
             try:
@@ -75,6 +78,7 @@ class JobPreparer:
         by_length = defaultdict(list)
         for item, read in zip(items, await self._pool.read(pipeline, elements).future, strict=True):
             by_length[_padded(model, read.length)].append((item, read))
+            item.length = read.length if model.lengths is not None else 0
         slots = []
         for length, pairs in by_length.items():
             slot = _Slot(model, pipeline, len(pairs), length)
@@ -106,16 +110,49 @@ class _Slot:
         for index, item in enumerate(items):
             pairs = zip(self._memory, self._sizes, strict=True)
             item.parts = tuple(bytes(part[index * size : (index + 1) * size]) for part, size in pairs)
-            item.bucket = self._dims
+            item.dims = self._dims
+
+
+def grouped(item: Item, lengths: Lengths | None, edges: Sequence[int]) -> tuple[int, ...]:
+    """The bucket of an item that is tensors now: of a model that pads the learned edge above its length."""
+    length = item.length or next(iter(item.dims), 0)
+    if lengths is None or not edges or not 0 < length <= edges[-1] or len(set(item.dims)) > 1:
+        return item.dims  # it has to be of these sizes; or it is refused when it runs
+    item.length = length
+    return (edges[bisect_left(edges, length)],) * len(item.dims)
 
 
 def tensors_of_batch(model: Model, items: Sequence[Item]) -> list[Tensor]:
-    """The inputs of a batch of items of one bucket."""
+    """The inputs of a batch of items of one bucket, padded to the longest of them."""
+    dims = items[0].dims
+    fits = not dims or dims[0] <= items[0].bucket[0]
+    if not fits or any(item.dims != dims for item in items):
+        dims = (max(item.length for item in items),) * len(dims)
     count = (len(items),)
-    varying = iter(items[0].bucket)
-    tensors = []
+    tensors, taken = [], 0
     for index, spec in enumerate(model.signature.inputs):
-        of_item = tuple(next(varying) if dim == -1 else dim for dim in spec.dims)
-        shape = (*count, *of_item) if model.signature.max_batch > 0 else of_item
-        tensors.append(Tensor(spec.name, spec.datatype, shape, [memoryview(item.parts[index]) for item in items]))
+        varying = slice(taken, taken := taken + spec.dims.count(-1))
+        shape = _shape(spec, dims[varying])
+        if all(item.dims[varying] == dims[varying] for item in items):
+            data = [memoryview(item.parts[index]) for item in items]
+        else:
+            data = [_resized([(item.parts[index], _shape(spec, item.dims[varying])) for item in items], spec, shape)]
+        tensors.append(
+            Tensor(spec.name, spec.datatype, (*count, *shape) if model.signature.max_batch > 0 else shape, data)
+        )
     return tensors
+
+
+def _shape(spec: TensorSpec, varying: Sequence[int]) -> tuple[int, ...]:
+    sizes = iter(varying)
+    return tuple(next(sizes) if dim == -1 else dim for dim in spec.dims)
+
+
+def _resized(parts: Sequence[tuple[bytes, tuple[int, ...]]], spec: TensorSpec, shape: tuple[int, ...]) -> memoryview:
+    """All of one shape: zeros behind the shorter ones, and off with what is behind the end of the longer ones."""
+    dtype = np.dtype(DATATYPES[spec.datatype].numpy)
+    array = np.zeros((len(parts), *shape), dtype)
+    for row, (data, own) in zip(array, parts, strict=True):
+        common = tuple(slice(min(sizes)) for sizes in zip(own, shape, strict=True))
+        row[common] = np.frombuffer(data, dtype).reshape(own)[common]
+    return array.data.cast("B")

@@ -37,9 +37,18 @@ class ShapesDifferError(ValueError):
 
 
 def rows_of(
-    items: Sequence[int], answered: Answered, specs: Sequence[TensorSpec], *, batches: bool, as_json: bool
+    items: Sequence[int],
+    answered: Answered,
+    specs: Sequence[TensorSpec],
+    *,
+    batches: bool,
+    as_json: bool,
+    lengths: Sequence[int] = (),
 ) -> list[Row]:
-    """The rows of a batch's items. `batches`: the model has a batch axis. What JSON cannot carry is an error there."""
+    """The rows of a batch's items. `batches`: the model has a batch axis. What JSON cannot carry is an error there.
+
+    `lengths`: of the items, where they are padded, and not all as long as the request.
+    """
     packed: list[Packed] = [[] for _ in items]
     errors: dict[int, str] = {}
     for index, spec in enumerate(specs):
@@ -47,15 +56,17 @@ def rows_of(
         number = 0
         for share in answered.shares:
             shape, data = tuple(share.outputs.shapes[index]), share.outputs.data[index]
-            if answered.length and batches and -1 in spec.dims:
-                shape, data = _cut(shape, data, spec, answered.length)
+            cut = answered.length and batches and -1 in spec.dims
             of_item = shape[1:] if batches else shape
             size = math.prod(of_item) * datatype.itemsize
             for row in range(share.row, share.row + share.items):
                 value = data[row * size : (row + 1) * size]
+                own = of_item
+                if cut:
+                    own, value = _cut(of_item, value, spec, lengths[number] if lengths else answered.length)
                 if as_json and not _fits_json(value, spec):
                     errors[number] = _not_in_json(spec)
-                packed[number].append((of_item, value))
+                packed[number].append((own, value))
                 number += 1
     return [
         Row(item, errors.get(number), None if number in errors else _pack(packed[number]))
@@ -71,7 +82,8 @@ def rows_of_all(finished: Iterable[tuple[Sequence[Item], Answered | str]], asked
         if isinstance(outcome, str):
             made = [Row(item.number, outcome, None) for item in items]
         else:
-            made = rows_of([item.number for item in items], outcome, specs, batches=batches, as_json=as_json)
+            numbers, lengths = [item.number for item in items], [item.length or outcome.length for item in items]
+            made = rows_of(numbers, outcome, specs, batches=batches, as_json=as_json, lengths=lengths)
         for row, item in zip(made, items, strict=True):
             row.name = item.name
         rows += made
@@ -79,9 +91,9 @@ def rows_of_all(finished: Iterable[tuple[Sequence[Item], Answered | str]], asked
 
 
 def _cut(shape: tuple[int, ...], data: bytes, spec: TensorSpec, length: int) -> tuple[tuple[int, ...], bytes]:
-    """Of an output that varies: its batch was padded, and its items are of that length."""
+    """An item's output that varies: its batch was padded, and it is of that length."""
     whole = np.frombuffer(data, DATATYPES[spec.datatype].numpy).reshape(shape)
-    own = whole[(slice(None), *(slice(length if dim == -1 else None) for dim in spec.dims))]
+    own = whole[tuple(slice(length if dim == -1 else None) for dim in spec.dims)]
     return own.shape, own.tobytes()
 
 

@@ -12,29 +12,31 @@ import sqlite3
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import structlog
 
 from scheduler.answers import Answered
 from scheduler.driver import now_ns
 from scheduler.elastic import Elastic
+from scheduler.lengths import Lengths
 from scheduler.messages import Reason
 from server import job_results
 from server.errors import Fault, ServeError
 from server.job_inputs import ENCODED, Item, Reader
 from server.job_pace import Casualties, Factors, Pace
-from server.job_preparing import JobPreparer, tensors_of_batch
+from server.job_preparing import JobPreparer, grouped, tensors_of_batch
 from server.job_progress import now_s, too_many
 from server.job_results import rows_of_all
 from server.job_store import DiskFullError, Job, JobState, Ledger, Position
-from server.job_window import Window
+from server.job_supply import Supply
+from server.job_window import Waiting, Window
 from server.repository import Model
 from server.service import InferenceService
 
 log = structlog.get_logger(__name__)
-T = TypeVar("T")
 
 READ_ITEMS = 512
 # Groups of items that are being prepared: one that keeps the pool busy, one that is ready to.
@@ -48,16 +50,22 @@ GIVEN_UP = "{} workers died of batches with it, the last ones of it alone; it wa
 AGAIN_S = 0.2
 
 Bucket = tuple[int, ...]
-# Model, worker, bucket, its factor -> items of a batch and its ns; None if it is not served there.
-BatchFor = Callable[[Model, int, Bucket, float], tuple[int, float] | None]
 _OURS = (Fault.REFUSED, Fault.UNAVAILABLE)  # nothing is wrong with the items
 
 
-class JobRun:
-    """`job` is kept up to date, and `tally`: finished items, by model and outcome.
+class Shared(NamedTuple):
+    """What all jobs have together. `tally`: finished items, by model and outcome."""
 
-    `on_change`: told when it has ended or paused, or its slices refuse.
-    """
+    service: InferenceService
+    elastic: Elastic
+    supply: Supply
+    preparer: JobPreparer
+    casualties: Casualties
+    tally: Counter[tuple[str, str]]
+
+
+class JobRun:
+    """`job` is kept up to date. `on_change`: told when it has ended or paused, or its slices refuse."""
 
     def __init__(
         self,
@@ -65,37 +73,27 @@ class JobRun:
         ledger: Ledger,
         reader: Reader,
         model: Callable[[], Model],
-        service: InferenceService,
-        elastic: Elastic,
-        batch_for: BatchFor,
-        preparer: JobPreparer,
-        casualties: Casualties,
-        tally: Counter[tuple[str, str]],
+        shared: Shared,
         on_change: Callable[[JobRun], None],
     ) -> None:
         self.job = job
         self.ledger = ledger
         self._reader = reader
         self._model = model
-        self._service = service
-        self._elastic = elastic
-        self._batch_for = batch_for
-        self._preparer = preparer
-        self._casualties = casualties
-        self._tally = tally
+        self._service, self._elastic, self._supply, self._preparer, self._casualties, self._tally = shared
         # Its own, and one: what it does with its files is done one after the other.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"job-{job.id}")
         self._on_change = on_change
         self.seen: Counter[Bucket] = Counter()  # items read, by bucket
         self.factors = Factors()
         self.pace = Pace()
-        self._ready: dict[Bucket, deque[Item]] = {}
-        self._alone: deque[Item] = deque()  # suspects: each runs by itself
+        self._waiting = Waiting()
         self._sent: dict[int, tuple[int, list[Item], Callable[[], object]]] = {}  # by number: worker, items, cancel
         self._numbers = 0
         self._on: Counter[int] = Counter()  # batches that are sent, by worker
         self._finished: list[tuple[list[Item], Answered | str]] = []
         self._window = Window()
+        self._buckets: tuple[Lengths | None, tuple[int, ...]] = None, ()
         self._encoded: deque[Item] = deque()
         self._preparing = 0
         self._already: set[int] = set()  # finished before a restart
@@ -151,12 +149,9 @@ class JobRun:
             await self._put_down()
         except (DiskFullError, OSError, sqlite3.Error):
             log.warning("no room for results of a job; they will be computed again", job=self.job.id)
-        await self.in_thread(self._close)
+        await self.in_thread(self._reader.close)
+        await self.in_thread(self.ledger.close)
         self._thread.shutdown(wait=False)
-
-    def _close(self) -> None:
-        self._reader.close()
-        self.ledger.close()
 
     def in_thread(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -192,7 +187,10 @@ class JobRun:
             self.feed_soon()
 
     async def _read_some(self) -> None:
-        items, self._window.read_to = await self.in_thread(self._read_items)
+        items, self._window.read_to = await self.in_thread(
+            lambda: (self._reader.read(READ_ITEMS), self._reader.position)
+        )
+        self._look_at_buckets()
         self._read_all = not items
         for item in items:
             if item.number in self._already:
@@ -205,18 +203,21 @@ class JobRun:
             else:
                 self._is_ready(item, item.nbytes)
 
+    def _look_at_buckets(self) -> None:
+        with suppress(ServeError):  # without its model they stay as they were
+            model = self._model()
+            self._buckets = model.lengths, self._supply.edges(model)
+
     def _is_ready(self, item: Item, before: int) -> None:
         """It is tensors, or has an error; `before`: its bytes until now."""
         if item.error:
             self._window.ended([item], were_ready=False)
             self._finish([item], item.error)
             return
+        item.bucket = grouped(item, *self._buckets)
         self._window.ready(item, before)
         self.seen[item.bucket] += 1
-        self._ready.setdefault(item.bucket, deque()).append(item)
-
-    def _read_items(self) -> tuple[list[Item], Position]:
-        return self._reader.read(READ_ITEMS), self._reader.position
+        self._waiting.add(item)
 
     async def _prepare(self) -> None:
         while True:
@@ -238,6 +239,7 @@ class JobRun:
                 continue
             finally:
                 self._preparing -= 1
+            self._look_at_buckets()
             for item, before in zip(group, sizes, strict=True):
                 self._is_ready(item, before)
             self.feed_soon()
@@ -268,17 +270,14 @@ class JobRun:
 
     def _next_batch(self, worker_id: int) -> tuple[list[Item], float]:
         """Takes it out of what is ready."""
-        if self._alone:
-            item = self._alone.popleft()
+        if self._waiting.alone:
+            item = self._waiting.alone.popleft()
             return [item], self._size(worker_id, item.bucket)[1]
         bucket = self._overtaken() or self._elastic.pick(self.job.id, worker_id, self._full_buckets(worker_id))
         if not isinstance(bucket, tuple):
             return [], 0.0
-        waiting = self._ready[bucket]
         wanted, ns = self._size(worker_id, bucket)
-        items = [waiting.popleft() for _ in range(min(wanted, len(waiting)))]
-        if not waiting:
-            del self._ready[bucket]
+        items = self._waiting.take(bucket, wanted)
         if items:
             self._elastic.started(self.job.id, worker_id, bucket, ns * len(items) / max(wanted, 1))
         return items, ns
@@ -286,21 +285,21 @@ class JobRun:
     def _size(self, worker_id: int, bucket: Bucket) -> tuple[int, float]:
         """Items of a batch, and its ns; none where the model is not served."""
         try:
-            found = self._batch_for(self._model(), worker_id, bucket, self.factors.get(bucket, 1.0))
+            found = self._supply.batch(self._model(), worker_id, bucket, self.factors.get(bucket, 1.0))
         except ServeError:
             return 0, 0.0
         return found or (0, 0.0)
 
     def _full_buckets(self, worker_id: int) -> list[Bucket]:
         """Those that have a whole batch; all, where no more is to come before one has ended."""
+        counts = self._waiting.counts()
         if self._all_prepared or self._window.is_full or self._window.is_ready_full:
-            return list(self._ready)
-        return [bucket for bucket, waiting in self._ready.items() if len(waiting) >= self._size(worker_id, bucket)[0]]
+            return list(counts)
+        return [bucket for bucket, count in counts.items() if count >= self._size(worker_id, bucket)[0]]
 
     def _overtaken(self) -> Bucket | None:
         item = self._window.overtaken()
-        waiting = self._ready.get(item.bucket) if item is not None else None
-        return waiting[0].bucket if waiting and waiting[0] is item else None
+        return item.bucket if item is not None and self._waiting.is_next(item) else None
 
     def _send(self, worker_id: int, items: list[Item], ns: float) -> None:
         self._numbers += 1
@@ -325,8 +324,7 @@ class JobRun:
             self._let_go(items, outcome)
             self.feed_soon()
         elif outcome.fault in _OURS:
-            again = self._alone if items[0].crashes else self._ready.setdefault(items[0].bucket, deque())
-            again.extendleft(reversed(items))
+            self._waiting.put_back(items)
             self.feed_soon(AGAIN_S)
             self._on_change(self)
         else:
@@ -341,7 +339,7 @@ class JobRun:
         for item in items:
             item.crashes += crashed
             if len(items) > 1 or (crashed and item.crashes < MOST_CRASHES):
-                self._alone.append(item)
+                self._waiting.alone.append(item)
             else:
                 self._let_go([item], GIVEN_UP.format(item.crashes) if crashed else error.message)
 

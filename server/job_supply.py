@@ -45,6 +45,10 @@ class Supply:
         for worker_id in self._pool.workers:
             self._idle.observe(at_ns, worker_id, self._driver.busy_ns[worker_id])
 
+    def edges(self, model: Model) -> tuple[int, ...]:
+        """Upper ends of its length buckets, as they are now; empty where it is not served."""
+        return self._pool.lengths.get(model.key, ())
+
     def gpcs(self, worker_ids: Iterable[int]) -> int:
         """Of those that are still there."""
         workers = self._pool.workers

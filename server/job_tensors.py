@@ -160,7 +160,7 @@ class TensorReader:
         self._files = [os.open(folder / tensor.file, os.O_RDONLY) for tensor in tensors]
         self._next = start.item
         self._items = tensors[0].shape[0]
-        self._bucket = tuple(
+        self._dims = tuple(
             size
             for spec, tensor in zip(signature.inputs, tensors, strict=True)
             for want, size in zip(spec.dims, tensor.shape[1:], strict=True)
@@ -179,7 +179,8 @@ class TensorReader:
                 raise OSError(f"{tensor.file} has become shorter")
             rows.append([data[n * size : (n + 1) * size] for n in range(count)])
         self._next += count
-        return [Item(first + n, 0, self._bucket, tuple(row[n] for row in rows)) for n in range(count)]
+        dims = self._dims
+        return [Item(first + n, 0, dims, tuple(row[n] for row in rows), dims=dims) for n in range(count)]
 
     @property
     def position(self) -> Position:

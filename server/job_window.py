@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from server.job_inputs import Item
 from server.job_store import Position
@@ -67,3 +67,35 @@ class Window:
         if self._order and self._order[-1].number - self._order[0].number >= OVERTAKEN:
             return self._order[0]
         return None
+
+
+class Waiting:
+    """Items that are tensors and wait for a slice, by bucket; and those that have to run by themselves."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[int, ...], deque[Item]] = {}
+        self.alone: deque[Item] = deque()
+
+    def add(self, item: Item) -> None:
+        self._of.setdefault(item.bucket, deque()).append(item)
+
+    def put_back(self, items: Sequence[Item]) -> None:
+        """A batch that did not run, to where it was."""
+        to = self.alone if items[0].crashes else self._of.setdefault(items[0].bucket, deque())
+        to.extendleft(reversed(items))
+
+    def counts(self) -> dict[tuple[int, ...], int]:
+        return {bucket: len(items) for bucket, items in self._of.items()}
+
+    def take(self, bucket: tuple[int, ...], most: int) -> list[Item]:
+        """The first ones."""
+        waiting = self._of[bucket]
+        items = [waiting.popleft() for _ in range(min(most, len(waiting)))]
+        if not waiting:
+            del self._of[bucket]
+        return items
+
+    def is_next(self, item: Item) -> bool:
+        """Of its bucket."""
+        waiting = self._of.get(item.bucket)
+        return bool(waiting) and waiting is not None and waiting[0] is item

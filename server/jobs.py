@@ -25,7 +25,7 @@ from server.job_inputs import LISTING, TENSORS, LineReader, Reader
 from server.job_pace import Casualties
 from server.job_preparing import JobPreparer
 from server.job_progress import demands, progress, within_ns
-from server.job_run import JobRun
+from server.job_run import JobRun, Shared
 from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger, kept_or_refused
 from server.job_supply import Supply, usable_model
 from server.job_tensors import RawTensor, TensorReader
@@ -60,8 +60,6 @@ class Jobs:
         self._supply = supply
         self._repository = repository
         self._usable_model = partial(usable_model, repository)
-        self._service = service
-        self._preparer = preparer
         self._slice_name = slice_name
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="jobs")
         self._elastic = Elastic()
@@ -76,6 +74,7 @@ class Jobs:
         self._stopping = False
         self._infeasible: set[str] = set()  # that were told so
         self.finished: Counter[tuple[str, str]] = Counter()  # items, by model and outcome, since the start
+        self._shared = Shared(service, self._elastic, supply, preparer, self._casualties, self.finished)
 
     # ---- life ----
 
@@ -259,19 +258,7 @@ class Jobs:
             job.state, job.reason = JobState.PAUSED, f"the disk: {error}"
             return
         job.state, job.reason = JobState.RUNNING, ""
-        run = JobRun(
-            job,
-            ledger,
-            reader,
-            lambda: self._usable_model(job),
-            self._service,
-            self._elastic,
-            self._supply.batch,
-            self._preparer,
-            self._casualties,
-            self.finished,
-            self._changed,
-        )
+        run = JobRun(job, ledger, reader, lambda: self._usable_model(job), self._shared, self._changed)
         self._runs[job.id] = run
         try:
             await run.start()
@@ -289,7 +276,9 @@ class Jobs:
                 raw = msgspec.json.decode(tensors.read_bytes(), type=list[RawTensor])
                 return ledger, TensorReader(folder, raw, ledger.position, model.signature)
             pipeline, inputs_dir = model.serving.preprocess, self._settings.jobs_input_dir
-            return ledger, LineReader(folder / LISTING, ledger.position, model.signature, pipeline, inputs_dir)
+            listing = folder / LISTING
+            reader = LineReader(listing, ledger.position, model.signature, pipeline, inputs_dir, model.lengths)
+            return ledger, reader
         except BaseException:
             ledger.close()
             raise

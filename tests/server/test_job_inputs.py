@@ -17,6 +17,7 @@ import pytest
 
 from preprocess.pipeline import PipelineFile
 from preprocess.steps import ImageSteps, TextSteps
+from scheduler.lengths import Lengths
 from scheduler.tensors import Signature, TensorSpec
 from server import job_inputs, job_tensors, jobs_command
 from server.errors import ServeError
@@ -63,6 +64,17 @@ def test_a_text_among_numbers_takes_no_more_room_than_it_has() -> None:
     line = json.dumps([["a" * 50_000], *([""] for _ in range(100_000))]).encode()
     with pytest.raises(BadItemError, match="must hold FP32"):
         tensors_of(parse_line(line), ONE)
+
+
+def test_inputs_that_tell_lengths_may_be_left_out() -> None:
+    lengths = Lengths(10, length="n", mask="mask")
+    signature = Signature((TensorSpec("n", "INT64", ()), *TWO.inputs[:1], TensorSpec("mask", "INT64", (-1,))), (), 8)
+    wanted = np.int64(3).tobytes(), np.array([7, 8, 9]).tobytes(), np.ones(3, np.int64).tobytes()
+    for value in ([7, 8, 9], {"ids": [7, 8, 9]}, {"ids": [7, 8, 9], "mask": [1, 1, 1]}):
+        assert tensors_of(value, signature, lengths) == (wanted, (3, 3))
+    for missing in ({"mask": [1, 1, 1]}, {}, {"ids": [7], "idz": [7]}):
+        with pytest.raises(BadItemError, match="expected n, ids, mask"):
+            tensors_of(missing, signature, lengths)
 
 
 def test_values_that_do_not_fit() -> None:

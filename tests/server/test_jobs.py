@@ -20,15 +20,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from structlog.testing import capture_logs
 
-from scheduler.channel import Failed
+from scheduler.channel import Done, Failed
+from scheduler.lengths import Lengths
+from scheduler.tensors import TensorSpec
 from server.errors import Fault, ServeError
 from server.job_intake import WRITE_BYTES, Intake, Terms, receive
 from server.job_preparing import JobPreparer
 from server.job_store import Job, JobState, JobStore
 from server.job_supply import Supply
 from server.jobs import Jobs
+from server.repository import Model
 from server.settings import Settings
-from tests.served import Served, make_model
+from tests.served import Served, make_model, make_padded_model
 from tests.stage import KEY, WHERE
 
 
@@ -51,8 +54,8 @@ class Repository:
 class Story:
     """A stage with jobs, which live on in `folder`."""
 
-    def __init__(self, folder: Path, *, pictures: bool = False, **settings: Any) -> None:
-        self.stage = Served(make_model(pictures=pictures), 1 << 20)
+    def __init__(self, folder: Path, *, pictures: bool = False, model: Model | None = None, **settings: Any) -> None:
+        self.stage = Served(model or make_model(pictures=pictures), 1 << 20)
         self.repository: Any = Repository(self.stage)
         self.settings = Settings(jobs_min_free_mib=0, **settings)
         stage = self.stage
@@ -141,9 +144,9 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.002)
 
 
-def on(folder: Path, story: Callable[[Story], Awaitable[None]], *, pictures: bool = False, **settings: Any) -> None:
+def on(folder: Path, story: Callable[[Story], Awaitable[None]], **settings: Any) -> None:
     async def run() -> None:
-        told = Story(folder, pictures=pictures, **settings)
+        told = Story(folder, **settings)
         await told.jobs.start()
         try:
             await story(told)
@@ -449,6 +452,47 @@ def test_pictures_go_through_the_pipeline_and_bad_ones_have_their_errors(tmp_pat
             await told.submit(folder="../..")
 
     on(tmp_path / "jobs", story, pictures=True, jobs_input_dir=files)
+
+
+EACH = TensorSpec("y", "FP32", (-1,))
+PADDED = Lengths(20, (10, 20), length="n")
+
+
+def test_tensors_of_different_lengths_share_the_batches_of_their_length_bucket(tmp_path: Path) -> None:
+    """y is x; `n` says how long each is, and may be left out."""
+    lengths = [3, 10, 4, 11, 3, 20, 7, 21]
+
+    async def story(told: Story) -> None:
+        told.stage.driver.serves(0, KEY, tuple(range(1000, 1008)) * 2, 1.0, PADDED.edges)
+        lines = [json.dumps({"x": [float(item)] * length}) for item, length in enumerate(lengths)]
+        lines.append(json.dumps({"x": [8.0] * 5, "n": 5}))
+        job = await told.submit(*lines)
+        found = {}
+        for number in range(2):
+            await told.sent(number + 1)
+            batch = told.stage.sent[number]
+            (offset,), (items,), (length,) = batch.offsets, batch.items, batch.lengths
+            n, x = (
+                told.stage.arena.memory[offset + place.offset :]
+                for place in told.stage.model.layout.slot(items, (length,)).places
+            )
+            real = np.frombuffer(n, np.int64, items).tolist()
+            values = np.frombuffer(x, np.float32, items * length).reshape(items, length)
+            found[batch.length] = real
+            assert all((row[own:] == 0).all() for row, own in zip(values, real, strict=True)), "padded with zeros"
+            out = np.zeros((items, batch.length), np.float32)
+            out[:, :length] = values
+            done = Done(batch.batch_id, [0], [out.nbytes], [out.shape], 1, 1, 1)
+            told.stage.driver.batch_done(0, done, memoryview(out.tobytes()))
+        assert found == {10: [3, 10, 4, 3, 7, 5], 20: [11, 20]}
+        await until(lambda: job.ended_s is not None)
+        rows = results(told.jobs, job)
+        assert "a length of 21; at most 20 is taken" in rows.pop(7)["error"]
+        assert [row["outputs"]["y"] for row in rows] == [
+            [float(item)] * length for item, length in [*enumerate(lengths[:7]), (8, 5)]
+        ]
+
+    on(tmp_path, story, model=make_padded_model(PADDED, EACH))
 
 
 def test_inputs_that_are_none(tmp_path: Path) -> None:
