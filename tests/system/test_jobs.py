@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,25 +115,49 @@ def picky_lines(count: int, *poison: int) -> bytes:
     return b"\n".join(b"[%g]" % (repositories.STUCK if n in poison else n / 100) for n in range(count))
 
 
-def test_items_that_kill_their_worker_are_given_up_and_never_cost_the_slice(tmp_path: Path) -> None:
-    """A hanging batch is killed with its worker."""
-    repositories.picky(tmp_path / "picky")
-    with running("--model-repository", str(tmp_path), "--batch-timeout-secs", "0.5", "--layout", "7g.80gb") as daemon:
-        job = ask(daemon, "POST", f"{JOBS}?model=picky", picky_lines(200, 77))["id"]
-        assert until_state(daemon, job, "done")["errors"] == 1
-        found = results(daemon, job)
-        assert "3 workers died of batches with it" in found.pop(77)["error"]
-        assert [row["outputs"]["y"][0] for row in found] == pytest.approx([n / 50 for n in range(200) if n != 77])
-        assert len(daemon.events("worker lost")) == 3
-        # One death more is what a job may cost a worker within two minutes: with the fifth it would stay out.
-        job = ask(daemon, "POST", f"{JOBS}?model=picky", picky_lines(200, 1, 50, 99, 120, 150))["id"]
-        found = until(lambda: show(daemon, job).get("warning"), "it waits")
-        assert "it leaves alone gpu0/7g.80gb@0 for" in found
-        daemon.wait_for("worker up", count=5)
-        until(lambda: metric(daemon, "migserve_slice_state", state="ready") == 1, "the slice is back")
-        assert post(daemon.http, "picky", x_of(4))[2]["outputs"][0]["data"] == [8]
-        assert len(daemon.events("worker lost")) == 4
-        assert ask(daemon, "POST", f"{JOBS}/{job}/cancel")["state"] == "cancelled"
+@pytest.fixture(scope="module")
+def one_slice(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
+    """With a model that hangs on some items, and is then killed with its worker; and one that pads."""
+    root = tmp_path_factory.mktemp("models")
+    repositories.picky(root / "picky")
+    repositories.masked(root / "masked", "{buckets: [8, 24, 64], length: n}\nlatency_table: {file: table.csv}")
+    rows = [f"masked,7g.80gb,{batch},1,{length}" for length in (8, 24, 64) for batch in (1, 8)]
+    (root / "masked" / "table.csv").write_text("\n".join(["model,mig_profile,batch,latency_ms,seq_len", *rows]))
+    with running("--model-repository", str(root), "--batch-timeout-secs", "0.5", "--layout", "7g.80gb") as daemon:
+        yield daemon
+
+
+def test_items_of_all_lengths_have_the_answers_that_they_have_alone(one_slice: RunningDaemon) -> None:
+    lengths = [2 + 5 * n % 63 for n in range(120)]
+    values = [[float(n + k) for k in range(length)] for n, length in enumerate(lengths)]
+    body = "\n".join(json.dumps({"x": each}) for each in values).encode()
+    before = metric(one_slice, "migserve_batch_items_count", model="masked")
+    job = ask(one_slice, "POST", f"{JOBS}?model=masked", body)["id"]
+    assert until_state(one_slice, job, "done")["errors"] == 0
+    found = [row["outputs"] for row in results(one_slice, job)]
+    assert [each["twice"] for each in found] == [[2 * value for value in each] for each in values]
+    assert [each["mean"][0] for each in found] == pytest.approx([sum(each) / len(each) for each in values], rel=1e-5)
+    batches = metric(one_slice, "migserve_batch_items_count", model="masked") - before
+    assert batches < 40, "of 8 items each but for a few: not one for each of 63 lengths"
+
+
+def test_items_that_kill_their_worker_are_given_up_and_never_cost_the_slice(one_slice: RunningDaemon) -> None:
+    daemon = one_slice
+    job = ask(daemon, "POST", f"{JOBS}?model=picky", picky_lines(200, 77))["id"]
+    assert until_state(daemon, job, "done")["errors"] == 1
+    found = results(daemon, job)
+    assert "3 workers died of batches with it" in found.pop(77)["error"]
+    assert [row["outputs"]["y"][0] for row in found] == pytest.approx([n / 50 for n in range(200) if n != 77])
+    assert len(daemon.events("worker lost")) == 3
+    # One death more is what a job may cost a worker within two minutes: with the fifth it would stay out.
+    job = ask(daemon, "POST", f"{JOBS}?model=picky", picky_lines(200, 1, 50, 99, 120, 150))["id"]
+    found = until(lambda: show(daemon, job).get("warning"), "it waits")
+    assert "it leaves alone gpu0/7g.80gb@0 for" in found
+    daemon.wait_for("worker up", count=5)
+    until(lambda: metric(daemon, "migserve_slice_state", state="ready") == 1, "the slice is back")
+    assert post(daemon.http, "picky", x_of(4))[2]["outputs"][0]["data"] == [8]
+    assert len(daemon.events("worker lost")) == 4
+    assert ask(daemon, "POST", f"{JOBS}/{job}/cancel")["state"] == "cancelled"
 
 
 def test_the_life_of_a_job(tmp_path: Path) -> None:
