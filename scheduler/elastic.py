@@ -6,7 +6,8 @@ possible; how is ours:
    from the SLOs of what its slice serves online, and how many others serve it (`patience_ns`); within that it is the
    one with the most items per time.
 2. What is left of a job, by length bucket, is spread over slices so that it takes the least GPC-time and ends by the
-   deadline: a linear programme, over slices that are alike together, each with the share of its time that online work
+   deadline, where GPC-time of the largest slices counts a tenth more, since these are where online work goes first: a
+   linear programme, over slices that are alike together, each with the share of its time that online work
    leaves. The job holds so many slices as carry that on average until its deadline, rounded up: so it runs ahead, and
    gives slices back, or falls behind, and takes more.
 3. Of several jobs the earliest deadline is served first; the others have what that leaves, in time, of every slice.
@@ -39,6 +40,8 @@ EARLY, EARLY_NS = 0.02, 1e9
 SPARE = 1.03
 # Online work of so long ago counts an e-th.
 TAU_NS = 10e9
+# Online work goes to the largest slices first: where a smaller one costs hardly more it is the one for a job.
+LARGE = 0.1
 # Nobody holds a slice that online work leaves less of.
 LEAST_IDLE = 0.02
 # The earliest end is found to this share.
@@ -164,16 +167,16 @@ def _cheapest(
     free_ns = np.array([_free_ns(group, used_ns, within_ns) for group in groups])
     buckets = list(left)
     per_item = np.array([[_item_ns(group[0], bucket) for bucket in buckets] for group in groups])
-    gpcs = np.array([group[0].gpcs for group in groups])
+    worth = np.array([_worth(group, groups) for group in groups])
     if len(buckets) == 1:
-        return _cheapest_of_one(buckets[0], left[buckets[0]], per_item[:, 0], gpcs, free_ns)
+        return _cheapest_of_one(buckets[0], left[buckets[0]], per_item[:, 0], worth, free_ns)
     # Variables: ns of each group for each bucket, in units of the time there is.
     size = len(groups) * len(buckets)
     # Without the groups that have no time: what the solver takes for 0 may be enough for a few items.
     there = np.repeat(free_ns > 0, len(buckets))
     if not there.any():
         return None
-    cost = np.repeat(gpcs, len(buckets)).astype(float)
+    cost = np.repeat(worth, len(buckets))
     of_group = np.kron(np.eye(len(groups)), np.ones(len(buckets)))
     done = np.zeros((len(buckets), size))
     for index in range(len(buckets)):
@@ -188,15 +191,22 @@ def _cheapest(
 
 
 def _cheapest_of_one(
-    bucket: Bucket, items: float, item_ns: np.ndarray, gpcs: np.ndarray, free_ns: np.ndarray
+    bucket: Bucket, items: float, item_ns: np.ndarray, worth: np.ndarray, free_ns: np.ndarray
 ) -> list[dict[Bucket, float]] | None:
     """The same for a single bucket: the cheapest group first."""
-    plan: list[dict[Bucket, float]] = [{bucket: 0.0} for _ in gpcs]
-    for index in sorted(range(len(gpcs)), key=lambda i: (gpcs[i] * item_ns[i], gpcs[i])):
+    plan: list[dict[Bucket, float]] = [{bucket: 0.0} for _ in worth]
+    for index in sorted(range(len(worth)), key=lambda i: (worth[i] * item_ns[i], worth[i])):
         takes_ns = min(items * item_ns[index], free_ns[index])
         plan[index][bucket] = float(takes_ns)
         items -= takes_ns / item_ns[index]
     return plan if items <= 1e-6 else None
+
+
+def _worth(group: Sequence[Place], groups: Sequence[Sequence[Place]]) -> float:
+    """GPCs, and up to LARGE more of the largest slices."""
+    sizes = [each[0].gpcs for each in groups]
+    least, most, own = min(sizes), max(sizes), group[0].gpcs
+    return own * (1 + LARGE * (own - least) / max(most - least, 1))
 
 
 def _item_ns(place: Place, bucket: Bucket) -> float:

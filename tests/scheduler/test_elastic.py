@@ -39,6 +39,13 @@ def test_the_least_gpc_time_goes_first() -> None:
     assert held(Work("a", {0: 25_000}, 10 * S), small + large) == [0, 1, 5]
 
 
+def test_where_it_costs_about_the_same_the_large_slices_are_left_to_online_work() -> None:
+    small, large = slices(2), slices(1, gpcs=4, ns=0.24e6, first=5)  # 1 and 0.96 GPC-ms an item
+    assert held(Work("a", {0: 15_000}, 10 * S), large + small) == [0, 1]
+    dear = slices(2, ns=1.2e6)  # 1.2
+    assert held(Work("a", {0: 15_000}, 10 * S), large + dear) == [5]
+
+
 def test_each_bucket_goes_where_it_is_cheapest() -> None:
     small = Place(0, 1, 1.0, {"short": (10, 10e6), "long": (1, 100e6)})
     large = Place(1, 4, 1.0, {"short": (10, 5e6), "long": (10, 50e6)})

@@ -60,6 +60,29 @@ def test_online_queries_wait_for_one_batch_at_most() -> None:
     assert beside.models["online"].within_slo == 1.0
 
 
+def test_online_queries_that_have_time_and_room_hardly_notice_a_job() -> None:
+    """60 a second, which mostly find the fastest slice free: that is not the one for the job."""
+
+    def times(gpcs: int, fixed_ms: float, item_ms: float, largest: int) -> list[float]:
+        return [(fixed_ms + item_ms * batch) * 7 / 3 / gpcs for batch in range(1, largest + 1)]
+
+    def report(jobs: Sequence[SimJob]) -> tuple[SimulatedJobs, Report]:
+        source = SimulatedJobs(jobs, {"online": 60.0})
+        cut = [
+            SimSlice(f"s{n}", gpcs, {"online": times(gpcs, 6, 2, 8), "job": times(gpcs, 4, 0.5, 64)})
+            for n, gpcs in enumerate((2, 2, 3))
+        ]
+        arrivals = workload.poisson("online", 60.0, 60.0, 3, workload.constant(1))
+        return source, simulate(cut, arrivals, slo_ms={"online": 60.0}, noise=EXACT, background=source)
+
+    _, without = report([])
+    source, beside = report([SimJob("a", "job", {0: 50_000}, 5 * S, 55 * S)])
+    assert source.ended_ns["a"] <= 55 * S
+    seen, alone = beside.models["online"], without.models["online"]
+    assert seen.p50_ms <= 1.1 * alone.p50_ms
+    assert seen.p95_ms <= 1.1 * alone.p95_ms
+
+
 def test_the_earlier_deadline_ends_first() -> None:
     works = [SimJob("later", "job", {0: 10_000}, 0, 19 * S), SimJob("sooner", "job", {0: 5_000}, S, 8 * S)]
     source, _ = run(works)
