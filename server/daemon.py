@@ -56,8 +56,8 @@ NAME = "migserve"
 STOP_SECONDS = 5.0
 KEEP_ALIVE_SECONDS = 75
 GC_THRESHOLDS = (20_000, 20, 50)
-# While the autopilot thinks, in a thread, requests wait for Python's lock so long at most.
-SWITCH_INTERVAL_S = 0.0005
+# While jobs are read and the autopilot thinks, in threads, requests wait for Python's lock so long each time.
+SWITCH_INTERVAL_S = 1e-4
 
 
 class Progress:
@@ -211,6 +211,7 @@ class Daemon:
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         self._started = True
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         if self.settings.allow_jobs:
             await self._jobs.start()
         self._background.append(asyncio.create_task(GpuWatch(self._door, self.layouts, self.metrics).run()))
@@ -219,7 +220,6 @@ class Daemon:
         )
         if self.settings.replan != "off":
             self.driver.counts_arrivals = True
-            sys.setswitchinterval(SWITCH_INTERVAL_S)
             self._background.append(asyncio.create_task(self._autopilot.run()))
         ports = {f"{name}_port": port for name, port in self.ports.items()}
         log.info("serving", not_ready=self.not_ready(), **ports)
