@@ -10,7 +10,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -46,35 +46,22 @@ class Job(Generic[Result]):
     StoppedError.
     """
 
-    __slots__ = (
-        "begun_ns",
-        "error",
-        "estimate_ns",
-        "future",
-        "left",
-        "made_ns",
-        "results",
-        "stages_ns",
-        "stopped",
-        "took_ns",
-    )
+    __slots__ = ("_error", "_left", "_made_ns", "estimate_ns", "future", "outcomes", "stopped")
 
-    def __init__(self, future: asyncio.Future[list[Result]], elements: int, estimate_ns: int = 0) -> None:
+    def __init__(self, future: asyncio.Future[list[Result]], elements: int, estimate_ns: int) -> None:
         self.future = future
-        self.left = elements  # that have not ended
         self.estimate_ns = estimate_ns  # of all its elements, on one thread
         self.stopped = False
-        self.error: BaseException | None = None  # the first one
-        self.results: dict[int, Any] = {}
-        self.took_ns: dict[int, int] = {}  # by element
-        self.stages_ns: dict[int, Mapping[str, int]] = {}  # by element and stage
-        self.made_ns = self.begun_ns = time.perf_counter_ns()  # begun: its first element
+        self.outcomes: dict[int, Outcome] = {}  # of elements without an error
+        self._left = elements  # that have not ended
+        self._error: BaseException | None = None  # the first one
+        self._made_ns = time.perf_counter_ns()
 
     def times_ns(self) -> dict[str, int]:
-        """By stage, over all its elements; `queue`: until the first one was begun."""
-        times = {"queue": self.begun_ns - self.made_ns}
-        for stages_ns in self.stages_ns.values():
-            for stage, ns in stages_ns.items():
+        """Of one that is done. By stage, over all its elements; `queue`: until the first one was begun."""
+        times = {"queue": self.outcomes[0].begun_ns - self._made_ns}
+        for outcome in self.outcomes.values():
+            for stage, ns in outcome.stages_ns.items():
                 times[stage] = times.get(stage, 0) + ns
         return times
 
@@ -87,25 +74,19 @@ class Job(Generic[Result]):
 
     def end(self, index: int, outcome: Outcome) -> None:
         """Of one element. The first error stops the others, and is told once all have ended."""
-        if not index:
-            self.begun_ns = outcome.begun_ns
         if outcome.error is None:
-            self.took_ns[index] = outcome.ended_ns - outcome.begun_ns
-            self.stages_ns[index] = outcome.stages_ns
-            self.results[index] = outcome.item
+            self.outcomes[index] = outcome
         else:
             self.stop()
-            if self.error is None or isinstance(self.error, StoppedError):
-                self.error = outcome.error
-        self.left -= 1
-        if not self.left and not self.future.done():  # cancelled, where the pool is closed
-            self._conclude()
-
-    def _conclude(self) -> None:
-        if self.error is not None:
-            self.future.set_exception(self.error)
+            if self._error is None or isinstance(self._error, StoppedError):
+                self._error = outcome.error
+        self._left -= 1
+        if self._left or self.future.done():  # done: cancelled, the pool is closed
+            return
+        if self._error is not None:
+            self.future.set_exception(self._error)
         else:
-            self.future.set_result([self.results[index] for index in sorted(self.results)])
+            self.future.set_result([self.outcomes[each].item for each in range(len(self.outcomes))])  # type: ignore[misc]
 
 
 class PreprocessPool:
@@ -322,5 +303,5 @@ def _efforts(pipeline: PipelineFile, elements: Sequence[bytes]) -> list[Effort]:
 
 def _learn(job: Job[Result], costs: list[CostModel], efforts: list[Effort], future: asyncio.Future[object]) -> None:
     """Of elements that came to their end: what is refused early would teach that the rest is cheap."""
-    for index in job.results:
-        costs[index].learn(efforts[index], job.took_ns[index])
+    for index, outcome in job.outcomes.items():
+        costs[index].learn(efforts[index], outcome.ended_ns - outcome.begun_ns)
