@@ -10,23 +10,21 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from preprocess import glance, stages
+from preprocess import glance
+from preprocess.copying import by_size
 from preprocess.cost import CostModel, Effort
 from preprocess.devices import Target
 from preprocess.errors import BadInputError, ClosedError
 from preprocess.items import Item
 from preprocess.pipeline import PipelineError, PipelineFile
 from preprocess.places import Places, write_items
-
-if TYPE_CHECKING:  # it takes torch with it
-    from preprocess.isolated import Isolated
-    from preprocess.work import Local
+from preprocess.tasks import Outcome, Runner, StoppedError, Task
 
 # Jobs that may wait, a thread. More would only wait longer than any client does.
 QUEUE_PER_THREAD = 64
@@ -41,34 +39,29 @@ class PoolFullError(RuntimeError):
     """Too many requests wait for preprocessing."""
 
 
-class StoppedError(RuntimeError):
-    """A job was stopped before its end."""
-
-
 class Job(Generic[Result]):
     """One request's preprocessing: a result for each element.
 
-    When `future` is done no thread writes to the job's places any more. It raises BadInputError, naming the element, or
+    When `future` is done nobody writes to the job's places any more. It raises BadInputError, naming the element, or
     StoppedError.
     """
 
-    __slots__ = ("begun_ns", "estimate_ns", "future", "made_ns", "results", "stages_ns", "stopped", "took_ns")
+    __slots__ = ("_error", "_left", "_made_ns", "estimate_ns", "future", "outcomes", "stopped")
 
-    future: asyncio.Future[list[Result]]
-
-    def __init__(self, estimate_ns: int) -> None:
+    def __init__(self, future: asyncio.Future[list[Result]], elements: int, estimate_ns: int) -> None:
+        self.future = future
         self.estimate_ns = estimate_ns  # of all its elements, on one thread
         self.stopped = False
-        self.results: dict[int, Result] = {}
-        self.took_ns: dict[int, int] = {}  # by element
-        self.stages_ns: dict[int, dict[str, int]] = {}  # by element and stage
-        self.made_ns = self.begun_ns = time.perf_counter_ns()  # begun: its first element
+        self.outcomes: dict[int, Outcome] = {}  # of elements without an error
+        self._left = elements  # that have not ended
+        self._error: BaseException | None = None  # the first one
+        self._made_ns = time.perf_counter_ns()
 
     def times_ns(self) -> dict[str, int]:
-        """By stage, over all its elements; `queue`: until the first one was begun."""
-        times = {"queue": self.begun_ns - self.made_ns}
-        for stages_ns in self.stages_ns.values():
-            for stage, ns in stages_ns.items():
+        """Of one that is done. By stage, over all its elements; `queue`: until the first one was begun."""
+        times = {"queue": self.outcomes[0].begun_ns - self._made_ns}
+        for outcome in self.outcomes.values():
+            for stage, ns in outcome.stages_ns.items():
                 times[stage] = times.get(stage, 0) + ns
         return times
 
@@ -76,11 +69,30 @@ class Job(Generic[Result]):
         """Nobody waits for it any more: no further element is begun."""
         self.stopped = True
 
+    def is_wanted(self) -> bool:
+        return not self.stopped
+
+    def end(self, index: int, outcome: Outcome) -> None:
+        """Of one element. The first error stops the others, and is told once all have ended."""
+        if outcome.error is None:
+            self.outcomes[index] = outcome
+        else:
+            self.stop()
+            if self._error is None or isinstance(self._error, StoppedError):
+                self._error = outcome.error
+        self._left -= 1
+        if self._left or self.future.done():  # done: cancelled, the pool is closed
+            return
+        if self._error is not None:
+            self.future.set_exception(self._error)
+        else:
+            self.future.set_result([self.outcomes[each].item for each in range(len(self.outcomes))])  # type: ignore[misc]
+
 
 class PreprocessPool:
-    """`threads`: cores that preprocessing may use, by default all. `decoder`: of pictures, see cards.py. `isolated`:
-    each thread has a process that does its work, so that what a native decoder dies of costs no more than that.
-    `arena`: file descriptor and memory of where places mostly are: processes then write there themselves.
+    """`threads`: cores that preprocessing may use, by default all. `decoder`: of pictures, see cards.py. `isolated`: so
+    many processes do the work, so that what a native decoder dies of costs no more than one of them. `arena`: file
+    descriptor and memory of where places mostly are: processes then write there themselves.
     """
 
     def __init__(
@@ -99,7 +111,8 @@ class PreprocessPool:
         self._isolated = isolated
         self._start = start  # of processes
         self._arena = arena
-        self._runners: dict[Target, Local | Isolated] = {}
+        self._closed = False
+        self._runners: dict[Target, Runner] = {}
         self._targets: dict[PipelineFile, Target] = {}  # of pipelines whose target is not the pool's own
         self._starting = threading.Lock()
         self._limit = threads * (1 + QUEUE_PER_THREAD)
@@ -113,8 +126,9 @@ class PreprocessPool:
         `target`: who decodes its pictures from now on; None: the pool's own decoder.
         """
         self._targets[pipeline] = self._own if target is None else target
+        loop = asyncio.get_running_loop()
         try:
-            await asyncio.get_running_loop().run_in_executor(self._executor, self._prepare, pipeline)
+            await loop.run_in_executor(self._executor, self._prepare, pipeline, loop)
         except ImportError as error:
             raise PipelineError(
                 f"preprocess needs a package that is not there: {error}; pip install 'migserve[torch,text]'"
@@ -137,42 +151,38 @@ class PreprocessPool:
             pid
             for target, runner in list(self._runners.items())
             if device_uuid is None or device_uuid in target.uuids
-            for pid in getattr(runner, "pids", ())
+            for pid in runner.pids
         ]
 
-    def _prepare(self, pipeline: PipelineFile) -> None:
-        self._ready(pipeline)
+    def _prepare(self, pipeline: PipelineFile, loop: asyncio.AbstractEventLoop) -> None:
+        self._start_runner(pipeline, loop)
         if pipeline.text is not None:  # also where processes have it: its file is looked at here
             from preprocess import text
 
             text.load(pipeline.text)
 
-    def _ready(self, pipeline: PipelineFile) -> Local | Isolated:
+    def _start_runner(self, pipeline: PipelineFile, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread: torch takes a second to import, a process as long to start."""
         with self._starting:
-            target = self._targets.get(pipeline, self._own)
+            target = self._target(pipeline)
             if target not in self._runners:
-                self._runners[target] = self._new_runner(target)
-            return self._runners[target]
+                self._runners[target] = self._new_runner(target, loop)
 
-    def _new_runner(self, target: Target) -> Local | Isolated:
+    def _new_runner(self, target: Target, loop: asyncio.AbstractEventLoop) -> Runner:
         if self._isolated:
-            from preprocess import isolated
+            from preprocess import process
+            from preprocess.isolated import Isolated
 
             seen = [{"CUDA_VISIBLE_DEVICES": uuid} for uuid in target.uuids]
-            arena = None if self._arena is None else isolated.Arena(*self._arena)
-            return isolated.Isolated(self._threads, target.decoder, seen, self._start or isolated.start, arena)
-        from preprocess.work import Local
+            arena = None if self._arena is None else process.Arena(*self._arena)
+            start = self._start or process.start
+            return Isolated(self._threads, target.decoder, loop, self._executor, start, seen, arena)
+        from preprocess.threads import Threads
 
-        return Local(target.decoder)
+        return Threads(target.decoder, loop, self._executor)
 
-    def _do(self, pipeline: PipelineFile, element: Callable[[Local | Isolated], Result]) -> Result:
-        """By whoever is to; by the CPU where that one has had to go meanwhile."""
-        runner = self._ready(pipeline)
-        try:
-            return element(runner)
-        except ClosedError:
-            return element(self._ready(pipeline))
+    def _target(self, pipeline: PipelineFile) -> Target:
+        return self._targets.get(pipeline, self._own)
 
     @property
     def threads(self) -> int:
@@ -193,54 +203,74 @@ class PreprocessPool:
 
         These must stay valid until the job is done. Raises PoolFullError at once when too many wait.
         """
-
-        def work(index: int) -> None:
-            self._do(pipeline, lambda by: by.write_item(pipeline, elements[index], index, len(elements), places))
-
-        return self._begin_all(pipeline, elements, work)
+        return self._begin_all(pipeline, elements, places)
 
     def read(self, pipeline: PipelineFile, elements: Sequence[bytes]) -> Job[Item]:
         """For what varies in length: the elements in memory of their own. Raises PoolFullError."""
-
-        def work(index: int) -> Item:
-            return self._do(pipeline, lambda by: by.read_item(pipeline, elements[index]))
-
-        return self._begin_all(pipeline, elements, work)
+        return self._begin_all(pipeline, elements, None)
 
     def place(self, pipeline: PipelineFile, items: Sequence[Item], length: int, places: Places) -> Job[None]:
         """What `read` gave into `places`, each filled up to `length`. Never refused: its request was taken on."""
+        job: Job[None] = self._new_job(1, 0)
+        nbytes = sum(place.nbytes for place in places.values())
+        write = partial(write_items, pipeline, items, length, places)
+        by_size(asyncio.get_running_loop(), self._executor, nbytes, write, partial(self._placed, job))
+        return job
 
-        def work(_: int) -> None:
-            write_items(pipeline, items, length, places)
+    def _placed(self, job: Job[None], _: None, error: BaseException | None) -> None:
+        now_ns = time.perf_counter_ns()
+        job.end(0, Outcome(now_ns, now_ns, error=error))
 
-        return self._begin(pipeline, Job(0), 1, work)
-
-    def _begin_all(
-        self, pipeline: PipelineFile, elements: Sequence[bytes], work: Callable[[int], Result]
-    ) -> Job[Result]:
+    def _begin_all(self, pipeline: PipelineFile, elements: Sequence[bytes], places: Places | None) -> Job[Any]:
         if len(self._jobs) >= self._limit:
             raise PoolFullError(f"{len(self._jobs)} requests wait for preprocessing")
         efforts = _efforts(pipeline, elements)
         costs = [self._cost(pipeline, effort) for effort in efforts]
-        job: Job[Result] = Job(sum(cost.estimate_ns(effort) for cost, effort in zip(costs, efforts, strict=True)))
-        self._begin(pipeline, job, len(elements), work)
+        estimate_ns = sum(cost.estimate_ns(effort) for cost, effort in zip(costs, efforts, strict=True))
+        job = self._new_job(len(elements), estimate_ns)
         job.future.add_done_callback(partial(_learn, job, costs, efforts))
+        ended = partial(self._ended, job)
+        for index, data in enumerate(elements):
+            self._give(Task(pipeline, data, index, len(elements), places, job.is_wanted, ended))
         return job
 
-    def _begin(
-        self, pipeline: PipelineFile, job: Job[Result], elements: int, work: Callable[[int], Result]
-    ) -> Job[Result]:
-        loop = asyncio.get_running_loop()
-        part = partial(_work_off, job, pipeline.input, iter(range(elements)), work)
-        parts = [loop.run_in_executor(self._executor, part) for _ in range(min(self._threads, elements))]
-        job.future = loop.create_future()
-        _when_all_are_done(parts, partial(_conclude, job))
+    def _new_job(self, elements: int, estimate_ns: int) -> Job[Any]:
+        job: Job[Any] = Job(asyncio.get_running_loop().create_future(), elements, estimate_ns)
         self._jobs.add(job)
-        self._queued_ns += job.estimate_ns
+        self._queued_ns += estimate_ns
         job.future.add_done_callback(partial(self._done, job))
         return job
 
-    def _done(self, job: Job[Result], future: asyncio.Future[list[Result]]) -> None:
+    def _give(self, task: Task) -> None:
+        runner = self._runners.get(self._target(task.pipeline))
+        if runner is not None:
+            runner.begin(task)
+            return
+        loop = asyncio.get_running_loop()
+        starting = loop.run_in_executor(self._executor, self._start_runner, task.pipeline, loop)
+        starting.add_done_callback(partial(self._give_when_started, task))
+
+    def _give_when_started(self, task: Task, starting: asyncio.Future[None]) -> None:
+        if starting.cancelled():
+            return  # the pool is closed
+        if error := starting.exception():
+            now_ns = time.perf_counter_ns()
+            task.done(task, Outcome(now_ns, now_ns, error=error))
+        else:
+            self._give(task)
+
+    def _ended(self, job: Job[Any], task: Task, outcome: Outcome) -> None:
+        error = outcome.error
+        if isinstance(error, ClosedError) and not self._closed:
+            self._give(task)  # to whoever does what those did that had to go
+        elif isinstance(error, BadInputError):
+            told = BadInputError(f"input {task.pipeline.input}, element {task.index}: {error}")
+            job.end(task.index, outcome._replace(error=told))
+        else:
+            job.end(task.index, outcome)
+
+    def _done(self, job: Job[Any], future: asyncio.Future[list[Any]]) -> None:
+        job.stop()  # a future that its owner has cancelled: nobody waits any more
         self._jobs.discard(job)
         self._queued_ns -= job.estimate_ns
 
@@ -255,6 +285,7 @@ class PreprocessPool:
 
     def close(self) -> None:
         """Ends all jobs and waits for none: their futures are cancelled, though a thread may be at its last element."""
+        self._closed = True
         for job in list(self._jobs):
             job.stop()
             job.future.cancel()
@@ -272,54 +303,5 @@ def _efforts(pipeline: PipelineFile, elements: Sequence[bytes]) -> list[Effort]:
 
 def _learn(job: Job[Result], costs: list[CostModel], efforts: list[Effort], future: asyncio.Future[object]) -> None:
     """Of elements that came to their end: what is refused early would teach that the rest is cheap."""
-    for index in job.results:
-        costs[index].learn(efforts[index], job.took_ns[index])
-
-
-def _work_off(job: Job[Result], name: str, indexes: Iterator[int], work: Callable[[int], Result]) -> None:
-    """Takes elements until there are none; several threads may share `indexes`, whose `next` is one step."""
-    for index in indexes:
-        if job.stopped:
-            raise StoppedError("nobody waits for it any more")
-        begin_ns = time.perf_counter_ns()
-        if not index:
-            job.begun_ns = begin_ns
-        stages.take()
-        try:
-            result = work(index)
-        except BadInputError as error:
-            job.stop()
-            raise BadInputError(f"input {name}, element {index}: {error}") from None
-        except BaseException:
-            job.stop()
-            raise
-        job.took_ns[index] = time.perf_counter_ns() - begin_ns
-        job.stages_ns[index] = stages.take()
-        job.results[index] = result
-
-
-def _when_all_are_done(
-    parts: list[asyncio.Future[None]], conclude: Callable[[list[asyncio.Future[None]]], None]
-) -> None:
-    left = len(parts)
-
-    def ended(part: asyncio.Future[None]) -> None:
-        nonlocal left
-        left -= 1
-        if not left:
-            conclude(parts)
-
-    for part in parts:
-        part.add_done_callback(ended)
-
-
-def _conclude(job: Job[Result], parts: list[asyncio.Future[None]]) -> None:
-    """With the error that stopped the others, if there is one."""
-    errors = [error for part in parts if not part.cancelled() and (error := part.exception())]
-    if job.future.done():
-        return  # the pool is closed
-    told = [error for error in errors if not isinstance(error, StoppedError)] or errors
-    if told:
-        job.future.set_exception(told[0])
-    else:
-        job.future.set_result([job.results[index] for index in sorted(job.results)])
+    for index, outcome in job.outcomes.items():
+        costs[index].learn(efforts[index], outcome.ended_ns - outcome.begun_ns)
