@@ -18,6 +18,7 @@ COLUMNS = (
     *Measurement.__dataclass_fields__, "items_per_s", "runs", "outliers", "within", "driver", "versions",
     "energy_j", "sm_activity",
 )  # fmt: skip
+NEW_COLUMNS = 2
 PREDICTED = "predicted"
 
 
@@ -52,8 +53,11 @@ class TableFile:
         lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else [_header()]
         old = [self._is_old_prediction(line) for line in lines]
         kept = [line for line, drop in zip(lines, old, strict=True) if not drop]
+        self._replace("".join([*kept, *(_line(row, how) for row in predicted)]))
+
+    def _replace(self, text: str) -> None:
         half = self._path.with_name(f".{self._path.name}.half")
-        half.write_text("".join([*kept, *(_line(row, how) for row in predicted)]))
+        half.write_text(text)
         os.replace(half, self._path)
 
     def _is_old_prediction(self, line: str) -> bool:
@@ -63,7 +67,11 @@ class TableFile:
     def _repair(self) -> None:
         """Takes off a last line that was cut short. A file of another form is left alone."""
         text = self._path.read_text()
-        if text and text.splitlines()[0] != _header().rstrip():
+        first = text.partition("\n")[0]
+        if first == ",".join(COLUMNS[:-NEW_COLUMNS]):  # of a release that had no others
+            text = _header() + text[len(first) + 1 :]
+            self._replace(text)
+        elif text and first != _header().rstrip():
             raise LatencyTableError(
                 f"{self._path} is there and was not written by migserve profile; name another --out"
             )

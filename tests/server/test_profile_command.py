@@ -137,6 +137,16 @@ def test_other_models_rows_are_kept(tmp_path: Path) -> None:
     assert list(file.known().values()) == [5.0]
 
 
+def test_a_table_with_fewer_columns_of_an_older_release_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    TableFile(path, "m", "A100").add(ROW, {"runs": 9, "versions": "torch"})
+    path.write_text("\n".join(line.rsplit(",", 2)[0] for line in path.read_text().splitlines()) + "\n")
+    file = TableFile(path, "m", "A100")
+    file.add(ROW, {"runs": 7, "energy_j": 2.5})
+    assert [(row["runs"], row["energy_j"]) for row in rows(path)] == [("9", None), ("7", "2.5")]
+    assert list(file.known().values()) == [5.0]
+
+
 def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.csv"
     path.write_text("what,ever")
