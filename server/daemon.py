@@ -126,7 +126,7 @@ class Daemon:
         places.watch(lambda: self.layouts.gpus, self.repository.models)
         self.service = InferenceService(self.driver, self.arena, self._pool)
         self.metrics.add(self.service.preprocess_stats)
-        supply = Supply(core.pool, self.driver, self.repository, self.arena.size)
+        self._supply = supply = Supply(core.pool, self.driver, self.repository, self.arena.size)
         keep, prepare = self._state_dir / "jobs", JobPreparer(self._pool)
         self._jobs = Jobs(settings, keep, supply, self.repository, self.service, prepare, self.fleet.name_of)
         self._autopilot = Autopilot(settings, self.layouts, self.repository, self.driver, self._jobs.demands)
@@ -215,9 +215,8 @@ class Daemon:
         if self.settings.allow_jobs:
             await self._jobs.start()
         self._background.append(asyncio.create_task(GpuWatch(self._door, self.layouts, self.metrics).run()))
-        self._background.append(
-            asyncio.create_task(LengthWatch(self.driver, self.fleet, self.repository.lengths).run())
-        )
+        watch = LengthWatch(self.driver, self.fleet, self.repository.lengths, self._supply.take_lengths)
+        self._background.append(asyncio.create_task(watch.run()))
         if self.settings.replan != "off":
             self.driver.counts_arrivals = True
             self._background.append(asyncio.create_task(self._autopilot.run()))

@@ -309,6 +309,8 @@ class JobRun:
         ended = partial(self._batch_ended, number, ns)
         try:
             model = self._model()
+            if model.lengths is not None:
+                self._supply.saw(model, (item.length for item in items if item.length))
             cancel = self._service.submit_background(model, tensors_of_batch(model, items), worker_id, now_ns(), ended)
         except ServeError as error:
             ended(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from scheduler.domain import Kind, Pool, Worker
@@ -40,6 +41,7 @@ class Supply:
         self._repository = repository
         self._batch_bytes = int(arena_bytes * ARENA_SHARE)
         self._idle = IdleShares()
+        self._lengths: dict[str, Counter[int]] = {}
 
     def observe(self, at_ns: int) -> None:
         for worker_id in self._pool.workers:
@@ -48,6 +50,15 @@ class Supply:
     def edges(self, model: Model) -> tuple[int, ...]:
         """Upper ends of its length buckets, as they are now; empty where it is not served."""
         return self._pool.lengths.get(model.key, ())
+
+    def saw(self, model: Model, lengths: Iterable[int]) -> None:
+        """Of items of a job that are about to be run."""
+        self._lengths.setdefault(model.key, Counter()).update(lengths)
+
+    def take_lengths(self) -> dict[str, Counter[int]]:
+        """Of what was seen since the last time, by model."""
+        lengths, self._lengths = self._lengths, {}
+        return lengths
 
     def gpcs(self, worker_ids: Iterable[int]) -> int:
         """Of those that are still there."""

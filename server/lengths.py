@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import structlog
@@ -61,11 +62,23 @@ def completed(signature: Signature, lengths: Lengths, tensors: list[Tensor]) -> 
 class LengthWatch:
     """Moves the edges of length buckets to where traffic makes them save work."""
 
-    def __init__(self, driver: Driver, fleet: Fleet, models: Callable[[], Iterable[tuple[str, Lengths, int]]]) -> None:
-        """`models`: of those whose edges are to be learned the key, the lengths, and the shortest that it takes."""
+    def __init__(
+        self,
+        driver: Driver,
+        fleet: Fleet,
+        models: Callable[[], Iterable[tuple[str, Lengths, int]]],
+        take_of_jobs: Callable[[], Mapping[str, Mapping[int, int]]] = dict,
+    ) -> None:
+        """`models`: of those whose edges are to be learned the key, the lengths, and the shortest that it takes.
+
+        `take_of_jobs`: by model and length the items of batch jobs since it was last asked; they count where there
+        have been no requests for a while, since these have less time.
+        """
         self._driver = driver
         self._fleet = fleet
         self._models = models
+        self._take_of_jobs = take_of_jobs
+        self._asked_s: dict[str, float] = {}  # when requests last came
         self._seen: dict[str, buckets.SeenLengths] = {}
 
     async def run(self) -> None:
@@ -79,13 +92,15 @@ class LengthWatch:
 
     async def look(self) -> None:
         """Takes in what has come since the last time."""
-        counts, now_s = self._driver.take_lengths(), time.monotonic()
+        counts, of_jobs, now_s = self._driver.take_lengths(), self._take_of_jobs(), time.monotonic()
+        self._asked_s.update(dict.fromkeys(counts, now_s))
         models = {key: (lengths, shortest) for key, lengths, shortest in self._models()}
         self._seen = {key: seen for key, seen in self._seen.items() if key in models}
         for key, (lengths, shortest) in models.items():
             seen = self._seen.setdefault(key, buckets.SeenLengths(HALF_LIFE_S, now_s))
             rounded: dict[float, int] = {}
-            for length, count in counts.get(key, {}).items():
+            alone = now_s - self._asked_s.get(key, -math.inf) > HALF_LIFE_S
+            for length, count in (of_jobs if alone else counts).get(key, {}).items():
                 step = stepped(max(length, shortest), lengths.longest)
                 rounded[step] = rounded.get(step, 0) + count
             seen.observe(now_s, rounded)

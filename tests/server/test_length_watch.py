@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,8 @@ def test_edges_follow_the_lengths_that_come_and_answers_stay_what_they_are(tmp_p
             await fleet.start(driver, [WHERE])
             layout = InputLayout((await fleet.load(source)).signature)
             assert fleet.edges(source.key) == (22, 43, 64)
-            watch = LengthWatch(driver, fleet, lambda: [(source.key, lengths, 2)])
+            of_jobs = {source.key: Counter({30: 1000})}
+            watch = LengthWatch(driver, fleet, lambda: [(source.key, lengths, 2)], lambda: dict(of_jobs))
             sent = [5, 11] * 16 + [40]
             expected = [(length + 1) / 2 for length in sent]
             assert await means(driver, arena, layout, source.key, sent) == expected
@@ -78,6 +80,10 @@ def test_edges_follow_the_lengths_that_come_and_answers_stay_what_they_are(tmp_p
             assert await means(driver, arena, layout, source.key, sent) == expected
             assert sum(record.items for record in seen.records) == 2 * len(sent)
             assert len(seen.records) < len(sent)  # twice as many were sent
+            # Those of requests counted; those of jobs do where there are none.
+            driver.take_lengths()
+            await LengthWatch(driver, fleet, lambda: [(source.key, lengths, 2)], lambda: dict(of_jobs)).look()
+            assert 30 in fleet.edges(source.key)
         finally:
             await fleet.stop(1.0)
             arena.close()
