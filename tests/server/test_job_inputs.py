@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from preprocess.pipeline import PipelineFile
 from preprocess.steps import ImageSteps, TextSteps
@@ -207,23 +208,12 @@ def test_a_file_whose_name_is_not_utf_8_costs_itself_only(tmp_path: Path) -> Non
 # ---- tensor files ----
 
 
-def write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    names = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
-    header, data = {"__metadata__": {"by": "test"}}, b""
-    for name, array in arrays.items():
-        offsets = [len(data), len(data) + array.nbytes]
-        header[name] = {"dtype": names[array.dtype.name], "shape": array.shape, "data_offsets": offsets}  # type: ignore[dict-item]
-        data += array.tobytes()
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
 @pytest.mark.parametrize("form", ["npz", "compressed", "safetensors"])
 def test_rows_of_a_tensor_file(form: str, tmp_path: Path) -> None:
     arrays = {"ids": np.arange(30).reshape(10, 3), "mask": np.ones((10, 3), bool)}
     path = tmp_path / "input"
     if form == "safetensors":
-        write_safetensors(path, arrays)
+        save_file(arrays, path, {"by": "test"})
         found = job_tensors.read_safetensors(path)
     else:
         with path.open("wb") as file:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from scheduler.channel import Done
 from scheduler.driver import Answered, BatchOutputs, Share
@@ -136,30 +137,25 @@ def test_results_are_in_order_whatever_the_order_of_batches(tmp_path: Path) -> N
 
 
 def test_results_as_safetensors_are_read_as_they_were(tmp_path: Path) -> None:
-    """By the reader of our inputs, which follows the format's specification."""
     ledger = Ledger(tmp_path)
     values = np.array([[1, 2], [np.inf, np.nan]], np.float32)
     rows_of_two = rows_of([2, 0], answered(values, np.array([7, 8])), (Y, LABEL), batches=True, as_json=False)
     ledger.add([*rows_of_two, Row(1, "no good", None, "b.jpg")], Position())
     path = tmp_path / "results.safetensors"
     job_results.write(ledger, (Y, LABEL), 3, "safetensors", path)
-    found = read_safetensors(path)
-    assert {name: (each.datatype, each.shape) for name, each in found.items()} == {
-        "label": ("INT64", (3,)),
-        "y": ("FP32", (3, 2)),
-        "ok": ("BOOL", (3,)),
-        "errors.jsonl": ("UINT8", (44,)),
-        "names.jsonl": ("UINT8", (48,)),
+    found = load_file(path)
+    np.testing.assert_array_equal(found["y"], np.float32([[np.inf, np.nan], [0, 0], [1, 2]]))
+    np.testing.assert_array_equal(found["label"], [8, 0, 7])
+    np.testing.assert_array_equal(found["ok"], [True, False, True])
+    assert json.loads(found["errors.jsonl"].tobytes()) == {"item": 1, "name": "b.jpg", "error": "no good"}
+    assert {name: each.dtype.name for name, each in found.items() if "." not in name} == {
+        "y": "float32",
+        "label": "int64",
+        "ok": "bool",
     }
-    data = path.read_bytes()
-    assert all(each.offset % 8 == 0 for name, each in found.items() if name in ("label", "y"))
-    at = found["y"].offset
-    assert np.frombuffer(data[at : at + 24], np.float32).tobytes() == np.float32([np.inf, np.nan, 0, 0, 1, 2]).tobytes()
-    at = found["ok"].offset
-    assert data[at : at + 3] == b"\1\0\1"
-    at = found["errors.jsonl"].offset
-    assert json.loads(data[at : at + 44]) == {"item": 1, "name": "b.jpg", "error": "no good"}
-    assert len(data) == max(each.offset + 48 * (name == "names.jsonl") for name, each in found.items())
+    assert "names.jsonl" in found
+    # Arrays that are mapped should lie where their type may.
+    assert all(each.offset % 8 == 0 for name, each in read_safetensors(path).items() if name in ("label", "y"))
     ledger.close()
 
 
