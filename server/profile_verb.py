@@ -41,7 +41,7 @@ Plot = Annotated[Path | None, typer.Option(help="Draw the table to this .svg or 
 
 def profile(
     model: Model,
-    repository: Repository = Path("models"),
+    model_repository: Repository = Path("models"),
     device: Device = None,
     gpu: Gpu = DEFAULT_GPU,
     slices: Slices = None,
@@ -72,7 +72,7 @@ def profile(
     try:
         request = do.Request(
             model=model,
-            repository=repository,
+            repository=model_repository,
             device=device,
             gpu=gpu,
             slices=tuple(part.strip() for part in slices.split(",")) if slices else (),

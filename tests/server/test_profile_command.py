@@ -19,7 +19,7 @@ from server.profile_file import TableFile
 from tests.harness import until
 
 MODELS = Path("build/demo-models")
-QUICK = ("--repository", MODELS, "--seconds", "0.02", "--within", "0.5")
+QUICK = ("--model-repository", MODELS, "--seconds", "0.02", "--within", "0.5")
 
 
 def profile(*arguments: str | Path) -> Result:
@@ -70,7 +70,7 @@ def test_a_budget_measures_some_and_predicts_the_rest_and_can_be_raised(tmp_path
 
 def test_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
     out = tmp_path / "table.csv"
-    command = [sys.executable, "-m", "server", "profile", "resnet50", "--repository", str(MODELS), "--out", str(out)]
+    command = [sys.executable, "-m", "server", "profile", "resnet50", "--model-repository", str(MODELS), "--out", str(out)]
     process = subprocess.Popen([*command, "--slices", "1g.10gb", "--within", "0.001"], stderr=subprocess.PIPE)
     until(lambda: out.exists() and rows(out), "a row is written", seconds=60)
     os.kill(process.pid, signal.SIGINT)
@@ -111,7 +111,7 @@ def test_what_does_not_fit_into_memory_is_told_and_left_out(tmp_path: Path) -> N
     ],
 )
 def test_what_cannot_be_is_said(arguments: list[str], says: str, tmp_path: Path) -> None:
-    result = profile(*arguments, "--repository", MODELS, "--out", tmp_path / "out.csv")
+    result = profile(*arguments, "--model-repository", MODELS, "--out", tmp_path / "out.csv")
     assert result.exit_code == 2
     assert says in " ".join(result.output.split())
     assert not (tmp_path / "out.csv").exists()
