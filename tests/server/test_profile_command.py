@@ -70,7 +70,17 @@ def test_a_budget_measures_some_and_predicts_the_rest_and_can_be_raised(tmp_path
 
 def test_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
     out = tmp_path / "table.csv"
-    command = [sys.executable, "-m", "server", "profile", "resnet50", "--model-repository", str(MODELS), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "server",
+        "profile",
+        "resnet50",
+        "--model-repository",
+        str(MODELS),
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen([*command, "--slices", "1g.10gb", "--within", "0.001"], stderr=subprocess.PIPE)
     until(lambda: out.exists() and rows(out), "a row is written", seconds=60)
     os.kill(process.pid, signal.SIGINT)
