@@ -21,6 +21,8 @@ WHOLE_SHARE = 0.98
 SIZES_KEPT = 256
 # What has come, and what has been done, lately: in so many SLOs.
 LATELY = 4.0
+# A rate is not reckoned over a lesser share of that: a few queries that come first are no crowd.
+FEWEST = 1 / 3
 # Parts of a late lane that are looked at, about.
 MARKS = 8
 
@@ -28,7 +30,7 @@ MARKS = 8
 class Decayed:
     """A rate: what was added, an e-th of it after each `tau_ns`, divided by the time that this stands for.
 
-    That time is `tau_ns`, less what of it would be before the first was added, but a LATELY-th of it at least.
+    That time is `tau_ns`, less what of it would be before the first was added, but FEWEST of it at least.
     """
 
     __slots__ = ("_at_ns", "_before", "_sum", "tau_ns")
@@ -48,7 +50,7 @@ class Decayed:
 
     def per_ns(self, now_ns: int) -> float:
         kept = math.exp((self._at_ns - now_ns) / self.tau_ns)
-        known = max(1 - self._before * kept, 1 / LATELY)
+        known = max(1 - self._before * kept, FEWEST)
         return self._sum * kept / (known * self.tau_ns)
 
 
