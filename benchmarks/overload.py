@@ -49,9 +49,6 @@ NOTES = (
 - Bursty and diurnal W-slo: the stated rates are 0.88 to 0.95 of the fluid bound; in a burst, or for half of a day, more
   comes than the slices can do, whatever the policy. What cannot be in time is refused at once, or late where there is
   time for it, and each model keeps its share.
-- S3 at twice the load: the slices' time is shared evenly among the models that want more of it, so the dear ones get
-  more of theirs than at load 1, and fewer queries are answered in the same time. And it begins with idle slices: what
-  comes in the first moments is taken, late, before it can be known that it goes on like that.
 - W-paper beyond load 2: the more there are to choose from, the more small queries are answered in time.
 """,
 )

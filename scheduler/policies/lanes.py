@@ -21,26 +21,39 @@ WHOLE_SHARE = 0.98
 SIZES_KEPT = 256
 # What has come, and what has been done, lately: in so many SLOs.
 LATELY = 4.0
+# So many of the first are needed to tell how fast they come.
+CROWD = 16
 # Parts of a late lane that are looked at, about.
 MARKS = 8
 
 
 class Decayed:
-    """A rate: what was added, divided by `tau_ns`, an e-th of it after each `tau_ns`."""
+    """A rate: what was added, an e-th of it after each `tau_ns`, divided by the time that this stands for.
 
-    __slots__ = ("_at_ns", "_sum", "tau_ns")
+    That time is `tau_ns`; once there are CROWD, less what of it would be before the first, but a LATELY-th at least.
+    """
+
+    __slots__ = ("_at_ns", "_before", "_count", "_sum", "tau_ns")
 
     def __init__(self) -> None:
         self.tau_ns = 1.0
         self._sum = 0.0
+        self._before = 1.0
+        self._count = 0
         self._at_ns = 0
 
     def add(self, now_ns: int, amount: float) -> None:
-        self._sum = self._sum * math.exp((self._at_ns - now_ns) / self.tau_ns) + amount
+        kept = math.exp((self._at_ns - now_ns) / self.tau_ns)
+        if self._sum:
+            self._before *= kept
+        self._count += 1
+        self._sum = self._sum * kept + amount
         self._at_ns = now_ns
 
     def per_ns(self, now_ns: int) -> float:
-        return self._sum * math.exp((self._at_ns - now_ns) / self.tau_ns) / self.tau_ns
+        kept = math.exp((self._at_ns - now_ns) / self.tau_ns)
+        known = max(1 - self._before * kept, 1 / LATELY) if self._count >= CROWD else 1.0
+        return self._sum * kept / (known * self.tau_ns)
 
 
 def key_of(part: Part) -> LanesKey:

@@ -33,7 +33,7 @@ Rules:
    than the slices can do, since what is late then takes the place of what could be in time. What finds them full is
    refused, and so is a strict query that would be late. What was accepted is never refused.
 8. For every strict query that waits there is a plan in which it ends in time, and nothing is started that does not
-   leave one. (`promises.py`)
+   leave one, but what is late, strict itself, and must go first (3a). (`promises.py`)
 
 docs/scheduling.md has a picture, the figures, and what was tried and dropped.
 """
@@ -145,8 +145,9 @@ class OnePool:
     def _put_back_the_hopeless(self, now_ns: int, lanes: Lanes) -> None:
         entries = lanes.timely.entries
         while entries and entries[0][0] < now_ns + lanes.rates.least_of(entries[0][3]):
-            self._promises.forget(entries[0][3])
-            lanes.put_back(entries[0][3])
+            part = entries[0][3]
+            lanes.put_back(part)
+            self._promises.forget(lanes, part)
 
     def _overdue(self, now_ns: int, group: list[Lanes]) -> Start | None:
         """Rules 3a, and 3d's second half."""
@@ -317,25 +318,24 @@ class OnePool:
             w for w in self._ready(now_ns, kind) if late or not forced or now_ns >= self._open_first_ns.get(w.id, 0)
         ]
         line = lanes.late if late else lanes.open
+        head, room = line.entries[0][3], self._promises.room
+        above = forced and late and head.query.request.strict
         if self._promises:
-            head = line.entries[0][3]
             least = 1 if head.may_be_cut else head.items
-            ready = [w for w in ready if self._promises.room(now_ns, w, lanes) >= min(least, w.tables[kind].max_batch)]
+            ready = [w for w in ready if room(now_ns, w, lanes, above=above) >= min(least, w.tables[kind].max_batch)]
         if not ready:
             return None
         worker = max(ready, key=lambda w: rates.fit(w).items_per_ns)
         table = worker.tables[kind]
         if late:
-            most = min(line.items, rates.fit(worker).late_cap, self._promises.room(now_ns, worker, lanes))
+            most = min(line.items, rates.fit(worker).late_cap, room(now_ns, worker, lanes, above=above))
             parts = take_efficient(line, 0, self._cap(now_ns, worker, kind, most), table)
         else:
             most = table.peak if line.items > 2 * table.knee else table.knee
-            room = self._promises.room(now_ns, worker, lanes)
-            most = self._cap(now_ns, worker, kind, min(most, room))
-            if lanes.lone:
-                parts = line.take(0)
-            else:
-                parts = line.take(most) if line.entries[0][3].items > room else line.take_whole(most)
+            places = room(now_ns, worker, lanes)
+            most = self._cap(now_ns, worker, kind, min(most, places))
+            whole = not lanes.lone and head.items <= places
+            parts = line.take_whole(most) if whole else line.take(0 if lanes.lone else most)
         start = Start(worker, kind, parts)
         time_ns = table.time_ns(sum(part.items for part in parts))
         if forced and late:
@@ -360,9 +360,10 @@ class OnePool:
     # ---- leaving ----
 
     def discard(self, part: Part) -> None:
+        lanes = self._lanes[key_of(part)]
+        lanes.discard(part)
         if not part.late:
-            self._promises.forget(part)
-        self._lanes[key_of(part)].discard(part)
+            self._promises.forget(lanes, part)
 
     def evict(self, worker: Worker, model: str | None = None) -> list[Part]:
         self._promises.drop(worker, model)

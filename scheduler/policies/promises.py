@@ -4,10 +4,11 @@ A plan is a witness, no decision. What starts, and where, is decided late, and o
 1. A strict query is accepted if its items find places: in planned batches of its own kind, or in new ones, in order of
    class and due time, so that every planned batch ends before the earliest due time of its items.
 2. Places are for any items of a kind and company that may be cut, the earliest due first. When such items start
-   elsewhere, as many places are given up: on the slice that they start on, if they are the first in the line; else
-   the ones that are due last. What must not be cut has places of its own.
+   elsewhere, places are given up: on the slice that they start on, if they are the first in the line; then, due last
+   first, as long as there are more than items that wait. What must not be cut has places of its own.
 3. A slice may start what leaves its plan in time. Where nothing else starts on a free slice, its first planned batch
-   does. A planned batch that cannot be in time any more binds nobody.
+   does. Places that cannot be in time any more bind nobody: their items wait for what others leave, and may be late.
+   Those that are so late that they must go first heed the plans of higher classes only.
 4. Nothing is planned for a class but after the higher ones, and these do not look after it.
 
 With exact times, one class, and slices that neither fail nor drain, no promise is broken. Places are found by times
@@ -18,10 +19,11 @@ Ours. (marginal.py decides by such plans, and binds early.)
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 
 from scheduler.domain import Part, Worker
-from scheduler.policies.lanes import Lanes, LanesKey, key_of
+from scheduler.policies.lanes import Lanes, LanesKey
 
 
 class _Slot:
@@ -125,10 +127,13 @@ class _Plan:
     def forget_lost(self, start_ns: float) -> None:
         """The end of rule 3."""
         for slot in list(self.slots):
+            if start_ns + slot.time_ns(slot.items) > slot.due_ns:
+                room = self.worker.tables[slot.key[1]].largest_within(slot.due_ns - start_ns)
+                if room < max(slot.items - slot.places, 1):
+                    self.slots.remove(slot)
+                    continue
+                slot.items = room
             start_ns += slot.time_ns(slot.items)
-            if start_ns > slot.due_ns:
-                self.slots.remove(slot)
-                start_ns -= slot.time_ns(slot.items)
         self.recount()
 
 
@@ -193,17 +198,20 @@ class Promises:
 
     # ---- starting ----
 
-    def room(self, now_ns: int, worker: Worker, lanes: Lanes, given_up: int = 0) -> int:
-        """Rule 3: the most items of a batch there, if so many of the lanes' own places there are given up for it."""
+    def room(self, now_ns: int, worker: Worker, lanes: Lanes, given_up: int = 0, *, above: bool = False) -> int:
+        """Rule 3: the most items of a batch there, if so many of the lanes' own places there are given up for it.
+
+        `above`: only what is planned for higher classes counts.
+        """
         plan = self._plans.get(worker.id)
         table = worker.tables[lanes.kind]
         if plan is None or not plan.slots:
             return table.max_batch
         start_ns = max(now_ns, worker.free_at_ns)
-        latest_ns = _latest_ns(plan.slots, lanes, given_up)
+        latest_ns = _latest_ns(plan.slots, lanes, given_up, above=above)
         if latest_ns < start_ns and not given_up:
             plan.forget_lost(start_ns)
-            latest_ns = _latest_ns(plan.slots, lanes, 0)
+            latest_ns = _latest_ns(plan.slots, lanes, 0, above=above)
         return table.max_batch if latest_ns == math.inf else table.largest_within(latest_ns - start_ns)
 
     def timely_room(self, now_ns: int, worker: Worker, lanes: Lanes, index: int, most: int) -> tuple[int, int]:
@@ -212,16 +220,12 @@ class Promises:
         best = worker.tables[lanes.kind].best[most]
         if room >= best or index:
             return min(room, most), 0
-        strict = total = 0
-        for entry in lanes.timely.entries:
-            items = min(entry[3].items, best - total)
-            total += items
-            if entry[3].query.request.strict and not is_fixed(entry[3]):
-                strict += items
-            if total >= best:
-                break
-        if strict and self.room(now_ns, worker, lanes, strict) >= best:
-            return best, best
+        while best > room:
+            strict = _strict_items(lanes, best)
+            instead = self.room(now_ns, worker, lanes, strict) if strict else 0
+            if instead >= best:
+                return best, best
+            best = worker.tables[lanes.kind].best[instead]
         return room, 0
 
     def started(self, worker: Worker, lanes: Lanes, parts: list[Part], *, first: bool) -> None:
@@ -235,9 +239,9 @@ class Promises:
                     items += part.items
         plan = self._plans.get(worker.id)
         if items and first and plan:
-            items = _give_up([slot for slot in plan.slots if slot.key == lanes.key], items)
+            _give_up([slot for slot in plan.slots if slot.key == lanes.key], items)
         if items:
-            self._give_up_last(lanes.key, items)
+            self._give_up_last(lanes)
 
     def planned(self, worker: Worker, priority: int) -> tuple[LanesKey, int, list[Part]] | None:
         """The first planned batch of that class on a worker: places, and what must not be cut."""
@@ -249,13 +253,13 @@ class Promises:
 
     # ---- giving up ----
 
-    def forget(self, part: Part) -> None:
-        """It leaves the timely lane, and does not start."""
-        if part.query.request.strict and part.due_ns is not None and self:
+    def forget(self, lanes: Lanes, part: Part) -> None:
+        """It has left the timely lane, and does not start."""
+        if part.query.request.strict and self:
             if is_fixed(part):
                 self._forget_fixed(part)
             else:
-                self._give_up_last(key_of(part), part.items)
+                self._give_up_last(lanes)
 
     def drop(self, worker: Worker, model: str | None = None) -> None:
         """What is planned on a worker (for one model, or all)."""
@@ -272,9 +276,12 @@ class Promises:
         plan.slots.remove(next(slot for slot in plan.slots if slot.key == key))
         plan.recount()
 
-    def _give_up_last(self, key: LanesKey, items: int) -> None:
-        slots = [slot for plan in self._plans.values() for slot in plan.slots if slot.key == key]
-        _give_up(sorted(slots, key=lambda slot: -slot.due_ns), items)
+    def _give_up_last(self, lanes: Lanes) -> None:
+        """Places that nobody waits for any more: of some that wait the places are lost."""
+        slots = [slot for plan in self._plans.values() for slot in plan.slots if slot.key == lanes.key]
+        vacant = sum(slot.places for slot in slots) - _strict_items(lanes)
+        if vacant > 0:
+            _give_up(sorted(slots, key=lambda slot: -slot.due_ns), vacant)
 
     def _forget_fixed(self, part: Part) -> None:
         for plan in self._plans.values():
@@ -286,6 +293,20 @@ class Promises:
 
 def is_fixed(part: Part) -> bool:
     return bool(part.company[1]) or not (part.items == 1 or part.may_be_cut)
+
+
+def _strict_items(lanes: Lanes, most: int = sys.maxsize) -> int:
+    """Of the first so many timely items, those that places are for."""
+    strict = total = 0
+    for entry in lanes.timely.entries:
+        part = entry[3]
+        items = min(part.items, most - total)
+        total += items
+        if part.query.request.strict and not is_fixed(part):
+            strict += items
+        if total >= most:
+            break
+    return strict
 
 
 def _give_up(slots: list[_Slot], items: int) -> int:
@@ -300,11 +321,11 @@ def _give_up(slots: list[_Slot], items: int) -> int:
     return items
 
 
-def _latest_ns(slots: list[_Slot], lanes: Lanes, given_up: int) -> float:
+def _latest_ns(slots: list[_Slot], lanes: Lanes, given_up: int, *, above: bool) -> float:
     """When a worker must be free for what is planned for this class and higher ones, less places of these lanes."""
     latest_ns, taken_ns = math.inf, 0
     for slot in slots:
-        if slot.key[0] > lanes.priority:
+        if slot.key[0] > lanes.priority - above:
             break
         items = slot.items
         if given_up and slot.key == lanes.key:

@@ -548,6 +548,25 @@ def test_strict_queries_are_tried_again_after_a_slow_moment() -> None:
     assert report.answered > 0.9 * report.sent
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_strict_queries_of_two_models_keep_the_slices_busy_under_overload(slow: bool) -> None:
+    """Batches are not the shorter for plans; and who has lost a place, to a slow moment, is not given another's."""
+    table = [4.0 + batch for batch in range(1, 33)]
+    slices = [SimSlice(name, 1, {"a": table, "b": table}) for name in ("one", "two")]
+    events = (
+        [SliceEvent(S, "one", Change.SPEED, 3.0), SliceEvent(S + S // 20, "one", Change.SPEED, 1.0)] if slow else ()
+    )
+    most_per_s = 2 * 32 / 36e-3
+    arrivals = merge(*(poisson(model, most_per_s, 5.0, seed) for seed, model in enumerate("ab")))
+    slo_ms = {"a": 60.0, "b": 60.0}
+    report = simulate(slices, arrivals, slo_ms=slo_ms, noise=EXACT, strict=True, events=events, max_queued=100_000)
+    models = report.models.values()
+    assert sum(each.within_slo * each.sent for each in models) > 0.75 * 5 * most_per_s
+    late = sum(each.answered - each.within_slo * each.sent for each in models)
+    assert late < 64 * slow + 1e-6  # as many as one batch of each slice
+    assert max(each.max_ms for each in models) < 10 * 60
+
+
 def test_a_model_that_has_been_idle_is_asked_for_its_slices_as_they_are_now() -> None:
     """Rule 6 looks at what other models of a slice may need: of slices that came after their last query, too."""
     table = tuple(MS * (9 + batch) for batch in range(1, 33))

@@ -104,7 +104,9 @@ def any_number_of_places(plan: promises._Plan, start_ns: float, key: lanes.Lanes
     return ROWS
 
 
-def start_whatever(self: promises.Promises, now_ns: int, worker: Worker, of: lanes.Lanes, given_up: int = 0) -> int:
+def start_whatever(
+    self: promises.Promises, now_ns: int, worker: Worker, of: lanes.Lanes, given_up: int = 0, *, above: bool = False
+) -> int:
     return worker.tables[of.kind].max_batch
 
 

@@ -44,9 +44,9 @@ def test_what_all_take_of_their_parts_is_no_more_than_there_is(
         assert part >= left * weights.get(model, 1.0) / all_weights * (1 - 1e-9)
 
 
-def in_time(per_s: dict[str, float], slices: list[SimSlice], slo_ms: float) -> dict[str, float]:
+def in_time(per_s: dict[str, float], slices: list[SimSlice], slo_ms: float, seconds: float = 4.0) -> dict[str, float]:
     """The share of what each model is sent for some seconds."""
-    arrivals = merge(*(poisson(model, rate, 4.0, seed) for seed, (model, rate) in enumerate(per_s.items())))
+    arrivals = merge(*(poisson(model, rate, seconds, seed) for seed, (model, rate) in enumerate(per_s.items())))
     report = simulate(slices, arrivals, slo_ms=dict.fromkeys(per_s, slo_ms), noise=EXACT, max_queued=100_000)
     return {model: report.models[model].within_slo for model in per_s}
 
@@ -61,6 +61,13 @@ def test_models_that_share_slices_keep_under_overload_what_these_can_do() -> Non
     good = in_time(dict.fromkeys("abcd", 2 * MOST_PER_S), slices, 60.0)
     assert sum(2 * share for share in good.values()) / 4 > 0.85
     assert min(good.values()) > 0.9 * max(good.values())
+
+
+def test_overload_is_known_from_the_first_slos_on() -> None:
+    """What is taken late before takes the place of what could be in time for ten SLOs."""
+    slices = [SimSlice(f"slice {index}", 1, dict.fromkeys("abcd", GROWING)) for index in range(4)]
+    good = in_time(dict.fromkeys("abcd", 2 * MOST_PER_S), slices, 60.0, seconds=12 * 0.06)
+    assert sum(2 * share for share in good.values()) / 4 > 0.85
 
 
 # ---- shares by themselves ----
