@@ -3,11 +3,11 @@
     python -m benchmarks.pictures                prints the table
     python -m benchmarks.pictures --write        also keeps it, in benchmarks/results/pictures.md
 
-wrk (Debian) sends, on the same cores. All servers are up at once and take turns, round by round ("idle": what of a core
-each uses when nothing is asked of it). Peers that are not installed (make peers), or that fail, are left out, and said
-so. Each runs the same exported CNN on what torchvision's evaluation transform makes of a Pillow image, in two processes
-or more where it has such, and in batches where it has those. The daemon has one slice, so one worker, and the pool of
-its defaults.
+wrk (Debian) sends, on the same cores. The servers take turns, round by round ("idle": what of a core each uses when
+nothing is asked of it); one that uses much then is stopped (SIGSTOP) while others are measured, to whom it would be
+missing. Peers that are not installed (make peers), or that fail, are left out, and said so. Each runs the same exported CNN on what
+torchvision's evaluation transform makes of a Pillow image, in two processes or more where it has such, and in batches
+where it has those. The daemon has one slice, so one worker, and the pool of its defaults.
 
 Beside the best peer: by the ratios of each round, so that a slow moment of the machine counts for both; and by
 processor time, which what else runs on the machine falsifies less.
@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -39,6 +41,8 @@ from tests.harness import running
 RESULTS = Path(__file__).parent / "results" / "pictures.md"
 CONNECTIONS = (8, 64)
 IDLE_S = 5.0
+# Cores.
+MOST_IDLE = 0.05
 
 
 class Small(nn.Module):
@@ -75,18 +79,37 @@ class Window(NamedTuple):
     cpu_ms: float
 
 
-def cpu_of_tree_s(root: int) -> float:
-    """Of a process and all that it has started, those included that have ended and were waited for."""
+def tree(root: int) -> dict[int, int]:
+    """A process and all that it has started: their processor time in ticks, of those included that have ended."""
     parents, own = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with suppress(OSError):
                 fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
                 parents[int(entry.name)], own[int(entry.name)] = int(fields[1]), sum(map(int, fields[11:15]))
-    tree = {root}
-    while more := {pid for pid, parent in parents.items() if parent in tree} - tree:
-        tree |= more
-    return sum(own.get(pid, 0) for pid in tree) / TICKS_PER_SECOND
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {pid: own.get(pid, 0) for pid in found}
+
+
+def cpu_of_tree_s(root: int) -> float:
+    return sum(tree(root).values()) / TICKS_PER_SECOND
+
+
+@contextmanager
+def stopped(sides: Sequence[Side]) -> Iterator[None]:
+    """These are, meanwhile."""
+    pids = [pid for side in sides for pid in tree(side.pid)]
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 class Side(NamedTuple):
@@ -115,6 +138,8 @@ def load(side: Side, connections: int, seconds: int) -> Window:
         lines = [line.strip() for line in output.splitlines() if "Non-2xx" in line or "Socket errors" in line]
         raise FailedError("; ".join(lines))
     pictures = int(found(r"(\d+) requests in", output))
+    if not pictures:
+        raise FailedError(f"no answer in {seconds} s")
     return Window(
         float(found(r"Requests/sec:\s+([\d.]+)", output)),
         microseconds(found(r"\s99%\s+(\S+)", output)) / 1e3,
@@ -147,7 +172,8 @@ def main(
                 lua = script(folder, name, PEERS[name].post(picture))
                 sides.append(Side(name, peer.url, peer.pid, lua))
         idle = idle_cores(sides)
-        seen, failed = measure(sides, rounds, seconds)
+        busy = [side for side in sides if idle[side.name] > MOST_IDLE]
+        seen, failed = measure(sides, busy, rounds, seconds)
     console = Console(record=True, width=110)
     console.print(f"{os.cpu_count()} cores, wrk on the same; {rounds} rounds of {seconds} s; medians")
     console.print(f"load average of 15 min before: {loaded:.1f}: what is more than 0 was other work on these cores")
@@ -172,8 +198,8 @@ def idle_cores(sides: list[Side]) -> dict[str, float]:
     return {side.name: (cpu_of_tree_s(side.pid) - then) / IDLE_S for side, then in zip(sides, before, strict=True)}
 
 
-def measure(sides: list[Side], rounds: int, seconds: int) -> tuple[Seen, dict[str, str]]:
-    """All windows, and which side failed how."""
+def measure(sides: list[Side], busy: list[Side], rounds: int, seconds: int) -> tuple[Seen, dict[str, str]]:
+    """All windows, and which side failed how. `busy`: those that are so when nothing is asked of them."""
     seen: Seen = {}
     failed: dict[str, str] = {}
     for round_number in range(rounds + 1):
@@ -182,7 +208,8 @@ def measure(sides: list[Side], rounds: int, seconds: int) -> tuple[Seen, dict[st
                 if side.name in failed:
                     continue
                 try:
-                    measured = load(side, connections, seconds if round_number else 1)
+                    with stopped([each for each in busy if each is not side]):
+                        measured = load(side, connections, seconds if round_number else 1)
                 except FailedError as error:
                     failed[side.name] = f"at {connections} connections: {error}"
                     continue

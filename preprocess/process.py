@@ -202,6 +202,8 @@ def main(sock: socket.socket, memory_fd: int, arena_fd: int | None, decoder: str
     """Until the daemon is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the daemon's, which ends this
         signal.signal(number, signal.SIG_IGN)
+    # Whoever hands out pictures or computes with them is to run at once, and a picture to stay in its core's cache.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.environ.update(environment)
     memory = memoryview(mmap.mmap(memory_fd, ELEMENT_BYTES + RESULT_BYTES))
     os.close(memory_fd)
