@@ -5,9 +5,9 @@
 
 wrk (Debian) sends, on the same cores. The servers take turns, round by round ("idle": what of a core each uses when
 nothing is asked of it); one that uses much then is stopped (SIGSTOP) while others are measured, to whom it would be
-missing. Peers that are not installed (make peers), or that fail, are left out, and said so. Each runs the same exported CNN on what
-torchvision's evaluation transform makes of a Pillow image, in two processes or more where it has such, and in batches
-where it has those. The daemon has one slice, so one worker, and the pool of its defaults.
+missing. Peers that are not installed (make peers), or that fail, are left out, and said so. Each runs the same exported
+CNN on what torchvision's evaluation transform makes of a Pillow image, in two processes or more where it has such, and
+in batches where it has those. The daemon has one slice, so one worker, and the pool of its defaults.
 
 Beside the best peer: by the ratios of each round, so that a slow moment of the machine counts for both; and by
 processor time, which what else runs on the machine falsifies less.
