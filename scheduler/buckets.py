@@ -22,6 +22,8 @@ _Vector = np.ndarray[Any, np.dtype[np.float64]]
 NEGLIGIBLE = 1e-3
 # New edges must save this share of the work, or the old ones stay: new shapes cost caches and compilations.
 WORTH_IT = 0.02
+# Items of batch jobs count as much as requests at most, since these have less time; where requests are few, as so many.
+OF_JOBS = 1000.0
 
 
 def padded_work(edges: Sequence[float], weights: Mapping[float, float], cost: Costs) -> float:
@@ -113,6 +115,16 @@ class SeenLengths:
 
     def weights(self) -> dict[float, float]:
         return dict(sorted(self._weights.items()))
+
+
+def together(of_requests: Mapping[float, float], of_jobs: Mapping[float, float]) -> dict[float, float]:
+    """Weights by length of requests and of batch jobs: a few requests do not outweigh a job, nor a large job them."""
+    asked, items = sum(of_requests.values()), sum(of_jobs.values())
+    scale = min(1.0, max(asked, OF_JOBS) / items) if items else 0.0
+    found = dict(of_requests)
+    for length, weight in of_jobs.items():
+        found[length] = found.get(length, 0.0) + scale * weight
+    return found
 
 
 def relearned(

@@ -30,7 +30,7 @@ from server.job_pace import Casualties, Factors, Pace
 from server.job_preparing import JobPreparer, grouped, tensors_of_batch
 from server.job_progress import now_s, too_many
 from server.job_results import rows_of_all
-from server.job_store import DiskFullError, Job, JobState, Ledger, Position
+from server.job_store import DiskFullError, Job, JobState, Ledger
 from server.job_supply import Supply
 from server.job_window import Waiting, Window
 from server.repository import Model
@@ -190,7 +190,7 @@ class JobRun:
         items, self._window.read_to = await self.in_thread(
             lambda: (self._reader.read(READ_ITEMS), self._reader.position)
         )
-        self._look_at_buckets()
+        self.look_at_buckets()
         self._read_all = not items
         for item in items:
             if item.number in self._already:
@@ -203,10 +203,14 @@ class JobRun:
             else:
                 self._is_ready(item, item.nbytes)
 
-    def _look_at_buckets(self) -> None:
-        with suppress(ServeError):  # without its model they stay as they were
+    def look_at_buckets(self) -> None:
+        """What waits goes into those that there are now; without its model they stay as they were."""
+        with suppress(ServeError):
             model = self._model()
-            self._buckets = model.lengths, self._supply.edges(model)
+            before, self._buckets = self._buckets, (model.lengths, self._supply.edges(model))
+            if self._buckets != before and self._waiting.counts():
+                self._waiting.regroup(lambda item: grouped(item, *self._buckets))
+                self.seen = Counter(self._waiting.counts())
 
     def _is_ready(self, item: Item, before: int) -> None:
         """It is tensors, or has an error; `before`: its bytes until now."""
@@ -239,7 +243,7 @@ class JobRun:
                 continue
             finally:
                 self._preparing -= 1
-            self._look_at_buckets()
+            self.look_at_buckets()
             for item, before in zip(group, sizes, strict=True):
                 self._is_ready(item, before)
             self.feed_soon()
@@ -309,8 +313,7 @@ class JobRun:
         ended = partial(self._batch_ended, number, ns)
         try:
             model = self._model()
-            if model.lengths is not None:
-                self._supply.saw(model, (item.length for item in items if item.length))
+            self._supply.saw(model, (item.length for item in items))
             cancel = self._service.submit_background(model, tensors_of_batch(model, items), worker_id, now_ns(), ended)
         except ServeError as error:
             ended(error)
@@ -384,7 +387,7 @@ class JobRun:
         finished, self._finished = self._finished, []
         position = self._window.position()
         try:
-            counts = await self.in_thread(self._add, finished, position)
+            counts = await self.in_thread(lambda: self.ledger.add(rows_of_all(finished, self.job.asked), position))
         except BaseException:
             self._finished = finished + self._finished
             raise
@@ -395,6 +398,3 @@ class JobRun:
         self.job.done, self.job.errors = counts
         self._window.put_down(sum(len(items) for items, _ in finished))
         self._room.set()
-
-    def _add(self, finished: list[tuple[list[Item], Answered | str]], position: Position) -> tuple[int, int]:
-        return self.ledger.add(rows_of_all(finished, self.job.asked), position)

@@ -52,8 +52,9 @@ class Supply:
         return self._pool.lengths.get(model.key, ())
 
     def saw(self, model: Model, lengths: Iterable[int]) -> None:
-        """Of items of a job that are about to be run."""
-        self._lengths.setdefault(model.key, Counter()).update(lengths)
+        """Of items of a job that are about to be run; 0 where they have none."""
+        if model.lengths is not None:
+            self._lengths.setdefault(model.key, Counter()).update(length for length in lengths if length)
 
     def take_lengths(self) -> dict[str, Counter[int]]:
         """Of what was seen since the last time, by model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from server.job_inputs import Item
 from server.job_store import Position
@@ -83,6 +83,14 @@ class Waiting:
         """A batch that did not run, to where it was."""
         to = self.alone if items[0].crashes else self._of.setdefault(items[0].bucket, deque())
         to.extendleft(reversed(items))
+
+    def regroup(self, bucket_of: Callable[[Item], tuple[int, ...]]) -> None:
+        """There are other buckets now. Of each the items stay in their order."""
+        items = sorted((item for waiting in self._of.values() for item in waiting), key=lambda item: item.number)
+        self._of = {}
+        for item in items:
+            item.bucket = bucket_of(item)
+            self.add(item)
 
     def counts(self) -> dict[tuple[int, ...], int]:
         return {bucket: len(items) for bucket, items in self._of.items()}

@@ -307,6 +307,8 @@ class Jobs:
             with suppress(ServeError):  # it has been removed meanwhile
                 async with self._lock(job_id):
                     await self._look_at(self.get(job_id))
+        for run in self._runs.values():
+            run.look_at_buckets()
         works, places = self._works()
         self._elastic.decide(works, places)
         for job_id in self._elastic.holdings:

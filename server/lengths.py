@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -23,6 +22,8 @@ log = structlog.get_logger(__name__)
 # How often new edges are looked for, and how long it takes until what was seen has lost half its weight.
 INTERVAL_S = 5.0
 HALF_LIFE_S = 300.0
+# Lengths of jobs are forgotten where no item of one has come for so long, and requests have.
+JOBS_OVER_S = 60.0
 
 
 def length_of(lengths: Lengths | None, checked: Checked) -> int:
@@ -59,6 +60,34 @@ def completed(signature: Signature, lengths: Lengths, tensors: list[Tensor]) -> 
     return tensors
 
 
+class _Seen:
+    """What came for a model lately."""
+
+    def __init__(self, start_s: float) -> None:
+        self._of_requests = buckets.SeenLengths(HALF_LIFE_S, start_s)
+        self._of_jobs = buckets.SeenLengths(HALF_LIFE_S, start_s)
+        self._job_s = start_s  # when items of a job last came
+
+    def observe(self, now_s: float, of_requests: Mapping[float, int], of_jobs: Mapping[float, int]) -> None:
+        self._of_requests.observe(now_s, of_requests)
+        if of_jobs:
+            self._job_s = now_s
+        elif of_requests and now_s - self._job_s > JOBS_OVER_S:
+            self._of_jobs = buckets.SeenLengths(HALF_LIFE_S, now_s)
+        self._of_jobs.observe(now_s, of_jobs)
+
+    def weights(self) -> dict[float, float]:
+        return buckets.together(self._of_requests.weights(), self._of_jobs.weights())
+
+
+def _rounded(counts: Mapping[int, int], lengths: Lengths, shortest: int) -> dict[float, int]:
+    found: dict[float, int] = {}
+    for length, count in counts.items():
+        step = stepped(max(length, shortest), lengths.longest)
+        found[step] = found.get(step, 0) + count
+    return found
+
+
 class LengthWatch:
     """Moves the edges of length buckets to where traffic makes them save work."""
 
@@ -71,15 +100,14 @@ class LengthWatch:
     ) -> None:
         """`models`: of those whose edges are to be learned the key, the lengths, and the shortest that it takes.
 
-        `take_of_jobs`: by model and length the items of batch jobs since it was last asked; they count where there
-        have been no requests for a while, since these have less time.
+        `take_of_jobs`: by model and length the items of batch jobs since it was last asked; they count as
+        `buckets.together` says.
         """
         self._driver = driver
         self._fleet = fleet
         self._models = models
         self._take_of_jobs = take_of_jobs
-        self._asked_s: dict[str, float] = {}  # when requests last came
-        self._seen: dict[str, buckets.SeenLengths] = {}
+        self._seen: dict[str, _Seen] = {}
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -93,18 +121,13 @@ class LengthWatch:
     async def look(self) -> None:
         """Takes in what has come since the last time."""
         counts, of_jobs, now_s = self._driver.take_lengths(), self._take_of_jobs(), time.monotonic()
-        self._asked_s.update(dict.fromkeys(counts, now_s))
         models = {key: (lengths, shortest) for key, lengths, shortest in self._models()}
         self._seen = {key: seen for key, seen in self._seen.items() if key in models}
         for key, (lengths, shortest) in models.items():
-            seen = self._seen.setdefault(key, buckets.SeenLengths(HALF_LIFE_S, now_s))
-            rounded: dict[float, int] = {}
-            alone = now_s - self._asked_s.get(key, -math.inf) > HALF_LIFE_S
-            for length, count in (of_jobs if alone else counts).get(key, {}).items():
-                step = stepped(max(length, shortest), lengths.longest)
-                rounded[step] = rounded.get(step, 0) + count
-            seen.observe(now_s, rounded)
-            if rounded:
+            seen = self._seen.setdefault(key, _Seen(now_s))
+            asked, jobs = (_rounded(each.get(key, {}), lengths, shortest) for each in (counts, of_jobs))
+            seen.observe(now_s, asked, jobs)
+            if asked or jobs:
                 await self._learn(key, lengths, seen.weights())
 
     async def _learn(self, key: str, lengths: Lengths, weights: dict[float, float]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.buckets import SeenLengths, best_edges, exact_edges, padded_length, padded_work, relearned
+from scheduler.buckets import SeenLengths, best_edges, exact_edges, padded_length, padded_work, relearned, together
 
 histograms = st.dictionaries(st.integers(1, 40), st.integers(1, 9), min_size=1, max_size=8)
 # A cost that grows with the length in steps of any kind.
@@ -91,3 +91,14 @@ def test_everything_that_may_come_has_a_bucket(weights: dict[float, float], coun
     edges = relearned((), weights, float, count, longest=40.0)
     assert edges[-1] == 40
     assert len(edges) <= max(count, 1)
+
+
+def test_a_few_requests_do_not_shut_out_the_lengths_of_a_job() -> None:
+    weights = together({4: 2}, {8: 1500})
+    assert weights == {4: 2, 8: pytest.approx(1000)}
+    assert relearned((4, 256), weights, lambda length: length, 3, 256) == (4, 8, 256)
+    assert together({4: 2}, {}) == {4: 2}
+
+
+def test_a_large_job_counts_as_much_as_the_requests_where_these_are_many() -> None:
+    assert together({4: 2000, 8: 2000}, {8: 1e6}) == {4: 2000, 8: pytest.approx(6000)}

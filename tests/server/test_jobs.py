@@ -495,6 +495,19 @@ def test_tensors_of_different_lengths_share_the_batches_of_their_length_bucket(t
     on(tmp_path, story, model=make_padded_model(PADDED, EACH))
 
 
+def test_what_waits_goes_into_the_length_buckets_that_are_learned_meanwhile(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        serves = told.stage.driver.serves
+        serves(0, KEY, tuple(range(50_000_000, 50_000_008)), 1.0, (20,))  # so slow that it goes one by one
+        job = await told.submit(*[json.dumps({"x": [1.0] * 3})] * 40)
+        await told.sent(1)
+        assert list(told.jobs._runs[job.id].left) == [(20,)]
+        serves(0, KEY, (*range(1000, 1008), *range(50_000_000, 50_000_008)), 1.0, (5, 20))
+        await until(lambda: list(told.jobs._runs[job.id].left) == [(5,)])
+
+    on(tmp_path, story, model=make_padded_model(PADDED, EACH))
+
+
 def test_inputs_that_are_none(tmp_path: Path) -> None:
     async def story(told: Story) -> None:
         with pytest.raises(ServeError, match="no items"):

@@ -67,8 +67,10 @@ def test_edges_follow_the_lengths_that_come_and_answers_stay_what_they_are(tmp_p
             await fleet.start(driver, [WHERE])
             layout = InputLayout((await fleet.load(source)).signature)
             assert fleet.edges(source.key) == (22, 43, 64)
-            of_jobs = {source.key: Counter({30: 1000})}
-            watch = LengthWatch(driver, fleet, lambda: [(source.key, lengths, 2)], lambda: dict(of_jobs))
+            of_jobs: list[dict[str, Counter[int]]] = []
+            watch = LengthWatch(
+                driver, fleet, lambda: [(source.key, lengths, 2)], lambda: of_jobs.pop() if of_jobs else {}
+            )
             sent = [5, 11] * 16 + [40]
             expected = [(length + 1) / 2 for length in sent]
             assert await means(driver, arena, layout, source.key, sent) == expected
@@ -80,9 +82,9 @@ def test_edges_follow_the_lengths_that_come_and_answers_stay_what_they_are(tmp_p
             assert await means(driver, arena, layout, source.key, sent) == expected
             assert sum(record.items for record in seen.records) == 2 * len(sent)
             assert len(seen.records) < len(sent)  # twice as many were sent
-            # Those of requests counted; those of jobs do where there are none.
-            driver.take_lengths()
-            await LengthWatch(driver, fleet, lambda: [(source.key, lengths, 2)], lambda: dict(of_jobs)).look()
+            # A job of another length outnumbers these requests: they do not shut it out.
+            of_jobs.append({source.key: Counter({30: 1000})})
+            await watch.look()
             assert 30 in fleet.edges(source.key)
         finally:
             await fleet.stop(1.0)
