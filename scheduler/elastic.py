@@ -11,6 +11,8 @@ possible; how is ours:
    leaves. The job holds so many slices as carry that on average until its deadline, rounded up: so it runs ahead, and
    gives slices back, or falls behind, and takes more.
 3. Of several jobs the earliest deadline is served first; the others have what that leaves, in time, of every slice.
+   One that cannot make its deadline any more comes after those that can: under overload the earliest deadline first
+   would make all of them late (Locke, "Best-effort decision making for real-time scheduling", 1986).
 4. A job that cannot make it holds everything. When it could end at the earliest is found by bisection over deadlines.
    One without a deadline holds half of the slices, the smaller ones: online queries find another that is free.
 """
@@ -42,6 +44,8 @@ SPARE = 1.03
 TAU_NS = 10e9
 # Online work goes to the largest slices first: where a smaller one costs hardly more it is the one for a job.
 LARGE = 0.1
+# A job that would be late by less than this, of the time that is left, keeps its turn: forecasts err so much.
+BARELY_LATE = 0.05
 # Nobody holds a slice that online work leaves less of.
 LEAST_IDLE = 0.02
 # The earliest end is found to this share.
@@ -115,20 +119,54 @@ def decide(
 ) -> dict[str, Holding]:
     """Who holds what from now on. `places`: by job, of the same slices; `held`: until now."""
     holdings: dict[str, Holding] = {}
-    used_ns: dict[int, float] = {}  # by worker, by jobs that are due sooner
+    used_ns: dict[int, float] = {}  # by worker, by jobs that come sooner
     taken: set[int] = set()
-    for work in sorted(works, key=lambda each: (each.within_ns, each.job)):
-        usable = [place for place in places[work.job] if place.idle >= LEAST_IDLE and place.batches]
-        holding = _hold(work, usable, used_ns, taken, held.get(work.job, ()))
-        holdings[work.job] = holding
-        taken.update(holding.planned)
+    usable = {job: [place for place in of if place.idle >= LEAST_IDLE and place.batches] for job, of in places.items()}
+
+    def serve(work: Work, there: list[Place], used_ns: dict[int, float]) -> None:
+        holdings[work.job] = _hold(work, there, used_ns, taken, held.get(work.job, ()))
+        taken.update(holdings[work.job].planned)
+
+    by_deadline = sorted(works, key=lambda each: (each.within_ns, each.job))
+    too_late = []
+    for work in by_deadline:
+        if math.isinf(work.within_ns):
+            continue
+        if _is_hopeless(work, usable[work.job], used_ns):
+            too_late.append(work)
+        else:
+            serve(work, usable[work.job], used_ns)
+    for work in too_late:
+        there = [place for place in usable[work.job] if place.worker_id not in taken]
+        if there:  # that nobody who comes sooner holds
+            of_it: dict[int, float] = {}
+            serve(work, there, of_it)
+            for worker_id, ns in of_it.items():
+                used_ns[worker_id] = used_ns.get(worker_id, 0.0) + ns
+        else:
+            serve(work, usable[work.job], used_ns)
+    for work in by_deadline:
+        if math.isinf(work.within_ns):
+            serve(work, usable[work.job], used_ns)
     return holdings
+
+
+def _is_hopeless(work: Work, usable: Sequence[Place], used_ns: Mapping[int, float]) -> bool:
+    """Rule 3: it cannot end in time on what jobs that are due sooner leave."""
+    left = _items_left(work)
+    if not left or not usable:
+        return False
+    return _cheapest(left, _groups(usable), used_ns, (1 + BARELY_LATE) * work.within_ns) is None
+
+
+def _items_left(work: Work) -> dict[Bucket, float]:
+    return {bucket: items for bucket, items in work.left.items() if items > 0}
 
 
 def _hold(
     work: Work, usable: Sequence[Place], used_ns: dict[int, float], taken: set[int], held: Collection[int]
 ) -> Holding:
-    left = {bucket: items for bucket, items in work.left.items() if items > 0}
+    left = _items_left(work)
     if not left or not usable:
         return Holding({}, not left, 0.0 if not left else FOREVER_NS, 0.0)
     hurries = math.isinf(work.within_ns)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import math
 import re
 import shutil
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from scheduler.elastic import FOREVER_NS
 from server import job_inputs, job_tensors
 from server.errors import Fault, ServeError, invalid
 from server.job_inputs import FOLDER, FORMATS, JSONL, LISTING, NPZ, SAFETENSORS, TENSORS
@@ -145,10 +145,11 @@ class Intake:
         holding = self._jobs.forecast(job)
         if holding.feasible or not strict:
             return
-        earliest = "no slice serves it now"
-        if math.isfinite(holding.ends_ns) and holding.planned:
+        earliest = "no slice that serves it has time for it now"
+        if holding.ends_ns < FOREVER_NS:
             late_s = (holding.ends_ns - within_ns(job)) / 1e9
             earliest = f"the earliest end is in {holding.ends_ns / 1e9:.0f} s, {late_s:.0f} s after it"
+            earliest += "" if holding.planned else "; until then other jobs hold the slices"
         raise ServeError(Fault.CONFLICT, f"the job cannot end by its deadline: {earliest}", reason="infeasible")
 
     async def _prepare(self, folder: Path, form: str, model: Model, files: str | None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from scheduler.driver import now_ns
-from scheduler.elastic import Holding
+from scheduler.elastic import FOREVER_NS, Holding
 from server.job_pace import Casualties, Pace
 from server.job_store import Job, JobState
 
@@ -28,7 +28,7 @@ def progress(
     """`held`: the names of its slices, by worker."""
     at_s = now_s()
     found: dict[str, Any] = {"rate_per_s": round(pace.per_s(at_s), 1), "slices": list(held.values())}
-    if holding is not None and holding.planned:
+    if holding is not None and 0 < holding.ends_ns < FOREVER_NS:
         planned_s = holding.ends_ns / 1e9
         ends_s = pace.ends_s(job.asked.items - job.done, planned_s, at_s)
         found["ends_in_s"] = round(ends_s, 1)

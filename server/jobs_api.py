@@ -92,7 +92,8 @@ def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
         found["ended"] = _clock(job.ended_s)
     if found.get("in_time") is False and "ends_in_s" in found:
         end = _clock(time.time() + found["ends_in_s"])
-        warnings.append(f"it cannot end by its deadline: the earliest end is {end}")
+        behind = "" if found["slices"] else "; until then jobs that come first hold the slices"
+        warnings.append(f"it cannot end by its deadline: the earliest end is {end}{behind}")
     if warnings:
         found["warning"] = "; ".join(warnings)
     return found

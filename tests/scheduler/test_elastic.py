@@ -75,11 +75,40 @@ def test_a_few_items_of_several_buckets_wait_where_an_overdue_job_needs_all_the_
         Place(1, 2, 0.17, {0: (8, 0.4e6), 1: (8, 0.8e6)}),
         Place(3, 1, 0.5, {0: (8, 0.8e6), 1: (8, 1.6e6)}),
     ]
-    works = [Work("small", {0: 1, 1: 2}, 3600 * S), Work("overdue", {0: 43e6, 1: 1}, -5 * S)]
+    works = [Work("small", {0: 1, 1: 2}, -1 * S), Work("overdue", {0: 43e6, 1: 1}, -5 * S)]
     found = decide(works, {work.job: places for work in works}, {})
     assert list(found["overdue"].planned) == [1, 3]
     assert (found["small"].feasible, found["small"].planned) == (False, {})
     assert found["small"].ends_ns > 0.98 * found["overdue"].ends_ns
+
+
+def test_a_job_that_cannot_be_in_time_any_more_comes_after_those_that_can() -> None:
+    works = [
+        Work("overdue", {0: 7e6}, -5 * S),
+        Work("small", {0: 15_000}, 20 * S),
+        Work("whenever", {0: 100}, math.inf),
+    ]
+    found = decide(works, {work.job: slices(3) for work in works}, {"overdue": [0, 1, 2]})
+    assert (found["small"].feasible, list(found["small"].planned)) == (True, [0])
+    assert (found["overdue"].feasible, list(found["overdue"].planned)) == (False, [1, 2])
+    assert found["overdue"].ends_ns == pytest.approx(3500 * S, rel=0.02)
+    assert found["whenever"].planned == {}
+
+
+def test_of_two_that_cannot_be_in_time_the_second_one_has_a_forecast_behind_the_first() -> None:
+    works = [Work("first", {0: 70_000}, -5 * S), Work("second", {0: 7_000}, 0.1 * S)]
+    found = decide(works, {work.job: slices(7) for work in works}, {})
+    assert len(found["first"].planned) == 7
+    assert (found["second"].planned, found["second"].feasible) == ({}, False)
+    assert found["second"].ends_ns == pytest.approx(11 * S, rel=0.03)
+
+
+def test_barely_late_a_job_keeps_its_turn() -> None:
+    works = [Work("a", {0: 71_000}, 10 * S), Work("b", {0: 5_000}, 12 * S)]
+    found = decide(works, {work.job: slices(7) for work in works}, {})
+    assert len(found["a"].planned) == 7
+    assert not found["a"].feasible
+    assert found["b"].feasible
 
 
 def test_a_deadline_that_has_passed_is_no_end_of_it() -> None:

@@ -13,11 +13,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from scheduler.channel import Done, Failed
@@ -25,10 +28,12 @@ from scheduler.lengths import Lengths
 from scheduler.tensors import TensorSpec
 from server.errors import Fault, ServeError
 from server.job_intake import WRITE_BYTES, Intake, Terms, receive
+from server.job_metrics import JobMetrics
 from server.job_preparing import JobPreparer
 from server.job_store import Job, JobState, JobStore
 from server.job_supply import Supply
 from server.jobs import Jobs
+from server.jobs_api import router
 from server.repository import Model
 from server.settings import Settings
 from tests.served import Served, make_model, make_padded_model
@@ -452,6 +457,36 @@ def test_pictures_go_through_the_pipeline_and_bad_ones_have_their_errors(tmp_pat
             await told.submit(folder="../..")
 
     on(tmp_path / "jobs", story, pictures=True, jobs_input_dir=files)
+
+
+def test_who_comes_behind_a_late_job_is_told_when_it_ends_and_why(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        told.stage.driver.serves(0, KEY, tuple(range(50_000_000, 50_000_008)), 1.0)
+        first = await told.submit(*range(4000), deadline_s=time.time() + 1e-4)
+        await until(lambda: told.jobs.progress(first).get("in_time") is False)
+        soon = time.time() + 1e-3
+        with pytest.raises(ServeError, match=r"the earliest end is in 2\d s, .* other jobs hold the slices"):
+            await told.submit(1, deadline_s=soon, strict=True)
+        second = await told.submit(1, deadline_s=soon)
+        await until(lambda: "ends_in_s" in told.jobs.progress(second))
+        found = told.jobs.progress(second)
+        assert (found["slices"], found["in_time"], found["ends_in_s"] > 20) == ([], False, True)
+        assert "jobs that come first hold" in await shown(told, second)
+        registry = CollectorRegistry()
+        registry.register(JobMetrics(told.jobs))
+        assert registry.get_sample_value("migserve_job_late", {"job_id": second.id, "model": "m"}) == 1
+        # What can be in time goes first.
+        third = await told.submit(1, deadline_s=time.time() + 10, strict=True)
+        await until(lambda: told.jobs.progress(third)["slices"])
+
+    on(tmp_path, story)
+
+
+async def shown(told: Story, job: Job) -> str:
+    app = FastAPI()
+    app.include_router(router(told.jobs, told.intake))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        return (await client.get(f"/v2/jobs/{job.id}")).text
 
 
 EACH = TensorSpec("y", "FP32", (-1,))
