@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from scheduler.elastic import FOREVER_NS
+from scheduler.elastic import FOREVER_NS, Holding
 from server import job_inputs, job_tensors
 from server.errors import Fault, ServeError, invalid
 from server.job_inputs import FOLDER, FORMATS, JSONL, LISTING, NPZ, SAFETENSORS, TENSORS
@@ -133,24 +133,15 @@ class Intake:
                 terms.name,
             )
             job = Job(job_id, asked, time.time())
-            self._check_deadline(job, strict=terms.strict)
-            await self._jobs.add(job)
+            foreseen = await self._jobs.forecast(job)
+            if terms.strict:
+                _check_deadline(job, foreseen)
+            await self._jobs.add(job, foreseen)
         except BaseException:
             if all(kept.id != job_id for kept in self._jobs.all()):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         return job
-
-    def _check_deadline(self, job: Job, *, strict: bool) -> None:
-        holding = self._jobs.forecast(job)
-        if holding.feasible or not strict:
-            return
-        earliest = "no slice that serves it has time for it now"
-        if holding.ends_ns < FOREVER_NS:
-            late_s = (holding.ends_ns - within_ns(job)) / 1e9
-            earliest = f"the earliest end is in {holding.ends_ns / 1e9:.0f} s, {late_s:.0f} s after it"
-            earliest += "" if holding.planned else "; until then other jobs hold the slices"
-        raise ServeError(Fault.CONFLICT, f"the job cannot end by its deadline: {earliest}", reason="infeasible")
 
     async def _prepare(self, folder: Path, form: str, model: Model, files: str | None) -> int:
         """Returns how many items there are. Raises ServeError."""
@@ -187,6 +178,18 @@ class Intake:
         if folder is None or not folder.is_dir():
             raise invalid(f"{files[:200]!r} is no folder below --jobs-input-dir")
         return folder, root.resolve()
+
+
+def _check_deadline(job: Job, holding: Holding) -> None:
+    """Raises ServeError."""
+    if holding.feasible:
+        return
+    earliest = "no slice that serves it has time for it now"
+    if holding.ends_ns < FOREVER_NS:
+        late_s = (holding.ends_ns - within_ns(job)) / 1e9
+        earliest = f"the earliest end is in {holding.ends_ns / 1e9:.0f} s, {late_s:.0f} s after it"
+        earliest += "" if holding.planned else "; until then other jobs hold the slices"
+    raise ServeError(Fault.CONFLICT, f"the job cannot end by its deadline: {earliest}", reason="infeasible")
 
 
 async def receive(body: AsyncIterator[bytes], path: Path, settings: Settings) -> None:

@@ -30,6 +30,7 @@ def progress(
     found: dict[str, Any] = {"rate_per_s": round(pace.per_s(at_s), 1), "slices": list(held.values())}
     if holding is not None and 0 < holding.ends_ns < FOREVER_NS:
         planned_s = holding.ends_ns / 1e9
+        found["behind"] = not holding.planned
         ends_s = pace.ends_s(job.asked.items - job.done, planned_s, at_s)
         found["ends_in_s"] = round(ends_s, 1)
         found["in_time"] = holding.feasible and (ends_s <= planned_s or ends_s * 1e9 <= within_ns(job))

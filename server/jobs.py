@@ -21,14 +21,14 @@ from scheduler.driver import now_ns
 from scheduler.elastic import Elastic, Holding, Place, Work, decide
 from scheduler.staff import CRASH_WINDOW_S, CRASHES
 from server.errors import Fault, ServeError
-from server.job_inputs import LISTING, TENSORS, LineReader, Reader
+from server.job_foresight import likely_left, open_reader
+from server.job_inputs import Reader
 from server.job_pace import Casualties
 from server.job_preparing import JobPreparer
 from server.job_progress import demands, progress, within_ns
 from server.job_run import JobRun, Shared
-from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger, kept_or_refused
+from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger, Position, kept_or_refused
 from server.job_supply import Supply, usable_model
-from server.job_tensors import RawTensor, TensorReader
 from server.repository import Model, Repository
 from server.service import InferenceService
 from server.settings import MIB, Settings
@@ -73,6 +73,7 @@ class Jobs:
         self._unusable = "the server is starting"
         self._stopping = False
         self._infeasible: set[str] = set()  # that were told so
+        self._foreseen: dict[str, Holding] = {}  # of those that nothing was decided on yet
         self.finished: Counter[tuple[str, str]] = Counter()  # items, by model and outcome, since the start
         self._shared = Shared(service, self._elastic, supply, preparer, self._casualties, self.finished)
 
@@ -154,20 +155,27 @@ class Jobs:
             folder.mkdir(mode=0o700)
         return job_id, folder
 
-    def forecast(self, job: Job) -> Holding:
-        """What would become of a job that is not there yet, beside those that are."""
-        works, places = self._works()
+    async def forecast(self, job: Job) -> Holding:
+        """What would become of a job that is not there yet, beside those that are. Raises ServeError."""
         model = self._repository.get(job.asked.model, job.asked.version)
-        left: dict[Any, float] = {(): float(job.asked.items)}
+        at = self.store.folder(job.id), Position(), model, self._settings.jobs_input_dir
+        reader = partial(open_reader, *at)
+        edges = self._supply.edges(model)
+        left = await likely_left(reader, job.asked.items, model, edges, self._shared.preparer, self._threads)
+        works, places = self._works()
+        alike = (run.factors for run in self._runs.values() if run.job.asked.model == job.asked.model)
+        known = {bucket: factor for factors in alike for bucket, factor in factors.items()}
         works = [*works, Work(job.id, left, within_ns(job))]
-        places = {**places, job.id: self._supply.places(model, left, {})}
+        places = {**places, job.id: self._supply.places(model, left, known)}
         return decide(works, places, {})[job.id]
 
-    async def add(self, job: Job) -> None:
-        """Takes on a job whose inputs are in its folder. Raises ServeError."""
+    async def add(self, job: Job, foreseen: Holding | None = None) -> None:
+        """Takes on a job whose inputs are in its folder; `foreseen` until it is decided on. Raises ServeError."""
         with kept_or_refused():
             await self._in_thread(self.store.save, job)
         self._jobs[job.id] = job
+        if foreseen is not None:
+            self._foreseen[job.id] = foreseen
         log.info("job", job=job.id, model=job.asked.model, items=job.asked.items)
         if not self._stopping:  # else after the next start
             await self._begin(job)
@@ -230,9 +238,10 @@ class Jobs:
 
     def progress(self, job: Job) -> dict[str, Any]:
         """What changes while it runs: rate, slices, forecast."""
-        run, holding = self._runs.get(job.id), self._elastic.holdings.get(job.id)
+        run = self._runs.get(job.id)
         if run is None:
             return {}
+        holding = self._elastic.holdings.get(job.id) or self._foreseen.get(job.id)
         held = {worker_id: self._slice_name(worker_id) for worker_id in self._elastic.held(job.id)}
         return {**progress(job, run.pace, holding, held, self._casualties), "gpcs": self._supply.gpcs(held)}
 
@@ -270,15 +279,8 @@ class Jobs:
     def _open(self, job: Job, model: Model) -> tuple[Ledger, Reader]:
         folder = self.store.folder(job.id)
         ledger = Ledger(folder)
-        tensors = folder / TENSORS
         try:
-            if tensors.exists():
-                raw = msgspec.json.decode(tensors.read_bytes(), type=list[RawTensor])
-                return ledger, TensorReader(folder, raw, ledger.position, model.signature)
-            pipeline, inputs_dir = model.serving.preprocess, self._settings.jobs_input_dir
-            listing = folder / LISTING
-            reader = LineReader(listing, ledger.position, model.signature, pipeline, inputs_dir, model.lengths)
-            return ledger, reader
+            return ledger, open_reader(folder, ledger.position, model, self._settings.jobs_input_dir)
         except BaseException:
             ledger.close()
             raise
@@ -312,6 +314,7 @@ class Jobs:
         works, places = self._works()
         self._elastic.decide(works, places)
         for job_id in self._elastic.holdings:
+            self._foreseen.pop(job_id, None)
             self._tell_infeasible(job_id)
         for run in self._runs.values():
             run.feed()
@@ -356,6 +359,7 @@ class Jobs:
         """Of a job that has ended: its state goes to disk before what is not needed any more goes from there."""
         if job.ended_s is not None:
             return
+        self._foreseen.pop(job.id, None)
         run = self._runs.pop(job.id, None)
         if run is not None:
             if job.errors:

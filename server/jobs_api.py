@@ -92,8 +92,9 @@ def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
         found["ended"] = _clock(job.ended_s)
     if found.get("in_time") is False and "ends_in_s" in found:
         end = _clock(time.time() + found["ends_in_s"])
-        behind = "" if found["slices"] else "; until then jobs that come first hold the slices"
+        behind = "" if not found["behind"] else "; until then jobs that come first hold the slices"
         warnings.append(f"it cannot end by its deadline: the earliest end is {end}{behind}")
+    found.pop("behind", None)
     if warnings:
         found["warning"] = "; ".join(warnings)
     return found

@@ -530,10 +530,26 @@ def test_tensors_of_different_lengths_share_the_batches_of_their_length_bucket(t
     on(tmp_path, story, model=make_padded_model(PADDED, EACH))
 
 
+def test_the_forecast_of_a_job_that_is_sent_counts_how_long_its_items_are(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        serves = told.stage.driver.serves
+        serves(0, KEY, (*range(1000, 1008), *range(50_000_000, 50_000_008)), 1.0, (5, 20))
+        short, long = (json.dumps({"x": [1.0] * length}) for length in (3, 15))
+        deadline_s = time.time() + 5
+        with pytest.raises(ServeError, match=r"the earliest end is in \d"):
+            await told.submit(*[long] * 1600, deadline_s=deadline_s, strict=True)
+        job = await told.submit(*[short] * 1600, deadline_s=deadline_s, strict=True)
+        assert told.jobs.progress(job)["in_time"], "it is told at once"
+        late = await told.submit(*[long] * 1600, deadline_s=deadline_s)
+        assert told.jobs.progress(late)["in_time"] is False
+
+    on(tmp_path, story, model=make_padded_model(PADDED, EACH))
+
+
 def test_what_waits_goes_into_the_length_buckets_that_are_learned_meanwhile(tmp_path: Path) -> None:
     async def story(told: Story) -> None:
         serves = told.stage.driver.serves
-        serves(0, KEY, tuple(range(50_000_000, 50_000_008)), 1.0, (20,))  # so slow that it goes one by one
+        serves(0, KEY, tuple(range(50_000_000, 50_000_008)), 1.0, (20,))
         job = await told.submit(*[json.dumps({"x": [1.0] * 3})] * 40)
         await told.sent(1)
         assert list(told.jobs._runs[job.id].left) == [(20,)]
