@@ -30,7 +30,9 @@ from scheduler.tensors import DATATYPES, Signature, TensorSpec
 from server.job_store import Position, full_disk
 
 JSONL, FOLDER, NPZ, SAFETENSORS = "jsonl", "folder", "npz", "safetensors"
-FORMATS = (JSONL, NPZ, SAFETENSORS)
+# JSON lines that our own client makes of the files of a folder.
+FILES = "files"
+FORMATS = (JSONL, NPZ, SAFETENSORS, FILES)
 MAX_ITEM_BYTES = 64 * 1024 * 1024
 MOST_NAME_CHARS = 4096  # as a path has
 # The bucket of items that a pipeline is to make tensors of.
@@ -162,7 +164,9 @@ def parse_line(line: bytes) -> Any:
     try:
         return _decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadItemError(f"the line is not JSON: {error}") from None
+        lost = "; one value a line: curl -d loses the line ends, --data-binary keeps them"
+        hint = lost if "trailing characters" in str(error) else ""
+        raise BadItemError(f"the line is not JSON: {error}{hint}") from None
 
 
 def element_of(value: Any, pipeline: PipelineFile, inputs_dir: Path | None) -> bytes:

@@ -17,7 +17,7 @@ import msgspec
 from scheduler.elastic import FOREVER_NS, Holding
 from server import job_inputs, job_tensors
 from server.errors import Fault, ServeError, invalid
-from server.job_inputs import FOLDER, FORMATS, JSONL, LISTING, NPZ, SAFETENSORS, TENSORS
+from server.job_inputs import FILES, FOLDER, FORMATS, JSONL, LISTING, NPZ, SAFETENSORS, TENSORS
 from server.job_progress import within_ns
 from server.job_results import JSONL as LINES
 from server.job_results import OUTPUTS
@@ -113,10 +113,16 @@ class Intake:
     async def take(self, terms: Terms, body: AsyncIterator[bytes]) -> Job:
         """Raises ServeError; then nothing is left of it. One that is kept as the server stops goes on after that."""
         model = self._repository.get(terms.model, terms.version)
+        if terms.format == FILES and model.serving.preprocess is None:
+            raise invalid(
+                f"model {model.name} takes tensors, not files: send JSON lines, npz or safetensors, or give it "
+                f"`preprocess`, see docs/preprocessing.md"
+            )
         job_id, folder = self._jobs.new_folder()
         try:
             await receive(body, folder / LISTING, self._settings)
             form = FOLDER if terms.folder is not None else terms.format or _guess(folder / LISTING)
+            form = JSONL if form == FILES else form
             items = await self._prepare(folder, form, model, terms.folder)
             if not items:
                 raise invalid("there are no items in the inputs")
@@ -231,5 +237,8 @@ def _guess(path: Path) -> str:
     if begin[8:9] == b"{" and 0 in begin[:8]:
         return SAFETENSORS
     if _NO_TEXT.search(begin):
-        raise invalid("the inputs are no text, and neither npz nor safetensors: they cannot be used")
+        raise invalid(
+            "the inputs are no text, and neither npz nor safetensors: they cannot be used; pictures and other files "
+            "are taken as a folder, arrays in .npy as an npz (numpy.savez)"
+        )
     return JSONL

@@ -2,78 +2,39 @@
 
 from __future__ import annotations
 
-import base64
 import http.client
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlsplit
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from server.jobs_sending import CHUNK, FAILED, USAGE, CommandError, Wish, body_of, check_out
 from server.plan_command import complain
 
 T = TypeVar("T")
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+INTERRUPTED = 130
 TIMEOUT_S = 60.0
 LOOK_EVERY_S = 0.5
 # A daemon that is started anew loads its models first.
 PATIENCE_S = 300.0
-CHUNK = 1 << 20
 UNBROKEN = 400  # columns of what goes to a file or a pipe
-# Of a file that is called so; others are told by how they begin.
-FORMATS = {".jsonl": "jsonl", ".npz": "npz", ".safetensors": "safetensors"}
+ERRORS_SHOWN = 3
 ENDED = ("done", "cancelled", "stopped")
-
-
-class CommandError(Exception):
-    """What to tell, and the exit code."""
-
-    def __init__(self, message: str, code: int = FAILED) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class AwayError(CommandError):
     """The daemon does not answer, or not yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """A job, as the command line asks for it."""
-
-    model: str
-    inputs: Path | None
-    deadline: str | None
-    server_folder: str | None
-    output: str
-    max_errors: int | None
-    name: str
-    strict: bool
-
-    def query(self) -> str:
-        model, _, version = self.model.partition("/")
-        asked = {
-            "model": model,
-            "version": version or None,
-            "format": FORMATS.get(self.inputs.suffix.lower()) if self.inputs is not None else None,
-            "deadline": self.deadline,
-            "folder": self.server_folder,
-            "output": self.output,
-            "max_errors": self.max_errors,
-            "name": self.name or None,
-            "strict": "true" if self.strict else None,
-        }
-        return urlencode({name: value for name, value in asked.items() if value is not None})
 
 
 class Client:
@@ -159,48 +120,20 @@ def told(act: Any) -> int:
 
 def submit(client: Client, wish: Wish, *, wait: bool, out: Path | None, as_json: bool) -> int:
     def act() -> int:
-        with _body(wish) as body:
-            job = client.ask("POST", f"/v2/jobs?{wish.query()}", body)
-        if as_json:
+        query = wish.query(out)
+        check_out(out)
+        with body_of(wish) as body:
+            job = client.ask("POST", f"/v2/jobs?{query}", body)
+        if as_json and not wait:
             print(json.dumps(job))
         else:
-            _say(f"job {job['id']}: {job['items']} items for {job['model']}")
+            ends = f"; ends {_ends(job)}" if "ends_in_s" in job else ""
+            _say(f"job {job['id']}: {job['items']} items for {job['model']}{ends}")
             if "warning" in job:
                 _say(f"[yellow]{job['warning']}[/]")
-        return _watch(client, job["id"], out) if wait else 0
+        return _watch(client, job["id"], out, as_json=as_json) if wait else 0
 
     return told(act)
-
-
-@contextmanager
-def _body(wish: Wish) -> Iterator[Any]:
-    """What is sent."""
-    if (wish.inputs is None) == (wish.server_folder is None):
-        raise CommandError("give inputs, or a --server-folder", USAGE)
-    if wish.inputs is None:
-        yield None
-    elif str(wish.inputs) == "-":
-        yield iter(lambda: sys.stdin.buffer.read(CHUNK), b"")
-    elif wish.inputs.is_dir():
-        yield _folder(wish.inputs)
-    else:
-        try:
-            file = wish.inputs.open("rb")
-        except OSError as error:
-            raise CommandError(f"{wish.inputs} cannot be read: {error.strerror}", USAGE) from error
-        with file:
-            yield file
-
-
-def _folder(folder: Path) -> Iterator[bytes]:
-    """Its files, by name, as JSON lines; what cannot be read becomes an item with that error."""
-    for path in sorted(each for each in folder.rglob("*") if not each.is_dir()):
-        name = os.fsencode(path.relative_to(folder)).decode(errors="replace")  # in JSON it must be UTF-8
-        try:
-            item = {"bytes": base64.b64encode(path.read_bytes()).decode()}
-        except OSError as error:
-            item = {"unreadable": f"{name} cannot be read: {error.strerror}"}
-        yield json.dumps({"name": name, **item}).encode() + b"\n"
 
 
 def show_all(client: Client, *, as_json: bool) -> int:
@@ -268,14 +201,15 @@ def show(client: Client, job: str, *, as_json: bool) -> int:
 
 def wait(client: Client, job: str, out: Path | None) -> int:
     def act() -> int:
+        check_out(out)
         path = _patiently(lambda: client.path(job), Console(stderr=True))
         return _watch(client, path.rsplit("/", 1)[1], out)
 
     return told(act)
 
 
-def _watch(client: Client, job: str, out: Path | None) -> int:
-    """0 once it is done, with its results in `out`; 1 where it ends otherwise."""
+def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False) -> int:
+    """0 once it is done, with its results in `out`; 1 where it ends otherwise. `as_json`: how it ended, to stdout."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(job, total=None, note="")
@@ -285,13 +219,22 @@ def _watch(client: Client, job: str, out: Path | None) -> int:
             if found["state"] in ENDED:
                 break
             time.sleep(LOOK_EVERY_S)
+    if as_json:
+        print(json.dumps(found))
     if found["state"] != "done":
         raise CommandError(f"job {job} is {found['state']}: {found.get('reason', '')}".rstrip(": "))
     if found["errors"]:
-        _say(f"[yellow]{found['errors']} items have errors[/]")
+        _tell_errors(found)
     if out is not None:
         _patiently(lambda: _save(client, f"/v2/jobs/{job}", out), Console(stderr=True))
     return 0
+
+
+def _tell_errors(job: dict[str, Any]) -> None:
+    first = job["first_errors"][:ERRORS_SHOWN]
+    _say(f"[yellow]{job['errors']} of {job['items']} items have errors[/]; migserve jobs show {job['id']} has more")
+    for each in first:
+        _say(escape(f"item {each['item']}: {each['error']}"))
 
 
 def _patiently(act: Callable[[], T], console: Console) -> T:
@@ -351,7 +294,8 @@ def _save(client: Client, path: str, out: Path) -> None:
             client.copy(f"{path}/results", file)
         unfinished.replace(out)
     except OSError as error:
-        raise CommandError(f"{out} cannot be written: {error}") from error
+        again = f"migserve jobs results {path.rsplit('/', 1)[1]} --out FILE still gets the results"
+        raise CommandError(f"{out} cannot be written: {error}; {again}") from error
     _say(f"results in {out}")
 
 

@@ -36,21 +36,26 @@ def submit(
     server_folder: Annotated[
         str | None, typer.Option(help="Instead of inputs: a folder below the daemon's --jobs-input-dir.")
     ] = None,
-    output: Annotated[str, typer.Option(help="`jsonl`, `npz` or `safetensors`.")] = "jsonl",
+    output: Annotated[
+        str | None, typer.Option(help="`jsonl`, `npz` or `safetensors`; by default as **--out** is called, or jsonl.")
+    ] = None,
     max_errors: Annotated[
         int | None, typer.Option(min=0, help="More stop the job; by default a tenth of the items, at least 10.")
     ] = None,
     name: Annotated[str, typer.Option(help="For you to know it by.")] = "",
     strict: Annotated[bool, typer.Option("--strict", help="Refuse it if it cannot end by its deadline.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Show its progress until it has ended.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Show its progress until it has ended; **--json** then prints how it ended.")
+    ] = False,
     out: _OutOfWait = None,
     url: _Url = URL,
     json: _Json = False,
 ) -> None:
     """Send inputs, and have them computed by a deadline. The daemon keeps them: it goes on after a restart."""
     from server import jobs_command as do
+    from server.jobs_sending import Wish
 
-    wish = do.Wish(model, inputs, deadline, server_folder, output, max_errors, name, strict)
+    wish = Wish(model, inputs, deadline, server_folder, output, max_errors, name, strict)
     raise typer.Exit(do.submit(do.Client(url), wish, wait=wait or out is not None, out=out, as_json=json))
 
 

@@ -20,7 +20,7 @@ from preprocess.pipeline import PipelineFile
 from preprocess.steps import ImageSteps, TextSteps
 from scheduler.lengths import Lengths
 from scheduler.tensors import Signature, TensorSpec
-from server import job_inputs, job_tensors, jobs_command
+from server import job_inputs, job_tensors, jobs_command, jobs_sending
 from server.errors import ServeError
 from server.job_inputs import BadItemError, LineReader, element_of, parse_line, tensors_of
 from server.job_intake import read_terms
@@ -201,7 +201,7 @@ def test_a_file_whose_name_is_not_utf_8_costs_itself_only(tmp_path: Path) -> Non
     assert element_of(first, PICTURE, root) == b"x"
     with pytest.raises(BadItemError, match="its name is not UTF-8"):
         element_of(second, PICTURE, root)
-    sent = [element_of(parse_line(line), PICTURE, None) for line in jobs_command._folder(root)]
+    sent = [element_of(parse_line(line), PICTURE, None) for line in jobs_sending.folder_lines(root)]
     assert sent == [b"x", b"x"]
 
 

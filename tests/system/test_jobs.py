@@ -230,6 +230,29 @@ def test_the_life_of_a_job(tmp_path: Path) -> None:
         rubbish = tmp_path / "rubbish.npz"
         rubbish.write_text("rubbish")
         assert "the npz file cannot be read" in command("submit", "slow", str(rubbish)).stderr
+        out = tmp_path / "called_so.npz"
+        assert command("submit", "slow", str(array), "--out", str(out)).exit_code == 0
+        with np.load(out) as arrays:
+            assert arrays["y"].tolist() == [[16.0]] * 4
+        told = command("submit", "slow", str(array), "--out", str(out), "--output", "jsonl")
+        assert (told.exit_code, "as if it were npz" in told.stderr) == (2, True)
+        there = len(ask(daemon, "GET", JOBS)["jobs"])
+        told = command("submit", "slow", str(array), "--out", str(tmp_path / "none" / "y.npz"))
+        assert (told.exit_code, "there is no folder" in told.stderr) == (2, True)
+        told = command("submit", "slow", str(tmp_path / "models"))
+        assert (told.exit_code, "takes tensors, not files" in told.stderr) == (1, True)
+        assert len(ask(daemon, "GET", JOBS)["jobs"]) == there, "neither was sent"
+        lines = tmp_path / "x.jsonl"
+        lines.write_bytes(body.split(b"\n")[0] + b"\n[1][2]\n")
+        told = command("submit", "slow", str(lines), "--wait", "--json")
+        found = json.loads(told.stdout)
+        assert (told.exit_code, found["state"], found["done"], found["errors"]) == (0, "done", 2, 1)
+        assert "item 1: the line is not JSON" in told.stderr
+        assert "--data-binary" in found["first_errors"][0]["error"]
+        told = command("submit", "slow", str(array), "--deadline", "0.01s")
+        assert "it cannot end by its deadline" in told.stderr
+        array.with_suffix(".npy").write_bytes(b"\x93NUMPY\1\0")
+        assert "numpy.savez" in command("submit", "slow", str(array.with_suffix(".npy"))).stderr
         assert job in command("list").stdout
         assert "state        done" in command("show", job[:6]).stdout
         assert command("results", job).stdout.splitlines() == [json.dumps(row, separators=(",", ":")) for row in right]

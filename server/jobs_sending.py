@@ -1,0 +1,112 @@
+"""What `migserve jobs submit` sends, and whether its results could be written."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+FAILED, USAGE = 1, 2
+CHUNK = 1 << 20
+# Of a file that is called so; others are told by how they begin.
+FORMATS = {".jsonl": "jsonl", ".npz": "npz", ".safetensors": "safetensors"}
+
+
+class CommandError(Exception):
+    """What to tell, and the exit code."""
+
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A job, as the command line asks for it."""
+
+    model: str
+    inputs: Path | None
+    deadline: str | None
+    server_folder: str | None
+    output: str | None
+    max_errors: int | None
+    name: str
+    strict: bool
+
+    def query(self, out: Path | None = None) -> str:
+        """The results are of the form that `out` is called by. Raises CommandError."""
+        model, _, version = self.model.partition("/")
+        asked = {
+            "model": model,
+            "version": version or None,
+            "format": self._format(),
+            "deadline": self.deadline,
+            "folder": self.server_folder,
+            "output": self._output(out),
+            "max_errors": self.max_errors,
+            "name": self.name or None,
+            "strict": "true" if self.strict else None,
+        }
+        return urlencode({name: value for name, value in asked.items() if value is not None})
+
+    def _format(self) -> str | None:
+        if self.inputs is None:
+            return None
+        return "files" if self.inputs.is_dir() else FORMATS.get(self.inputs.suffix.lower())
+
+    def _output(self, out: Path | None) -> str | None:
+        called = FORMATS.get(out.suffix.lower()) if out is not None else None
+        if called and self.output and called != self.output:
+            raise CommandError(f"{out} is called as if it were {called}, and --output says {self.output}", USAGE)
+        return self.output or called
+
+
+def check_out(out: Path | None) -> None:
+    """Before anything is sent. Raises CommandError."""
+    if out is None:
+        return
+    folder = out.absolute().parent
+    if out.is_dir():
+        raise CommandError(f"{out} is a folder, not a file for the results", USAGE)
+    if not folder.is_dir():
+        raise CommandError(f"{out} cannot be written: there is no folder {folder}", USAGE)
+    if not os.access(folder, os.W_OK):
+        raise CommandError(f"{out} cannot be written: nothing may be written in {folder}", USAGE)
+
+
+@contextmanager
+def body_of(wish: Wish) -> Iterator[Any]:
+    """What is sent."""
+    if (wish.inputs is None) == (wish.server_folder is None):
+        raise CommandError("give inputs, or a --server-folder", USAGE)
+    if wish.inputs is None:
+        yield None
+    elif str(wish.inputs) == "-":
+        yield iter(lambda: sys.stdin.buffer.read(CHUNK), b"")
+    elif wish.inputs.is_dir():
+        yield folder_lines(wish.inputs)
+    else:
+        try:
+            file = wish.inputs.open("rb")
+        except OSError as error:
+            raise CommandError(f"{wish.inputs} cannot be read: {error.strerror}", USAGE) from error
+        with file:
+            yield file
+
+
+def folder_lines(folder: Path) -> Iterator[bytes]:
+    """Its files, by name, as JSON lines; what cannot be read becomes an item with that error."""
+    for path in sorted(each for each in folder.rglob("*") if not each.is_dir()):
+        name = os.fsencode(path.relative_to(folder)).decode(errors="replace")  # in JSON it must be UTF-8
+        try:
+            item = {"bytes": base64.b64encode(path.read_bytes()).decode()}
+        except OSError as error:
+            item = {"unreadable": f"{name} cannot be read: {error.strerror}"}
+        yield json.dumps({"name": name, **item}).encode() + b"\n"
