@@ -24,7 +24,7 @@ from server.errors import Fault, ServeError
 from server.job_inputs import LISTING, TENSORS, LineReader, Reader
 from server.job_pace import Casualties
 from server.job_preparing import JobPreparer
-from server.job_progress import demands, progress, within_ns
+from server.job_progress import INTERNAL_ERROR, demands, progress, within_ns
 from server.job_run import JobRun, Shared
 from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger, kept_or_refused
 from server.job_supply import Supply, usable_model
@@ -247,24 +247,24 @@ class Jobs:
         return self._changing.setdefault(job_id, asyncio.Lock())
 
     async def _begin(self, job: Job) -> None:
-        """Runs it, or pauses it where that cannot be now."""
+        """Runs it, or pauses it where that cannot be now; what nobody has thought of stops this job and no other."""
         try:
-            model = self._usable_model(job)
-            ledger, reader = await self._in_thread(self._open, job, model)
+            await self._begun(job)
         except ServeError as error:
             job.state, job.reason = JobState.PAUSED, error.message
-            return
         except (OSError, DiskFullError, sqlite3.Error) as error:
             job.state, job.reason = JobState.PAUSED, f"the disk: {error}"
-            return
+        except Exception:
+            log.exception("a job cannot begin", job=job.id)
+            job.state, job.reason = JobState.STOPPED, INTERNAL_ERROR
+
+    async def _begun(self, job: Job) -> None:
+        model = self._usable_model(job)
+        ledger, reader = await self._in_thread(self._open, job, model)
         job.state, job.reason = JobState.RUNNING, ""
         run = JobRun(job, ledger, reader, lambda: self._usable_model(job), self._shared, self._changed)
         self._runs[job.id] = run
-        try:
-            await run.start()
-        except (OSError, sqlite3.Error) as error:
-            job.state, job.reason = JobState.PAUSED, f"the disk: {error}"
-            self._changed(run)
+        await run.start()
         self._again.set()
 
     def _open(self, job: Job, model: Model) -> tuple[Ledger, Reader]:
