@@ -166,7 +166,9 @@ class PreprocessPool:
         with self._starting:
             target = self._target(pipeline)
             if target not in self._runners:
-                self._runners[target] = self._new_runner(target, loop)
+                runner = self._runners[target] = self._new_runner(target, loop)
+                if self._closed:  # meanwhile, and close() may not have seen it
+                    runner.close()
 
     def _new_runner(self, target: Target, loop: asyncio.AbstractEventLoop) -> Runner:
         if self._isolated:
