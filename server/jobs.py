@@ -103,8 +103,8 @@ class Jobs:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for run in list(self._runs.values()):
-            await run.stop()
+        # Side by side: one that is long at it, for it writes its results, keeps no other from putting down what it has.
+        await asyncio.gather(*(run.stop() for run in self._runs.values()))
         self._runs.clear()
         self._threads.shutdown()
         if self._store is not None:

@@ -571,6 +571,20 @@ def test_resumed_as_soon_as_it_shows_as_stopped_it_runs_once(tmp_path: Path) -> 
     on(tmp_path, story)
 
 
+def test_a_job_that_is_slow_to_stop_keeps_no_other_from_it(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        slow, quick = await told.submit(*range(8)), await told.submit(*range(8))
+        writes = threading.Event()
+        told.jobs._runs[slow.id].in_thread(writes.wait)
+        stopping = asyncio.create_task(told.jobs.stop())
+        await until(lambda: not threads_of(quick))
+        assert threads_of(slow)
+        writes.set()
+        await stopping
+
+    on(tmp_path, story)
+
+
 def test_removed_as_soon_as_it_shows_as_ended_it_is_gone_for_good(tmp_path: Path) -> None:
     async def story(told: Story) -> None:
         job = await stopped(told)
