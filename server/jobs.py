@@ -154,14 +154,17 @@ class Jobs:
             folder.mkdir(mode=0o700)
         return job_id, folder
 
-    def forecast(self, job: Job) -> Holding:
-        """What would become of a job that is not there yet, beside those that are."""
+    async def forecast(self, job: Job) -> Holding:
+        """What would become of a job that is not there yet, beside those that are. Raises ServeError."""
+        if self._stopping:
+            raise ServeError(Fault.UNAVAILABLE, "the server is stopping")
         works, places = self._works()
         model = self._repository.get(job.asked.model, job.asked.version)
         left: dict[Any, float] = {(): float(job.asked.items)}
         works = [*works, Work(job.id, left, within_ns(job))]
         places = {**places, job.id: self._supply.places(model, left, {})}
-        return decide(works, places, {})[job.id]
+        holdings: dict[str, Holding] = await self._in_thread(decide, works, places, {})
+        return holdings[job.id]
 
     async def add(self, job: Job) -> None:
         """Takes on a job whose inputs are in its folder. Raises ServeError."""
@@ -308,8 +311,9 @@ class Jobs:
                 async with self._lock(job_id):
                     await self._look_at(self.get(job_id))
         works, places = self._works()
-        self._elastic.decide(works, places)
-        for job_id in self._elastic.holdings:
+        # In a thread: with a job that is late, and has several length buckets, it takes a tenth of a second.
+        self._elastic.hold(await self._in_thread(decide, works, places, self._elastic.held_now()))
+        for job_id in self._elastic.holdings.keys() & self._runs.keys():  # others have gone meanwhile
             self._tell_infeasible(job_id)
         for run in self._runs.values():
             run.feed()
