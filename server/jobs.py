@@ -360,9 +360,11 @@ class Jobs:
             return
         run = self._runs.pop(job.id, None)
         if run is not None:
-            if job.errors:
-                job.first_errors = await run.first_errors(ERRORS_SHOWN)
-            await run.stop()
+            try:
+                if job.errors:
+                    job.first_errors = await run.first_errors(ERRORS_SHOWN)
+            finally:  # nobody else knows of it any more
+                await run.stop()
         ended_s = time.time()
         await self._in_thread(self.store.save, msgspec.structs.replace(job, ended_s=ended_s))
         job.ended_s = ended_s  # not before: it is tried again where there was no room

@@ -571,6 +571,19 @@ def test_resumed_as_soon_as_it_shows_as_stopped_it_runs_once(tmp_path: Path) -> 
     on(tmp_path, story)
 
 
+def test_a_job_whose_ledger_cannot_be_read_any_more_is_let_go_of_all_the_same(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit("a", 1)
+        await until(lambda: job.errors == 1)
+        told.jobs._runs[job.id].ledger.close()
+        with pytest.raises(ServeError, match="cannot be written"):
+            await told.jobs.cancel(job.id)
+        await until(lambda: not threads_of(job))
+        await until(lambda: job.ended_s is not None)
+
+    on(tmp_path, story)
+
+
 def test_a_job_that_is_slow_to_stop_keeps_no_other_from_it(tmp_path: Path) -> None:
     async def story(told: Story) -> None:
         slow, quick = await told.submit(*range(8)), await told.submit(*range(8))
