@@ -133,7 +133,7 @@ class Intake:
                 terms.name,
             )
             job = Job(job_id, asked, time.time())
-            self._check_deadline(job, strict=terms.strict)
+            await self._check_deadline(job, strict=terms.strict)
             await self._jobs.add(job)
         except BaseException:
             if all(kept.id != job_id for kept in self._jobs.all()):
@@ -141,8 +141,8 @@ class Intake:
             raise
         return job
 
-    def _check_deadline(self, job: Job, *, strict: bool) -> None:
-        holding = self._jobs.forecast(job)
+    async def _check_deadline(self, job: Job, *, strict: bool) -> None:
+        holding = await self._jobs.forecast(job)
         if holding.feasible or not strict:
             return
         earliest = "no slice serves it now"

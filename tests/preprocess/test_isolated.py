@@ -309,3 +309,25 @@ def test_what_is_being_started_on_a_device_that_must_be_left_leaves_it() -> None
             assert pool.pids("MIG-a") == []
 
     asyncio.run(story())
+
+
+def test_a_pool_that_is_closed_while_its_processes_start_leaves_none() -> None:
+    begun, closed = threading.Event(), threading.Event()
+    started: list[BaseProcess] = []
+
+    def start(*arguments: Any) -> BaseProcess:
+        begun.set()
+        closed.wait()
+        started.append(spawn.start_other(*arguments))
+        return started[-1]
+
+    async def story() -> None:
+        pool = PreprocessPool(1, isolated=True, start=start)
+        preparing = asyncio.create_task(pool.prepare(PICTURES))
+        await asyncio.to_thread(begun.wait)
+        pool.close()
+        closed.set()
+        await preparing
+
+    asyncio.run(story())
+    assert [each.is_alive() for each in started] == [False]
