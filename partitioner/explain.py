@@ -62,7 +62,7 @@ def optimal(setting: Setting, found: Found, before: Found | None) -> tuple[str, 
             f"{_gpus(len(found.gpus) - 1)} would not do: only {before.headroom:.1%} of the rates, at best, "
             f"with batches within {before.slo_share:.0%} of the SLO."
         )
-    lines += [_binding(setting, found), *_shared(setting, found), *_rejected(setting, found)]
+    lines += [_binding(setting, found), *_shared(setting, found), *_compared(setting, found)]
     return tuple(lines)
 
 
@@ -156,7 +156,7 @@ def _shared(setting: Setting, found: Found) -> list[str]:
     return lines
 
 
-def _rejected(setting: Setting, found: Found) -> list[str]:
+def _compared(setting: Setting, found: Found) -> list[str]:
     """What simpler layouts would take, with batches within the same share of the SLO."""
     possible = setting.capacities(found.slo_share)
     models = {each.model for each in possible.classes}
@@ -172,7 +172,7 @@ def _rejected(setting: Setting, found: Found) -> list[str]:
         per_gpu = setting.gpu.compute_slices // gpcs
         options[name] = math.ceil(sum(whole) / per_gpu) if math.inf not in whole else math.inf
     parts = [f"{name} {_gpus(round(count)) if count < math.inf else 'never'}" for name, count in options.items()]
-    return [f"Rejected, without any allowance for bursts: {', '.join(parts)}."]
+    return [f"For comparison, without any allowance for bursts: {', '.join(parts)}."]
 
 
 def _slices_needed(possible: Capacities, model: str, gpcs: int) -> float:

@@ -7,6 +7,7 @@ that dies, or that takes too long, is started anew, and its element tried once m
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -14,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import numpy as np
 import structlog
@@ -23,7 +23,7 @@ from preprocess.copying import by_size
 from preprocess.errors import BadInputError, ClosedError
 from preprocess.items import Item
 from preprocess.pipeline import PipelineError
-from preprocess.places import array
+from preprocess.places import NUMPY, array
 from preprocess.process import ELEMENT_BYTES, Arena, DiedError, Made, Process, Span, Start
 from preprocess.tasks import Outcome, StoppedError, Task
 
@@ -38,7 +38,9 @@ CLOSED = "its decoders were ended"
 
 
 class _Worker:
-    """One of the processes, and what it is doing. `lost`: it is dead."""
+    """One of the processes, and what it is doing. `sent`: it knows of its task. `slow`: it was killed for that.
+    `lost`: it is dead.
+    """
 
     def __init__(self, index: int, process: Process) -> None:
         self.index = index
@@ -46,7 +48,7 @@ class _Worker:
         self.task: Task | None = None
         self.begun_ns = 0
         self.timer: asyncio.TimerHandle | None = None
-        self.lost = False
+        self.sent = self.slow = self.lost = False
 
 
 class Isolated:
@@ -129,7 +131,7 @@ class Isolated:
                 _end(task, StoppedError())
 
     def _give(self, worker: _Worker, task: Task) -> None:
-        worker.task = task
+        worker.task, worker.sent = task, False
         worker.begun_ns = time.perf_counter_ns()
         put = partial(worker.process.put, task.data)
         by_size(self._loop, self._executor, len(task.data), put, partial(self._send, worker, task))
@@ -137,9 +139,10 @@ class Isolated:
     def _send(self, worker: _Worker, task: Task, *_: object) -> None:
         if worker.lost:
             return
-        worker.timer = self._loop.call_later(ELEMENT_TIMEOUT_S, worker.process.kill)
+        worker.timer = self._loop.call_later(ELEMENT_TIMEOUT_S, _kill, worker)
         with suppress(OSError):  # it has died, which the loop is about to hear
             worker.process.send(task.pipeline, len(task.data), self._span(task))
+            worker.sent = True
 
     def _span(self, task: Task) -> Span | None:
         if self._arena is None or task.places is None or task.pipeline.image is None:
@@ -155,15 +158,17 @@ class Isolated:
             self._lose(worker)
             return
         task, worker.task = worker.task, None
-        assert task is not None  # it says nothing of its own accord
+        if task is None:
+            worker.process.kill()  # what says something of its own accord does not do what it should
+            return
         if worker.timer is not None:
             worker.timer.cancel()
         if made.error is not None or self._span(task) is not None:
             self._finish(worker, task, made, None, made.error)
             return
-        values = worker.process.values(made, task.pipeline.steps.dtype)
-        take = partial(_taken, task, made, values)
-        by_size(self._loop, self._executor, values.nbytes, take, partial(self._finish, worker, task, made))
+        nbytes = math.prod(made.shape) * np.dtype(NUMPY[task.pipeline.steps.dtype]).itemsize
+        take = partial(_taken, task, made, worker.process)
+        by_size(self._loop, self._executor, nbytes, take, partial(self._finish, worker, task, made))
 
     def _finish(self, worker: _Worker, task: Task, made: Made, item: Item | None, error: BaseException | None) -> None:
         outcome = Outcome(worker.begun_ns, time.perf_counter_ns(), item, error, made.stages_ns)
@@ -174,7 +179,7 @@ class Isolated:
 
     # ---- processes ----
 
-    def _started(self, index: int) -> Process:
+    def _started(self, index: int, instead_of: str = "") -> Process:
         """In a thread. Raises OSError; ClosedError if all have been ended."""
         with self._changing:
             if self._closed:
@@ -182,7 +187,7 @@ class Isolated:
             decoder, start, arena = self._arguments
             environment = self._environments[index % len(self._environments)]
             process = self._processes[index] = Process(decoder, environment, start, arena)
-        log.info("preprocessing process started", pid=process.pid)
+        log.info("preprocessing process started", pid=process.pid, instead_of=instead_of)
         return process
 
     def _attend_all(self) -> None:
@@ -207,12 +212,19 @@ class Isolated:
         if self._closed:
             self._fail(worker, ClosedError(CLOSED))
             return
+        log.warning("a preprocessing process died", pid=worker.process.pid)
         early_s = worker.process.started_s + RESTART_S - time.monotonic()
-        if worker.task is not None:
+        if worker.task is not None and not worker.sent:
+            self._waiting.appendleft(worker.task)
+            worker.task = None
+            self._hand_out()
+        elif worker.task is not None:
             early_s = 0.0
             worker.task.deaths += 1
-            if worker.task.deaths == MOST_DEATHS:
-                _end(worker.task, BadInputError(f"its decoder died of it {MOST_DEATHS} times"))
+            why = f"its decoder died of it {MOST_DEATHS} times" if worker.task.deaths == MOST_DEATHS else ""
+            why = f"it took more than {ELEMENT_TIMEOUT_S:g} s" if worker.slow else why
+            if why:
+                _end(worker.task, BadInputError(why))
                 worker.task = None
         self._loop.call_later(max(0.0, early_s), self._replace, worker)
 
@@ -226,8 +238,7 @@ class Isolated:
     def _replacement(self, worker: _Worker) -> Process:
         """In a thread. Raises DiedError, PipelineError, OSError, ClosedError."""
         how = worker.process.end()
-        log.warning("a preprocessing process died", pid=worker.process.pid, how=how)
-        process = self._started(worker.index)
+        process = self._started(worker.index, f"{worker.process.pid}, {how}")
         try:
             process.wait_until_ready()
         except Exception:
@@ -247,17 +258,22 @@ class Isolated:
             self._attend(_Worker(worker.index, starting.result()))
 
     def _fail(self, worker: _Worker, error: BaseException) -> None:
-        """None can be started in its place, or is to be."""
-        task, worker.task = worker.task, None
-        ended = [] if task is None else [task]
+        """None can be started in its place, or is to be. Its task is for the others, while there are any."""
+        if worker.task is not None:
+            self._waiting.appendleft(worker.task)
+            worker.task = None
         if self._closed or all(each.lost for each in self._workers.values()):
-            ended += self._waiting
-            self._waiting.clear()
-        for each in ended:
-            _end(each, error)
+            while self._waiting:
+                _end(self._waiting.popleft(), error)
+        self._hand_out()
         if not self._closed:
             log.error("a preprocessing process does not start", reason=str(error))
             self._loop.call_later(RESTART_S, self._replace, worker)
+
+
+def _kill(worker: _Worker) -> None:
+    worker.slow = True
+    worker.process.kill()
 
 
 def _end(task: Task, error: BaseException) -> None:
@@ -265,8 +281,9 @@ def _end(task: Task, error: BaseException) -> None:
     task.done(task, Outcome(now_ns, now_ns, error=error))
 
 
-def _taken(task: Task, made: Made, values: np.ndarray[Any, Any]) -> Item | None:
+def _taken(task: Task, made: Made, process: Process) -> Item | None:
     """Out of the memory of both: into memory of its own, or to its place."""
+    values = process.values(made, task.pipeline.steps.dtype)
     if task.places is None:
         return Item(values.copy(), made.length)
     pipeline = task.pipeline

@@ -1,7 +1,7 @@
-"""Preprocessing off the event loop: a pool of threads, a bounded queue before it, a job a request.
+"""Preprocessing off the event loop: processes or threads do it, a job a request, and not more jobs than may wait.
 
-The elements of one request are shared out over the threads that are free. Threads suffice: decoders release the GIL.
-What each took is measured, and from that is told in advance how long another one will take.
+The elements of one request are shared out over those that are free (`isolated.py`, `threads.py`). What each took is
+measured, and from that is told in advance how long another one will take.
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ class PreprocessPool:
         with self._starting:
             target = self._target(pipeline)
             if target not in self._runners:
-                self._runners[target] = self._new_runner(target, loop)
+                runner = self._runners[target] = self._new_runner(target, loop)
+                if self._closed:  # meanwhile, and close() may not have seen it
+                    runner.close()
 
     def _new_runner(self, target: Target, loop: asyncio.AbstractEventLoop) -> Runner:
         if self._isolated:

@@ -16,12 +16,13 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
 
 from preprocess import stages
@@ -34,9 +35,9 @@ from preprocess.places import array
 ELEMENT_BYTES = 64 << 20
 RESULT_BYTES = 1 << 30
 START_TIMEOUT_S = 120.0
-# Of a message: a pipeline is the longest, and a traceback, which is cut.
+# Of a message: a pipeline is the longest. What is said of an element, a traceback perhaps, is cut.
 MESSAGE_BYTES = 1 << 17
-TRACEBACK_CHARS = 4000
+MOST_CHARS = 4000
 
 
 class DiedError(RuntimeError):
@@ -44,6 +45,7 @@ class DiedError(RuntimeError):
 
 
 Start = Callable[..., BaseProcess]
+Said = TypeVar("Said")
 
 
 def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
@@ -105,7 +107,7 @@ class Made(NamedTuple):
     failed: str
     shape: tuple[int, ...]
     length: int
-    stages_ns: Mapping[str, int]
+    stages_ns: dict[str, int]
 
     @property
     def error(self) -> Exception | None:
@@ -114,25 +116,29 @@ class Made(NamedTuple):
         return RuntimeError(self.failed) if self.failed else None
 
 
+# Not pickled, as what goes to it is: hostile bytes may have taken the process over.
+_encode = msgspec.msgpack.Encoder().encode
+_decode_first_words = msgspec.msgpack.Decoder(str).decode
+_decode_made = msgspec.msgpack.Decoder(Made).decode
+
+
 class Process:
     """The daemon's hold on one: `put` an element, `send` for it to be done, `receive` what became of it."""
 
     def __init__(self, decoder: str, environment: Mapping[str, str], start: Start, arena: Arena | None) -> None:
         """Raises OSError."""
         self.started_s = time.monotonic()
-        file = os.memfd_create("preprocess", os.MFD_CLOEXEC)
-        os.truncate(file, ELEMENT_BYTES + RESULT_BYTES)
-        self._memory = memoryview(mmap.mmap(file, ELEMENT_BYTES + RESULT_BYTES))
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         shared = None if arena is None else _Shared(arena.file)
-        try:
+        with ExitStack() as undone, ExitStack() as handed_over:
+            file = os.memfd_create("preprocess", os.MFD_CLOEXEC)
+            handed_over.callback(os.close, file)
+            os.truncate(file, ELEMENT_BYTES + RESULT_BYTES)
+            self._memory = memoryview(mmap.mmap(file, ELEMENT_BYTES + RESULT_BYTES))
+            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undone.enter_context(self._socket)
+            handed_over.enter_context(theirs)
             self._process = start(main, theirs, _Shared(file), shared, decoder, dict(environment))
-        except BaseException:
-            self._socket.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(file)
+            undone.pop_all()
         self._known: dict[PipelineFile, int] = {}  # those that the process knows by number
 
     def wait_until_ready(self) -> None:
@@ -141,7 +147,7 @@ class Process:
         ready.register(self._socket, select.POLLIN)
         if not ready.poll(1e3 * START_TIMEOUT_S):
             raise DiedError(f"it is not ready after {START_TIMEOUT_S:g} s")
-        if reason := self._received():
+        if reason := self._received(_decode_first_words):
             raise PipelineError(reason)
 
     @property
@@ -164,20 +170,20 @@ class Process:
         self._socket.send(pickle.dumps((nbytes, number, new, span)))
 
     def receive(self) -> Made:
-        """Once it is readable. Raises DiedError."""
-        return Made(*self._received())
+        """Once it is readable. Raises DiedError, also for what it should not say."""
+        return self._received(_decode_made)
 
-    def _received(self) -> Any:
+    def _received(self, decode: Callable[[bytes], Said]) -> Said:
         try:
             message = self._socket.recv(MESSAGE_BYTES)
-        except OSError as error:
+            if not message:
+                raise DiedError("it has died")
+            return decode(message)
+        except (OSError, msgspec.MsgspecError) as error:
             raise DiedError(str(error)) from error
-        if not message:
-            raise DiedError("it has died")
-        return pickle.loads(message)
 
     def values(self, made: Made, datatype: str) -> np.ndarray[Any, Any]:
-        """Of an item that has not gone to a span, in memory that the next `put` overwrites."""
+        """Of an item that has not gone to a span, in memory that the next `put` overwrites. Raises ValueError."""
         return array(self._memory[ELEMENT_BYTES:], datatype, made.shape)
 
     def kill(self) -> None:
@@ -203,7 +209,8 @@ def main(sock: socket.socket, memory_fd: int, arena_fd: int | None, decoder: str
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group: the daemon's, which ends this
         signal.signal(number, signal.SIG_IGN)
     # Whoever hands out pictures or computes with them is to run at once, and a picture to stay in its core's cache.
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with suppress(OSError):  # where it is forbidden
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.environ.update(environment)
     memory = memoryview(mmap.mmap(memory_fd, ELEMENT_BYTES + RESULT_BYTES))
     os.close(memory_fd)
@@ -217,10 +224,10 @@ def main(sock: socket.socket, memory_fd: int, arena_fd: int | None, decoder: str
         local = Local(decoder)
     except (PipelineError, ImportError) as error:
         advice = "; pip install 'migserve[torch]'" if isinstance(error, ImportError) else ""
-        sock.send(pickle.dumps(f"{error}{advice}"))
+        sock.send(_encode(f"{error}{advice}"))
         return
     with suppress(BrokenPipeError, ConnectionResetError):  # the daemon is gone
-        sock.send(pickle.dumps(""))
+        sock.send(_encode(""))
         _elements(sock, local, memory, arena)
 
 
@@ -232,19 +239,24 @@ def _elements(sock: socket.socket, local: Any, memory: memoryview, arena: memory
             pipelines[number] = new
         whole = memory[ELEMENT_BYTES:] if span is None else arena[span.offset : span.offset + span.nbytes]
         made = _element(local, pipelines[number], bytes(memory[:nbytes]), whole, span or Span(0, 0, 1, 0))
-        sock.send(pickle.dumps((*made, stages.take())))
+        sock.send(_encode(made))
 
 
-def _element(local: Any, pipeline: PipelineFile, data: bytes, result: memoryview, span: Span) -> Any:
-    """The beginning of a `Made`; the values are in `result`, a picture's by `span`."""
+def _element(local: Any, pipeline: PipelineFile, data: bytes, result: memoryview, span: Span) -> Made:
+    """Its values are in `result`, a picture's by `span`."""
+    wrong = failed = ""
+    shape: tuple[int, ...] = ()
+    length = 0
     try:
         if pipeline.image is None:
             item: Item = local.read_item(pipeline, data)
-            array(result, pipeline.steps.dtype, item.values.shape)[:] = item.values
-            return "", "", item.values.shape, item.length
-        local.write_item(pipeline, data, span.item, span.items, {pipeline.output: result})
-        return "", "", pipeline.steps.shape, 0
+            shape, length = item.values.shape, item.length
+            array(result, pipeline.steps.dtype, shape)[:] = item.values
+        else:
+            local.write_item(pipeline, data, span.item, span.items, {pipeline.output: result})
+            shape = pipeline.steps.shape
     except BadInputError as error:
-        return str(error), "", (), 0
+        wrong = str(error)[:MOST_CHARS]
     except Exception:  # our own fault: the daemon says so in its log
-        return "", traceback.format_exc()[-TRACEBACK_CHARS:], (), 0
+        failed = traceback.format_exc()[-MOST_CHARS:]
+    return Made(wrong, failed, shape, length, stages.take())

@@ -337,8 +337,15 @@ class Elastic:
 
     def decide(self, works: Sequence[Work], places: Mapping[str, Sequence[Place]]) -> None:
         """To be asked every second or so, and when jobs or slices come and go. Jobs that are not named hold nothing."""
-        held = {job: holding.planned.keys() for job, holding in self.holdings.items()}
-        self.holdings = decide(works, places, held)
+        self.hold(decide(works, places, self.held_now()))
+
+    def held_now(self) -> dict[str, Collection[int]]:
+        """Workers by job, as `decide` takes them."""
+        return {job: list(holding.planned) for job, holding in self.holdings.items()}
+
+    def hold(self, holdings: dict[str, Holding]) -> None:
+        """What `decide` gave."""
+        self.holdings = holdings
         self._open = {
             job: {worker_id: dict(planned) for worker_id, planned in holding.planned.items()}
             for job, holding in self.holdings.items()

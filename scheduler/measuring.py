@@ -152,15 +152,23 @@ class Measurer:
                 pipe.send(_Ask(batch, dims, effort))
         seconds = PATIENCE * effort.seconds + effort.warm_up_seconds + HANG_SECONDS
         answers = [self._hear(index, seconds) for index in range(self._count)]
-        if all(isinstance(answer, tuple) and isinstance(answer[0], Steady) for answer in answers):
+        bad = [answer for answer in answers if isinstance(answer, OutOfMemory | Failure)]
+        if not bad:
             found = _together([answer[0] for answer in answers], [answer[1] for answer in answers], self._device.kind)
             found = self._gauged(found)
-            for _, pipe in self._children:
-                pipe.send(None)
-            return found
+            bad = self._stopped(seconds)
+            if not bad:
+                return found
         self.close()
-        bad = [answer for answer in answers if isinstance(answer, OutOfMemory | Failure)]
         return next((answer for answer in bad if isinstance(answer, OutOfMemory)), bad[0])
+
+    def _stopped(self, seconds: float) -> list[OutOfMemory | Failure]:
+        """All of them, after this point; what went wrong with any since it was timed."""
+        for _, pipe in self._children:
+            with suppress(OSError):
+                pipe.send(None)
+        answers = [self._hear(index, seconds) for index in range(self._count)]
+        return [answer for answer in answers if answer is not None]
 
     def _gauged(self, found: Timed) -> Timed:
         """All processes go on with their batches meanwhile."""
@@ -260,7 +268,7 @@ def _answer(ask: _Ask, backend: Backend, source: ModelSource, device: Device, pi
         pipe.send((_timed(backend, inputs, ask.effort), backends.memory_mib(device.kind)))
         while not pipe.poll():
             backend.finish(backend.start(inputs))
-        pipe.recv()
+        pipe.send(pipe.recv())
     except Exception as error:
         if isinstance(error, EOFError | BrokenPipeError):
             raise

@@ -148,6 +148,8 @@ class LineReader:
                 item.parts, item.bucket = (element_of(value, self._pipeline, self._inputs_dir),), ENCODED
         except BadItemError as error:
             item.error = str(error)
+        except RecursionError:
+            item.error = "the line is nested too deeply"
         return item
 
     def _is_ready(self, value: object) -> bool:

@@ -127,7 +127,7 @@ def tensors_of_batch(model: Model, items: Sequence[Item]) -> list[Tensor]:
     dims = items[0].dims
     fits = not dims or dims[0] <= items[0].bucket[0]
     if not fits or any(item.dims != dims for item in items):
-        dims = (max(item.length for item in items),) * len(dims)
+        dims = (max(item.length or item.dims[0] for item in items),) * len(dims)
     count = (len(items),)
     tensors, taken = [], 0
     for index, spec in enumerate(model.signature.inputs):

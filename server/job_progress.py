@@ -11,6 +11,8 @@ from scheduler.elastic import FOREVER_NS, Holding
 from server.job_pace import Casualties, Pace
 from server.job_store import Job, JobState
 
+INTERNAL_ERROR = "an internal error; the server's log has the details"
+
 
 def now_s() -> float:
     return now_ns() / 1e9

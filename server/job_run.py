@@ -28,7 +28,7 @@ from server.errors import Fault, ServeError
 from server.job_inputs import ENCODED, Item, Reader
 from server.job_pace import Casualties, Factors, Pace
 from server.job_preparing import JobPreparer, grouped, tensors_of_batch
-from server.job_progress import now_s, too_many
+from server.job_progress import INTERNAL_ERROR, now_s, too_many
 from server.job_results import rows_of_all
 from server.job_store import DiskFullError, Job, JobState, Ledger
 from server.job_supply import Supply
@@ -127,7 +127,7 @@ class JobRun:
             self._ends(JobState.PAUSED, f"the disk: {error}")
         else:
             log.error("a job failed", job=self.job.id, exc_info=error)
-            self._ends(JobState.STOPPED, "an internal error; the server's log has the details")
+            self._ends(JobState.STOPPED, INTERNAL_ERROR)
         self._on_change(self)
 
     def _ends(self, state: JobState, reason: str) -> None:

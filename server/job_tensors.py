@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import lzma
 import math
 import os
 import shutil
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -80,7 +82,7 @@ def unpack_npz(path: Path, most_bytes: int) -> dict[str, RawTensor]:
                 found[name.removesuffix(".npy")] = tensor = RawTensor(out.name, 0, datatype, shape)
                 _check_bytes(tensor, name, out.stat().st_size)
     # RuntimeError: it is encrypted.
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError) as error:
         raise invalid(f"the npz file cannot be read: {error}") from None
     path.unlink()
     return found
@@ -97,7 +99,7 @@ def _npy_header(member: Any, name: str) -> tuple[str, tuple[int, ...]]:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(member)
-    except ValueError as error:
+    except (ValueError, tokenize.TokenError) as error:
         raise invalid(f"array {name[:100]} of the npz file cannot be read: {error}") from None
     if fortran or dtype.byteorder == ">" or dtype.name not in _OF_NUMPY:
         order = " in Fortran order" if fortran else ""
@@ -115,7 +117,7 @@ def read_safetensors(path: Path) -> dict[str, RawTensor]:
         try:
             raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
             entries = {name: _decode_entry(entry) for name, entry in raw.items() if name != "__metadata__"}
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise invalid(f"the safetensors file's header cannot be read: {error}") from None
     return {name: _safetensor(path, name, entry, 8 + length, size) for name, entry in entries.items()}
 
@@ -142,7 +144,7 @@ def check_tensors(found: dict[str, RawTensor], signature: Signature) -> tuple[li
     items = tensors[0].shape[0] if tensors[0].shape else 0
     for spec, tensor in zip(signature.inputs, tensors, strict=True):
         fits = len(tensor.shape) == 1 + len(spec.dims) and all(
-            want in (-1, size) for want, size in zip(spec.dims, tensor.shape[1:], strict=True)
+            want == size or (want == -1 and size > 0) for want, size in zip(spec.dims, tensor.shape[1:], strict=True)
         )
         if not fits or tensor.shape[0] != items or tensor.datatype != spec.datatype:
             raise invalid(

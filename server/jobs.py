@@ -25,7 +25,7 @@ from server.job_foresight import likely_left, open_reader
 from server.job_inputs import Reader
 from server.job_pace import Casualties
 from server.job_preparing import JobPreparer
-from server.job_progress import demands, progress, within_ns
+from server.job_progress import INTERNAL_ERROR, demands, progress, within_ns
 from server.job_run import JobRun, Shared
 from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger, Position, kept_or_refused
 from server.job_supply import Supply, usable_model
@@ -104,8 +104,8 @@ class Jobs:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for run in list(self._runs.values()):
-            await run.stop()
+        # Side by side: one that is long at it, for it writes its results, keeps no other from putting down what it has.
+        await asyncio.gather(*(run.stop() for run in self._runs.values()))
         self._runs.clear()
         self._threads.shutdown()
         if self._store is not None:
@@ -167,7 +167,10 @@ class Jobs:
         known = {bucket: factor for factors in alike for bucket, factor in factors.items()}
         works = [*works, Work(job.id, left, within_ns(job))]
         places = {**places, job.id: self._supply.places(model, left, known)}
-        return decide(works, places, {})[job.id]
+        if self._stopping:  # as it was looked at
+            raise ServeError(Fault.UNAVAILABLE, "the server is stopping")
+        holdings: dict[str, Holding] = await self._in_thread(decide, works, places, {})
+        return holdings[job.id]
 
     async def add(self, job: Job, foreseen: Holding | None = None) -> None:
         """Takes on a job whose inputs are in its folder; `foreseen` until it is decided on. Raises ServeError."""
@@ -256,24 +259,24 @@ class Jobs:
         return self._changing.setdefault(job_id, asyncio.Lock())
 
     async def _begin(self, job: Job) -> None:
-        """Runs it, or pauses it where that cannot be now."""
+        """Runs it, or pauses it where that cannot be now; what nobody has thought of stops this job and no other."""
         try:
-            model = self._usable_model(job)
-            ledger, reader = await self._in_thread(self._open, job, model)
+            await self._begun(job)
         except ServeError as error:
             job.state, job.reason = JobState.PAUSED, error.message
-            return
         except (OSError, DiskFullError, sqlite3.Error) as error:
             job.state, job.reason = JobState.PAUSED, f"the disk: {error}"
-            return
+        except Exception:
+            log.exception("a job cannot begin", job=job.id)
+            job.state, job.reason = JobState.STOPPED, INTERNAL_ERROR
+
+    async def _begun(self, job: Job) -> None:
+        model = self._usable_model(job)
+        ledger, reader = await self._in_thread(self._open, job, model)
         job.state, job.reason = JobState.RUNNING, ""
         run = JobRun(job, ledger, reader, lambda: self._usable_model(job), self._shared, self._changed)
         self._runs[job.id] = run
-        try:
-            await run.start()
-        except (OSError, sqlite3.Error) as error:
-            job.state, job.reason = JobState.PAUSED, f"the disk: {error}"
-            self._changed(run)
+        await run.start()
         self._again.set()
 
     def _open(self, job: Job, model: Model) -> tuple[Ledger, Reader]:
@@ -312,8 +315,9 @@ class Jobs:
         for run in self._runs.values():
             run.look_at_buckets()
         works, places = self._works()
-        self._elastic.decide(works, places)
-        for job_id in self._elastic.holdings:
+        # In a thread: with a job that is late, and has several length buckets, it takes a tenth of a second.
+        self._elastic.hold(await self._in_thread(decide, works, places, self._elastic.held_now()))
+        for job_id in self._elastic.holdings.keys() & self._runs.keys():  # others have gone meanwhile
             self._foreseen.pop(job_id, None)
             self._tell_infeasible(job_id)
         for run in self._runs.values():
@@ -362,9 +366,11 @@ class Jobs:
         self._foreseen.pop(job.id, None)
         run = self._runs.pop(job.id, None)
         if run is not None:
-            if job.errors:
-                job.first_errors = await run.first_errors(ERRORS_SHOWN)
-            await run.stop()
+            try:
+                if job.errors:
+                    job.first_errors = await run.first_errors(ERRORS_SHOWN)
+            finally:  # nobody else knows of it any more
+                await run.stop()
         ended_s = time.time()
         await self._in_thread(self.store.save, msgspec.structs.replace(job, ended_s=ended_s))
         job.ended_s = ended_s  # not before: it is tried again where there was no room

@@ -75,6 +75,8 @@ class InferenceService:
             if not tensors and encoded is not None:
                 accept = partial(self._accept, model, terms, on_outcome, worker_id)
                 return self._preparer.begin(model, pipeline, encoded, terms, accept, on_outcome)
+            if not {tensor.name for tensor in tensors} & {spec.name for spec in model.signature.inputs}:
+                raise _neither(model, pipeline.input, tensors)
         if model.lengths is not None:
             tensors = completed(model.signature, model.lengths, tensors)
         checked = codec.check_inputs(model.signature, tensors)
@@ -155,6 +157,11 @@ def _split(tensors: list[Tensor], encoded_name: str) -> tuple[list[Tensor], Tens
     """The ready tensors, and the one for the pipeline. Ready ones win: clients that fill in every input send both."""
     ready = [tensor for tensor in tensors if tensor.name != encoded_name]
     return ready, next((tensor for tensor in tensors if tensor.name == encoded_name), None)
+
+
+def _neither(model: Model, encoded_name: str, tensors: list[Tensor]) -> ServeError:
+    ready, got = (", ".join(each.name for each in some) for some in (model.signature.inputs, tensors))
+    return invalid(f"expected input {encoded_name}, encoded, or the ready tensors [{ready}], got [{got}]")
 
 
 def check_outputs(model: Model, choice: list[OutputChoice] | None, binary: bool) -> None:

@@ -84,7 +84,7 @@ class Settings(BaseSettings):
         None, "limits", "Folder whose files batch jobs may name as inputs; by default none."
     )
     preprocess_threads: int | None = _setting(
-        None, "limits", "Threads that decode images; by default as many as there are cores.", ge=1
+        None, "limits", "Processes (or threads) that preprocess pictures, sound and text; by default one a core.", ge=1
     )
 
     preprocess_decoder: str = _setting(
@@ -133,7 +133,9 @@ class Settings(BaseSettings):
         min_length=8,
     )
     state_dir: Path = _setting(
-        Path("~/.local/state/migserve"), "gpus", "Where a re-cut is recorded while it lasts, and the token is."
+        Path("~/.local/state/migserve"),
+        "gpus",
+        "Where batch jobs are kept, with their inputs and results; the token; and a re-cut while it lasts.",
     )
 
     policy: Literal["pool", "elsa", "marginal", "preba", "static", "jsq", "fifs"] = _setting(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,23 @@ def test_energy_of_a_batch_is_what_the_gpu_draws_over_its_processes_batches() ->
     assert isinstance(found, Timed)
     assert found.energy_j == pytest.approx(300.0 * found.latency_ms / 1e3 / 2, rel=0.1)
     assert found.sm_activity == 0.5
+
+
+def test_a_process_that_dies_while_the_gauges_are_read_fails_that_point_and_not_the_next() -> None:
+    before = multiprocessing.active_children()
+
+    def sm_activity() -> float:
+        if not killed:
+            killed.extend(child for child in multiprocessing.active_children() if child not in before)
+            killed[0].kill()
+            killed[0].join()
+        return 0.5
+
+    killed: list[BaseProcess] = []
+    device = Device(None, latency_ms=((1, 1.0), (2, 1.0)))
+    with Measurer(source("resnet50"), device, 2, Gauges(None, sm_activity)) as measurer:
+        assert isinstance(measurer.measure(1, (), QUICK), OutOfMemory)
+        assert isinstance(measurer.measure(1, (), QUICK), Timed)
 
 
 @pytest.mark.parametrize("readings", [[None], [7.0, 6.0, 5.0], [7.0, 8.0, None]], ids=["silent", "back", "lost"])

@@ -100,6 +100,7 @@ CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("images too few", "digits", image([""], (2,)), {}, 400, "input image has 1 elements, shape [2] takes 2"),
     ("images too many", "digits", image([""] * 3), {}, 400, "input image has more than 1 elements, shape [1] takes 1"),
     ("images too many for the model", "digits", image(["***"], (65,)), {}, 400, "input image has 65 elements, a batch of 65 items; expected 1 to 64"),
+    ("an image by another name", "digits", affine(name="picture"), {}, 400, "expected input image, encoded, or the ready tensors [x], got [picture]"),
     ("images as numbers", "digits", image([1]), {}, 400, "Expected `str`, got `int`"),
     ("image of another datatype", "digits", image([1], datatype="UINT8"), {}, 400, "input image has datatype UINT8"),
     ("image of another shape", "digits", image([""], (1, 2)), {}, 400, "expected [batch] or [batch, 1]"),

@@ -249,7 +249,10 @@ def test_tensor_files_that_cannot_be_used(tmp_path: Path) -> None:
     path.write_bytes(b"PK\3\4 rubbish")
     with pytest.raises(ServeError, match="cannot be read"):
         job_tensors.unpack_npz(path, 1 << 20)
-    for broken in (b"\xff" * 8 + b"{}", (5).to_bytes(8, "little") + b"{    ", b"{"):
+    deep = b'{"x":' + b"[" * 5000
+    for broken in (
+        b"\xff" * 8 + b"{}", (5).to_bytes(8, "little") + b"{    ", b"{", len(deep).to_bytes(8, "little") + deep,
+    ):  # fmt: skip
         path.write_bytes(broken)
         with pytest.raises(ServeError, match="safetensors file"):
             job_tensors.read_safetensors(path)
@@ -283,6 +286,27 @@ def test_an_array_that_is_shorter_than_its_shape_is_refused_when_it_comes(tmp_pa
             archive.writestr("x.npy", data)
         with pytest.raises(ServeError, match=said):
             job_tensors.unpack_npz(tmp_path / "input", 1 << 20)
+
+
+def test_items_of_no_length_are_refused_since_no_bytes_bound_their_number(tmp_path: Path) -> None:
+    text = json.dumps({"x": {"dtype": "F32", "shape": [10**15, 0], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "input").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ServeError, match="expected FP32"):
+        job_tensors.check_tensors(
+            job_tensors.read_safetensors(tmp_path / "input"), Signature((TensorSpec("x", "FP32", (-1,)),), (), 8)
+        )
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_STORED, zipfile.ZIP_LZMA], ids=["header", "lzma"])
+def test_an_npz_that_numpy_has_no_error_of_its_own_for_is_the_senders_error(how: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "input", "w", how) as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\1\0\5\0(((((" + bytes(range(256)) * 20)
+    if how == zipfile.ZIP_LZMA:
+        data = bytearray((tmp_path / "input").read_bytes())
+        data[50:80] = bytes(each ^ 0xFF for each in data[50:80])
+        (tmp_path / "input").write_bytes(data)
+    with pytest.raises(ServeError, match="cannot be read"):
+        job_tensors.unpack_npz(tmp_path / "input", 1 << 20)
 
 
 def test_what_is_broken_in_an_npz_is_the_senders_error(tmp_path: Path) -> None:

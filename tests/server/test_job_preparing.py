@@ -48,6 +48,16 @@ def test_items_that_are_alike_are_handed_on_as_they_are() -> None:
     assert [part.obj is each.parts[1] for part, each in zip(features.data, items, strict=True)] == [True, True]
 
 
+def test_an_item_that_came_while_nobody_served_its_model_is_not_cut_to_the_length_of_others() -> None:
+    """There were no edges then: it knows its length by its dims only."""
+    whole = np.full((80, 10), 7.0, np.float32)
+    early = Item(0, 0, parts=(np.int64(10).tobytes(), whole.tobytes()), dims=(10,))
+    early.bucket = grouped(early, LENGTHS, ())
+    _, features = features_of([item(7, 8), early])
+    assert features.shape == (2, 80, 10)
+    assert (features[1] == whole).all()
+
+
 def test_what_no_bucket_holds_stays_by_itself() -> None:
     assert item(11, 11).bucket == (11,)
     differing = Item(0, 0, dims=(3, 4))

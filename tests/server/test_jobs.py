@@ -186,6 +186,16 @@ def test_what_is_wrong_with_a_line_is_the_error_of_that_item(tmp_path: Path) -> 
     on(tmp_path, story)
 
 
+def test_a_line_that_is_nested_too_deeply_is_an_error_of_its_own_and_no_other_ones(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        deep = [f"{'[' * depth}{']' * depth}" for depth in (60, 300, 500, 700, 980, 2000)]
+        found = await told.all_done(await told.submit(*deep, 3))
+        assert [row["item"] for row in found if "error" in row] == list(range(len(deep)))
+        assert found[-1]["outputs"] == {"y": [6.0]}
+
+    on(tmp_path, story)
+
+
 def test_a_job_with_nothing_but_errors_ends(tmp_path: Path) -> None:
     async def story(told: Story) -> None:
         found = await told.all_done(await told.submit("a", "b"))
@@ -342,6 +352,25 @@ def test_inputs_that_cannot_be_read_pause_it_until_they_can(tmp_path: Path) -> N
         assert await told.all_done(job) == y(*(2.0 * value for value in range(3000)))
 
     on(tmp_path, story)
+
+
+def test_a_job_that_cannot_even_begin_is_stopped_and_the_others_go_on(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    np.savez(out, x=np.zeros((30, 1), np.float32))
+    ids = []
+
+    async def before(told: Story) -> None:
+        ids.extend([(await told.submit(out.getvalue())).id, (await told.submit(*range(20))).id])
+        (told.jobs.store.folder(ids[0]) / "tensors.json").write_bytes(b"[]x")
+
+    async def after(told: Story) -> None:
+        broken = told.jobs.get(ids[0])
+        await until(lambda: broken.ended_s is not None)
+        assert (broken.state, broken.reason[:17]) == (JobState.STOPPED, "an internal error")
+        assert await told.all_done(told.jobs.get(ids[1])) == y(*(2.0 * value for value in range(20)))
+
+    on(tmp_path, before)
+    on(tmp_path, after)
 
 
 STEPS = st.lists(st.sampled_from(["finish", "finish", "die", "cancel", "restart"]), min_size=3, max_size=10)
@@ -602,6 +631,33 @@ def test_resumed_as_soon_as_it_shows_as_stopped_it_runs_once(tmp_path: Path) -> 
         found = await told.all_done(job)
         assert [row.get("outputs") for row in found] == [None, None, {"y": [6.0]}]
         await until(lambda: not threads_of(job))
+
+    on(tmp_path, story)
+
+
+def test_a_job_whose_ledger_cannot_be_read_any_more_is_let_go_of_all_the_same(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit("a", 1)
+        await until(lambda: job.errors == 1)
+        told.jobs._runs[job.id].ledger.close()
+        with pytest.raises(ServeError, match="cannot be written"):
+            await told.jobs.cancel(job.id)
+        await until(lambda: not threads_of(job))
+        await until(lambda: job.ended_s is not None)
+
+    on(tmp_path, story)
+
+
+def test_a_job_that_is_slow_to_stop_keeps_no_other_from_it(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        slow, quick = await told.submit(*range(8)), await told.submit(*range(8))
+        writes = threading.Event()
+        told.jobs._runs[slow.id].in_thread(writes.wait)
+        stopping = asyncio.create_task(told.jobs.stop())
+        await until(lambda: not threads_of(quick))
+        assert threads_of(slow)
+        writes.set()
+        await stopping
 
     on(tmp_path, story)
 
