@@ -25,13 +25,12 @@ from preprocess.items import Item
 from preprocess.pipeline import PipelineError
 from preprocess.places import NUMPY, array
 from preprocess.process import ELEMENT_BYTES, Arena, DiedError, Made, Process, Span, Start
-from preprocess.tasks import Outcome, StoppedError, Task
+from preprocess.tasks import Outcome, StoppedError, Task, failed
 
 log = structlog.get_logger(__name__)
 
 # No element that the gate lets through takes a tenth of it.
 ELEMENT_TIMEOUT_S = 30.0
-MOST_DEATHS = 2
 # One that dies of nothing is started anew so long after its last start: else starting might be all that is done.
 RESTART_S = 1.0
 CLOSED = "its decoders were ended"
@@ -221,10 +220,9 @@ class Isolated:
         elif worker.task is not None:
             early_s = 0.0
             worker.task.deaths += 1
-            why = f"its decoder died of it {MOST_DEATHS} times" if worker.task.deaths == MOST_DEATHS else ""
-            why = f"it took more than {ELEMENT_TIMEOUT_S:g} s" if worker.slow else why
-            if why:
-                _end(worker.task, BadInputError(why))
+            if worker.slow or worker.task.deaths > 1:
+                slow = f"it took more than {ELEMENT_TIMEOUT_S:g} s"
+                _end(worker.task, BadInputError(slow if worker.slow else "its decoder died of it twice"))
                 worker.task = None
         self._loop.call_later(max(0.0, early_s), self._replace, worker)
 
@@ -277,8 +275,7 @@ def _kill(worker: _Worker) -> None:
 
 
 def _end(task: Task, error: BaseException) -> None:
-    now_ns = time.perf_counter_ns()
-    task.done(task, Outcome(now_ns, now_ns, error=error))
+    task.done(task, failed(error))
 
 
 def _taken(task: Task, made: Made, process: Process) -> Item | None:

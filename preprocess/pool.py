@@ -24,7 +24,7 @@ from preprocess.errors import BadInputError, ClosedError
 from preprocess.items import Item
 from preprocess.pipeline import PipelineError, PipelineFile
 from preprocess.places import Places, write_items
-from preprocess.tasks import Outcome, Runner, StoppedError, Task
+from preprocess.tasks import Outcome, Runner, StoppedError, Task, failed
 
 # Jobs that may wait, a thread. More would only wait longer than any client does.
 QUEUE_PER_THREAD = 64
@@ -86,7 +86,8 @@ class Job(Generic[Result]):
         if self._error is not None:
             self.future.set_exception(self._error)
         else:
-            self.future.set_result([self.outcomes[each].item for each in range(len(self.outcomes))])  # type: ignore[misc]
+            results: list[Any] = [self.outcomes[each].item for each in range(len(self.outcomes))]
+            self.future.set_result(results)
 
 
 class PreprocessPool:
@@ -216,12 +217,8 @@ class PreprocessPool:
         job: Job[None] = self._new_job(1, 0)
         nbytes = sum(place.nbytes for place in places.values())
         write = partial(write_items, pipeline, items, length, places)
-        by_size(asyncio.get_running_loop(), self._executor, nbytes, write, partial(self._placed, job))
+        by_size(asyncio.get_running_loop(), self._executor, nbytes, write, partial(_placed, job))
         return job
-
-    def _placed(self, job: Job[None], _: None, error: BaseException | None) -> None:
-        now_ns = time.perf_counter_ns()
-        job.end(0, Outcome(now_ns, now_ns, error=error))
 
     def _begin_all(self, pipeline: PipelineFile, elements: Sequence[bytes], places: Places | None) -> Job[Any]:
         if len(self._jobs) >= self._limit:
@@ -256,8 +253,7 @@ class PreprocessPool:
         if starting.cancelled():
             return  # the pool is closed
         if error := starting.exception():
-            now_ns = time.perf_counter_ns()
-            task.done(task, Outcome(now_ns, now_ns, error=error))
+            task.done(task, failed(error))
         else:
             self._give(task)
 
@@ -301,6 +297,11 @@ def _efforts(pipeline: PipelineFile, elements: Sequence[bytes]) -> list[Effort]:
         return [Effort("text", len(data), 0) for data in elements]
     look = glance.picture if pipeline.image is not None else glance.clip
     return [look(data) for data in elements]
+
+
+def _placed(job: Job[None], _: None, error: BaseException | None) -> None:
+    now_ns = time.perf_counter_ns()
+    job.end(0, Outcome(now_ns, now_ns, error=error))
 
 
 def _learn(job: Job[Result], costs: list[CostModel], efforts: list[Effort], future: asyncio.Future[object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,12 @@ class Outcome(NamedTuple):
     item: Item | None = None
     error: BaseException | None = None
     stages_ns: Mapping[str, int] = {}
+
+
+def failed(error: BaseException) -> Outcome:
+    """Of an element that nobody has begun, or is at any more."""
+    now_ns = time.perf_counter_ns()
+    return Outcome(now_ns, now_ns, error=error)
 
 
 @dataclass(slots=True, eq=False)

@@ -9,7 +9,7 @@ from functools import partial
 
 from preprocess import stages
 from preprocess.errors import ClosedError
-from preprocess.tasks import Outcome, StoppedError, Task
+from preprocess.tasks import Outcome, StoppedError, Task, failed
 from preprocess.work import Local
 
 
@@ -36,7 +36,7 @@ class Threads:
     def _outcome(self, task: Task) -> Outcome:
         begun_ns = time.perf_counter_ns()
         if not task.wanted():
-            return Outcome(begun_ns, begun_ns, error=StoppedError())
+            return failed(StoppedError())
         stages.take()
         item, error = None, None
         try:
@@ -50,6 +50,5 @@ class Threads:
 
 
 def _tell(task: Task, future: asyncio.Future[Outcome]) -> None:
-    now_ns = time.perf_counter_ns()
-    closed = Outcome(now_ns, now_ns, error=ClosedError("preprocessing was ended"))
-    task.done(task, closed if future.cancelled() else future.result())
+    ended = future.cancelled()  # the pool is closed
+    task.done(task, failed(ClosedError("preprocessing was ended")) if ended else future.result())

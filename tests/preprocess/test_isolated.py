@@ -143,7 +143,7 @@ def test_what_always_kills_its_decoder_is_refused_and_harms_nobody_else(monkeypa
 
     async def story(pool: PreprocessPool) -> None:
         neighbours = [asyncio.ensure_future(written(pool, JPEG)) for _ in range(4)]
-        with pytest.raises(BadInputError, match="its decoder died of it 2 times"):
+        with pytest.raises(BadInputError, match="its decoder died of it twice"):
             await written(pool, poison)
         for each in neighbours:
             assert np.isfinite(await each).all()
@@ -256,7 +256,7 @@ def talks_nonsense(sock: socket.socket, *_: Any) -> None:
 
 def test_what_a_decoder_says_is_not_believed() -> None:
     async def story(pool: PreprocessPool) -> None:
-        with pytest.raises(BadInputError, match="its decoder died of it 2 times"):
+        with pytest.raises(BadInputError, match="its decoder died of it twice"):
             await written(pool, JPEG)
 
     told(story, 1, start=lambda target, *arguments: spawn.start_other(talks_nonsense, *arguments))
