@@ -127,25 +127,26 @@ def decide(
         holdings[work.job] = _hold(work, there, used_ns, taken, held.get(work.job, ()))
         taken.update(holdings[work.job].planned)
 
-    by_deadline = sorted(works, key=lambda each: (each.within_ns, each.job))
-    too_late = []
-    for work in by_deadline:
+    in_turn = sorted(works, key=lambda each: (each.within_ns, each.job))
+    hopeless = []
+    for work in in_turn:
         if math.isinf(work.within_ns):
             continue
         if _is_hopeless(work, usable[work.job], used_ns):
-            too_late.append(work)
+            hopeless.append(work)
         else:
             serve(work, usable[work.job], used_ns)
-    for work in too_late:
-        there = [place for place in usable[work.job] if place.worker_id not in taken]
-        if there:  # that nobody who comes sooner holds
-            of_it: dict[int, float] = {}
-            serve(work, there, of_it)
-            for worker_id, ns in of_it.items():
-                used_ns[worker_id] = used_ns.get(worker_id, 0.0) + ns
-        else:
+    for work in hopeless:
+        vacant = [place for place in usable[work.job] if place.worker_id not in taken]
+        if not vacant:
             serve(work, usable[work.job], used_ns)
-    for work in by_deadline:
+            continue
+        # All of their time: what is used is spread over slices that are alike, also over those that nobody holds.
+        own_ns: dict[int, float] = {}
+        serve(work, vacant, own_ns)
+        for worker_id, ns in own_ns.items():
+            used_ns[worker_id] = used_ns.get(worker_id, 0.0) + ns
+    for work in in_turn:
         if math.isinf(work.within_ns):
             serve(work, usable[work.job], used_ns)
     return holdings

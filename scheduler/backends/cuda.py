@@ -58,7 +58,7 @@ class CudaBackend(TorchBackend):
         _keep_until_used(device_outputs, self._copy_out)
         return _Started(host_inputs, outputs, copied_out)
 
-    def finish(self, started: _Started) -> list[Array]:  # type: ignore[override]
+    def finish(self, started: _Started) -> list[Array]:  # type: ignore[override]  # what its start gave
         started.copied_out.synchronize()
         return [as_array(tensor) for tensor in started.outputs]
 
