@@ -113,7 +113,7 @@ class Intake:
     async def take(self, terms: Terms, body: AsyncIterator[bytes]) -> Job:
         """Raises ServeError; then nothing is left of it. One that is kept as the server stops goes on after that."""
         model = self._repository.get(terms.model, terms.version)
-        if terms.format == FILES and model.serving.preprocess is None:
+        if (terms.format == FILES or terms.folder is not None) and model.serving.preprocess is None:
             raise invalid(
                 f"model {model.name} takes tensors, not files: send JSON lines, npz or safetensors, or give it "
                 f"`preprocess`, see docs/preprocessing.md"
@@ -162,8 +162,6 @@ class Intake:
         if form in (NPZ, SAFETENSORS):
             return self._unpacked(path, form, model)
         if form == FOLDER:
-            if model.serving.preprocess is None:
-                raise invalid(f"model {model.name} takes no files: it has no pipeline")
             if path.stat().st_size:
                 raise invalid("the inputs are either a folder or a body, not both")
             return job_inputs.list_folder(*self._inside(files or ""), path)
