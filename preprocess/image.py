@@ -77,8 +77,7 @@ def normalise(image: torch.Tensor, steps: ImageSteps, target: torch.Tensor) -> N
 
 
 def _scale(image: torch.Tensor, steps: ImageSteps, target: torch.Tensor) -> None:
-    target.copy_(image)
-    target.div_(steps.divide_by)
+    torch.div(image, steps.divide_by, out=target)
     if steps.mean is not None and steps.std is not None:
         target.sub_(_per_channel(steps.mean, target.device)).div_(_per_channel(steps.std, target.device))
 
