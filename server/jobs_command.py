@@ -15,9 +15,10 @@ from urllib.parse import quote, urlsplit
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
+from server import progress
 from server.jobs_sending import CHUNK, FAILED, USAGE, CommandError, Wish, body_of, check_out
 from server.plan_command import complain
 
@@ -168,18 +169,12 @@ def show_all(client: Client, *, as_json: bool) -> int:
 def _ends(job: dict[str, Any]) -> str:
     if job["state"] in ENDED or "ends_in_s" not in job:
         return _short(job.get("ended"))
-    return f"in {_time(job['ends_in_s'])}{'' if job['in_time'] else ', late'}"
+    return f"in {progress.clock(job['ends_in_s'])}{'' if job['in_time'] else ', late'}"
 
 
 def _short(clock: str | None) -> str:
     """Without year and seconds."""
     return clock[5:16].replace("T", " ") if clock else ""
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def show(client: Client, job: str, *, as_json: bool) -> int:
@@ -211,7 +206,7 @@ def wait(client: Client, job: str, out: Path | None) -> int:
 def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False) -> int:
     """0 once it is done, with its results in `out`; 1 where it ends otherwise. `as_json`: how it ended, to stdout."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress.bar(*columns, transient=False) as bar:
         task = bar.add_task(job, total=None, note="")
         while True:
             found = _patiently(lambda: client.ask("GET", f"/v2/jobs/{job}"), bar.console)
@@ -259,7 +254,7 @@ def _note(job: dict[str, Any]) -> str:
     if "rate_per_s" not in job:
         return str(job["state"])
     late = "" if job.get("in_time", True) else ", LATE"
-    ends = f", ends in {_time(job['ends_in_s'])}{late}" if "ends_in_s" in job else ""
+    ends = f", ends in {progress.clock(job['ends_in_s'])}{late}" if "ends_in_s" in job else ""
     return f"{job['rate_per_s']:g}/s on {len(job['slices'])} slices{ends}"
 
 

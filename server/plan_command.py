@@ -25,7 +25,7 @@ from partitioner.latency import LatencyTableError, Measurement
 from partitioner.optimal import Choices
 from partitioner.plans import DemandError, ModelDemand, Plan, PlanError
 from partitioner.programme import InfeasibleError
-from server import picture, plan_drawing
+from server import picture, plan_drawing, progress
 
 IMPOSSIBLE, USAGE = 1, 2
 PLANNERS = ("optimal", "paris")
@@ -230,15 +230,14 @@ def measured(table: Path | None, skip_suspects: bool, gpu: GpuModel) -> tuple[li
 
 @contextmanager
 def quiet() -> Iterator[Callable[[str], None]]:
-    """Shows what is being tried, at a terminal. HiGHS prints a line of its own now and then: kept off stdout."""
-    console = Console(stderr=True)
+    """Shows what is being tried. HiGHS prints a line of its own now and then: kept off stdout."""
     sys.stdout.flush()
     stdout = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     try:
-        with console.status("planning") as status:
-            yield lambda text: status.update(f"planning: {text}")
+        with progress.status("planning") as say:
+            yield say
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)

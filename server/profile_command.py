@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from partitioner import latency
 from partitioner.latency import LatencyTableError, Measurement
@@ -23,7 +21,7 @@ from scheduler.backends import ModelLoadError
 from scheduler.channel import ModelSource
 from scheduler.measuring import Effort, Failure, Measurer, OutOfMemory, Timed
 from scheduler.tensors import Signature
-from server import picture, profile_places, profile_plot
+from server import picture, profile_places, profile_plot, progress
 from server.config_pbtxt import ModelFileError
 from server.gpus import StartError
 from server.model_files import read_model, versions_to_serve
@@ -36,6 +34,7 @@ IMPOSSIBLE, USAGE, INTERRUPTED = 1, 2, 130
 QUANTILE = 0.75
 # One point of a small model on a CPU: predictions were off by 12 to 27 on the slice that had none.
 FEW = 3
+COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
 DEVICES = ("cpu", "cuda", "emulated")
 
 
@@ -199,7 +198,7 @@ class _Session:
         """Until the campaign ends or the time is up."""
         begin = time.monotonic()
         try:
-            with _bar() as bar:
+            with progress.bar(*COLUMNS) as bar:
                 task = bar.add_task(self._source.name, total=self._campaign.left)
                 while (point := self._campaign.next()) is not None:
                     minutes = (time.monotonic() - begin) / 60
@@ -307,13 +306,6 @@ def _budget(text: str | None, points: int) -> int | None:
     if not number.isdecimal() or not int(number) or (text.endswith("%") and int(number) > 100):
         raise UsageError(f"--budget is a number of points, or a share such as 10%, not {text!r}")
     return max(1, round(points * int(number) / 100)) if text.endswith("%") else int(number)
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield bar
 
 
 def numbers(text: str | None, option: str) -> tuple[int, ...]:

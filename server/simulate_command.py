@@ -21,12 +21,13 @@ from scheduler import search
 from scheduler.policies.named import POLICIES
 from scheduler.report import Report
 from scheduler.workload import TraceError
-from server import picture, simulate_report
+from server import picture, progress, simulate_report
 from server.plan_command import IMPOSSIBLE, USAGE, UsageError, complain
 from server.simulate_outcome import Outcome, above_bound, to_json
 from server.simulate_report import Detail
 from server.simulate_setup import Asked, Setup, prepare
 
+COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
 GOALS = {"p95": 0.95, "p99": 0.99}
 # The loads of the report's curves, as shares of the fluid bound.
 LOADS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -59,8 +60,8 @@ def run(request: Request) -> int:
         return complain(str(error), USAGE)
     except PlanError as error:
         return complain(str(error), IMPOSSIBLE)
-    with _progress() as progress:
-        bar = _Bar(progress, _runs(request, len(policies)))
+    with progress.bar(*COLUMNS) as shown:
+        bar = _Bar(shown, _runs(request, len(policies)))
         outcomes = [_outcome(request, setup, policy, bar) for policy in policies]
         details = _details(request, setup, outcomes, bar) if request.out else []
     if request.as_json:
@@ -114,17 +115,12 @@ def _unwritable(path: Path) -> str:
 # ---- simulating ----
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
 class _Bar:
     """One for everything that is to be simulated, whatever the policies and seeds."""
 
-    def __init__(self, progress: Progress, runs: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("simulating", total=runs)
+    def __init__(self, shown: Progress, runs: int) -> None:
+        self._progress = shown
+        self._task = shown.add_task("simulating", total=runs)
 
     def says(self, what: str) -> None:
         self._progress.update(self._task, description=what)
