@@ -211,6 +211,9 @@ def measured(table: Path | None, skip_suspects: bool, gpu: GpuModel) -> tuple[li
     predicted = sum(each.source == "predicted" for each in of_gpu or found)
     if predicted:
         notes.append(f"{predicted} of {len(of_gpu or found)} points of the latency table are predicted, not measured.")
+    of_shares = sum(each.source == "sm-shares" for each in of_gpu or found)
+    if of_shares:
+        notes.append(f"{of_shares} points were measured on shares of a whole GPU's SMs, not on slices.")
     kept, suspect = latency.without_suspects(of_gpu or found)
     if skip_suspects:
         notes.append(f"{len(suspect)} suspect points of the latency table were left out.")
