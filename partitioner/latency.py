@@ -26,6 +26,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+# What a row of threads of a CPU has for a MIG profile begins so.
+CPU = "cpu-"
+# In the column `source`: a share of a whole GPU's SMs stood for a slice.
+SHARES = "sm-shares"
 # PARIS reads its knee off utilisation; where none is measured, this share of peak throughput stands in.
 KNEE_SHARE = 0.8
 # A point is suspect when it holds at least so many items in flight, and so much more throughput than all below.
@@ -144,6 +148,33 @@ def single_process(
     if not by_gpcs:
         raise LatencyTableError(f"{origin} has no rows for model {model!r}; it has {', '.join(sorted(models))}")
     return LatencyTable(dict(by_gpcs))
+
+
+def measured_elsewhere(measurements: Sequence[Measurement], gpu: str) -> str:
+    """A warning of latencies that no slice of `gpu` was measured for; empty where all are its own, by what they say.
+
+    Rows that name no GPU are taken for its own, unless they are of threads of a CPU.
+    """
+    places = [_elsewhere(each, gpu) for each in measurements]
+    others = sorted({place for place in places if place})
+    if not others:
+        return ""
+    return (
+        f"{sum(map(bool, places))} of {len(places)} latencies were not measured on slices of {gpu}, but on "
+        f"{' and '.join(others)}: on {gpu} they will be others. Measure them there, by migserve profile MODEL "
+        f"--device cuda, and pass what it writes as --latency-table."
+    )
+
+
+def _elsewhere(measurement: Measurement, gpu: str) -> str:
+    """Where a row was measured, if that is no slice of `gpu`."""
+    if measurement.source == "emulated":
+        return f"an emulated {measurement.gpu}".rstrip()
+    if measurement.source == SHARES:
+        return f"shares of the SMs of a whole {measurement.gpu}"
+    if measurement.mig_profile.startswith(CPU):
+        return measurement.gpu or "a CPU"
+    return measurement.gpu if measurement.gpu != gpu else ""
 
 
 def without_suspects(measurements: Iterable[Measurement]) -> tuple[list[Measurement], list[Measurement]]:

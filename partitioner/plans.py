@@ -75,12 +75,14 @@ class Plan:
 
     `bound_gpus`: GPUs, in fractions, below which no plan can go (the fluid bound, see `optimal.fluid_bound`).
     `solve_seconds`: filled in by whoever has a clock. `explanation`: sentences, the most important first.
+    `warnings`: why it may not hold where it is meant for, by whoever read the latencies.
     """
 
     gpus: tuple[tuple[PlannedSlice, ...], ...]
     bound_gpus: float = 0.0
     solve_seconds: float = 0.0
     explanation: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def gpcs(self) -> int:
@@ -105,6 +107,7 @@ class Plan:
             "bound_gpus": round(self.bound_gpus, 3),
             "solve_seconds": round(self.solve_seconds, 3),
             "explanation": list(self.explanation),
+            "warnings": list(self.warnings),
         }
 
 
@@ -116,6 +119,7 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
             bound_gpus=float(data["bound_gpus"]),
             solve_seconds=float(data["solve_seconds"]),
             explanation=tuple(data["explanation"]),
+            warnings=tuple(data.get("warnings", ())),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(f"not a plan of migserve: {error!r}") from error

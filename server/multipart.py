@@ -10,11 +10,14 @@ import re
 from server.errors import invalid
 
 _DISPOSITION = re.compile(rb"(?i)content-disposition:[ \t]*form-data")
-_PARAMETER = re.compile(rb'(?i);[ \t]*(name|filename)="?([^";\r\n]*)')
+# Names are looked for in this header alone: Content-Type may have one, too, which is the file's.
+_LINE = re.compile(rb"(?im)^content-disposition:[^\r\n]*")
+_PARAMETER = re.compile(rb';[ \t]*([^=;"\s]+)=(?:"([^"]*)"|([^;\s]*))')
 # A boundary has up to 70 characters (RFC 2046).
 MAX_BOUNDARY = 70
 MAX_HEADERS = 4096
 MAX_PARTS = 1024
+NAME_CHARS = 100
 
 
 def is_form(begin: bytes) -> bool:
@@ -25,7 +28,7 @@ def is_form(begin: bytes) -> bool:
 
 
 def files(body: bytes, field: str) -> list[bytes]:
-    """The files of a form, and the fields called `field`, in order. Raises ServeError."""
+    """What the fields called `field` hold, files or not, in order. Raises ServeError, for any other field too."""
     delimiter = b"\r\n" + body[: body.index(b"\r\n")]
     parts = (b"\r\n" + body).split(delimiter, MAX_PARTS + 2)[1:]
     if len(parts) > MAX_PARTS:
@@ -42,8 +45,17 @@ def _content(part: bytes, field: str) -> bytes:
     headers, found, content = part.partition(b"\r\n\r\n")
     if not found or len(headers) > MAX_HEADERS:
         raise invalid("a form with a part that has no header of its own")
-    parameters = {name.lower(): value.decode("utf-8", "replace") for name, value in _PARAMETER.findall(headers)}
-    if b"filename" not in parameters and parameters.get(b"name") != field:
-        name = parameters.get(b"name", "")[:100]
-        raise invalid(f"the form's field {name!r} is no file; expected files, or fields called {field!r}")
+    name = _name(headers)
+    if name != field:
+        raise invalid(
+            f"the form's field {name[:NAME_CHARS]!r} is not the model's input; expected fields called {field!r} only, "
+            f"such as curl -F {field}=@file sends; parameters need a request in JSON"
+        )
     return content
+
+
+def _name(headers: bytes) -> str:
+    line = _LINE.search(headers)
+    parameters = _PARAMETER.findall(line[0]) if line else []
+    names = [quoted or bare for key, quoted, bare in parameters if key.lower() == b"name"]
+    return names[0].decode("utf-8", "replace") if names else ""

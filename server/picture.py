@@ -85,8 +85,9 @@ def plan(planned: Plan, gpu: GpuModel) -> RenderableType:
         f", {planned.gpcs} GPCs in use; no plan can do with less than {planned.bound_gpus:.2f} GPUs; "
         f"found in {planned.solve_seconds:.2f} s\n",
     )
+    warnings = [Text(f"WARNING: {warning}\n", "bold yellow") for warning in planned.warnings]
     reasons = [Text(f" - {reason}") for reason in planned.explanation]
-    return Group(head, *panels, Text(), *reasons)
+    return Group(head, *warnings, *panels, Text(), *reasons)
 
 
 def _planned_gpu(index: int, slices: Sequence[PlannedSlice], gpu: GpuModel) -> Panel:

@@ -148,6 +148,7 @@ def _plan(request: Request) -> tuple[Plan, GpuModel]:
     gpu = GPU_MODELS[request.gpu]
     demands = read_demand(request.demand, request.scenario)
     measurements, notes = measured(request.latency_table, request.skip_suspects, gpu)
+    elsewhere = _measured_elsewhere(measurements, demands, request.jobs, gpu)
     tables = gangs.gang_tables(measurements)
     if request.jobs:
         if request.planner != "optimal":
@@ -169,7 +170,17 @@ def _plan(request: Request) -> tuple[Plan, GpuModel]:
         else:
             plan = _paris(demands, measurements, gpu, request.choices)
     seconds = time.perf_counter() - begin
-    return replace(plan, solve_seconds=seconds, explanation=(*plan.explanation, *notes)), gpu
+    explanation = (*plan.explanation, *notes)
+    return replace(plan, solve_seconds=seconds, explanation=explanation, warnings=elsewhere), gpu
+
+
+def _measured_elsewhere(
+    measurements: Sequence[Measurement], demands: Sequence[ModelDemand], jobs: Sequence[str], gpu: GpuModel
+) -> tuple[str, ...]:
+    """The warning of those latencies that the plan is made of."""
+    models = {each.model for each in demands} | {job.partition(",")[0] for job in jobs}
+    warning = latency.measured_elsewhere([each for each in measurements if each.model in models], gpu.name)
+    return (warning,) if warning else ()
 
 
 def _job(text: str) -> tuple[str, float, float]:
@@ -205,15 +216,9 @@ def measured(table: Path | None, skip_suspects: bool, gpu: GpuModel) -> tuple[li
     found = latency.shipped_measurements() if table is None else latency.read_measurements(table)
     notes = []
     of_gpu = [each for each in found if each.gpu in ("", gpu.name)]
-    if not of_gpu:
-        measured = ", ".join(sorted({each.gpu for each in found}))
-        notes.append(f"The latency table was measured on {measured}, by GPCs: a {gpu.name} will be faster or slower.")
     predicted = sum(each.source == "predicted" for each in of_gpu or found)
     if predicted:
         notes.append(f"{predicted} of {len(of_gpu or found)} points of the latency table are predicted, not measured.")
-    of_shares = sum(each.source == "sm-shares" for each in of_gpu or found)
-    if of_shares:
-        notes.append(f"{of_shares} points were measured on shares of a whole GPU's SMs, not on slices.")
     kept, suspect = latency.without_suspects(of_gpu or found)
     if skip_suspects:
         notes.append(f"{len(suspect)} suspect points of the latency table were left out.")

@@ -24,6 +24,7 @@ def draw(plan: Plan, gpu: GpuModel) -> Iterator[Shape]:
     colours = {model: COLOURS[index % len(COLOURS)] for index, model in enumerate(models)}
     title = f"{len(plan.gpus)} x {gpu.name}, {plan.gpcs} GPCs in use; the fluid bound is {plan.bound_gpus:.2f} GPUs"
     yield Label(MARGIN_PX, MARGIN_PX, title, 16, LEFT_PX + GRID_PX)
+    yield Label(MARGIN_PX, MARGIN_PX + 22, " ".join(plan.warnings), 12, LEFT_PX + GRID_PX)
     for row, slices in enumerate(plan.gpus):
         y = TOP_PX + row * ROW_PX
         yield Label(MARGIN_PX, y + 16, f"GPU {row}", 13, LEFT_PX)

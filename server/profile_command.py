@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from partitioner import latency
 from partitioner.latency import LatencyTableError, Measurement
-from partitioner.nvml_errors import NvmlError
+from partitioner.nvml import NvmlDoor, real_gpus
+from partitioner.nvml_errors import NvmlError, NvmlUnavailableError
 from partitioner.performance import Point
 from partitioner.predictor import Knowledge, learn
 from partitioner.profiler import Campaign
@@ -24,7 +25,7 @@ from scheduler.measuring import Effort, Failure, Measurer, OutOfMemory, Timed
 from scheduler.tensors import Signature
 from server import picture, profile_places, profile_plot
 from server.config_pbtxt import ModelFileError
-from server.gpus import StartError, open_gpus
+from server.gpus import StartError
 from server.model_files import read_model, versions_to_serve
 from server.plan_command import UsageError, complain, nearest
 from server.profile_file import PREDICTED, TableFile
@@ -120,13 +121,25 @@ def _machine(request: Request, source: ModelSource) -> Machine:
     elif kind == "emulated":
         made = profile_places.emulated(request.gpu, source, request.memory_mib)
     elif kind == "shares":
-        made = profile_places.shares(open_gpus("nvml", None))
+        made = profile_places.shares(_door())
     else:
-        made = profile_places.cuda(open_gpus("nvml", None))
+        made = profile_places.cuda(_door())
     unknown = [name for name in request.slices if name not in made.places]
     if unknown:
         raise UsageError(f"no slice {unknown[0]!r}; {nearest(unknown[0], list(made.places))}")
     return made
+
+
+def _door() -> NvmlDoor:
+    """Raises UsageError where there is no driver: what `serve` advises then, to simulate GPUs, measures nothing."""
+    try:
+        return real_gpus()
+    except NvmlUnavailableError as error:
+        raise UsageError(
+            f"no usable NVIDIA driver here ({error.__cause__ or error}). If there is a GPU, nvidia-smi "
+            f"must list it first: install or load the driver, or start the container with --gpus all. "
+            f"--device cpu measures on the CPU, which is no latency table of a GPU"
+        ) from error
 
 
 def _has_gpu() -> bool:
@@ -271,7 +284,7 @@ class _Session:
         if self._widest > self._request.effort.within:
             how = f"the widest is known to {self._widest:.0%}" if math.isfinite(self._widest) else "some had few runs"
             console.print(f"not every median is steady: {how}; more --seconds would help", style="yellow")
-        if self._machine.source == profile_places.SHARES:
+        if self._machine.source == latency.SHARES:
             console.print("shares of a GPU's SMs stood for its slices: an approximation, see docs/profiling.md")
         if predicted:
             console.print(f"what was predicted says so in the column source: {PREDICTED}")

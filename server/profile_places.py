@@ -11,7 +11,7 @@ from typing import TypeVar
 from partitioner.catalog import GPU_MODELS
 from partitioner.cuts import slice_profiles
 from partitioner.geometry import Slice
-from partitioner.latency import LatencyTable
+from partitioner.latency import CPU, SHARES, LatencyTable
 from partitioner.nvml import NvmlDoor
 from partitioner.nvml_errors import NvmlError
 from partitioner.nvml_types import Gpu
@@ -21,9 +21,6 @@ from server.gpus import StartError
 from server.plan_command import UsageError, nearest
 
 T = TypeVar("T")
-
-# In the column `source`.
-SHARES = "sm-shares"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,7 @@ def cpu(names: Collection[str], memory_mib: int | None) -> Machine:
     for name in names or ("1",):
         if not name.isdecimal() or not int(name):
             raise UsageError(f"--slices: on the CPU these are numbers of threads, such as 1,2, not {name!r}")
-        places[name] = Place(f"cpu-{name}", int(name), Device(None, int(name), None, memory_mib))
+        places[name] = Place(f"{CPU}{name}", int(name), Device(None, int(name), None, memory_mib))
     return Machine(_cpu_name(), "measured", "", places)
 
 

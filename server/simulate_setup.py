@@ -82,6 +82,8 @@ def prepare(asked: Asked) -> Setup:
         raise UsageError(f"no arrivals are called {asked.arrivals!r}; there are {', '.join(ADJECTIVES)}")
     gpu = GPU_MODELS[asked.gpu]
     measurements, notes = measured(asked.latency_table, asked.skip_suspects, gpu)
+    if elsewhere := latency.measured_elsewhere(measurements, gpu.name):
+        notes.append(elsewhere)
     if asked.workload == "w-slo":
         return _w_slo(asked, gpu, measurements, notes)
     if asked.scenario is not None:

@@ -73,6 +73,8 @@ def unreadable(body: bytes, error: Exception) -> str:
     for magic, what in _MAGIC.items():
         if body.startswith(magic):
             return f"the body is a {what} image; only a model with `preprocess` in its serving.yaml takes images"
+    if body.startswith(b"--"):
+        return "the body seems to be a form; only a model with `preprocess` in its serving.yaml takes forms"
     return f"the request's JSON cannot be read: {error}"
 
 

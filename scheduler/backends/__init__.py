@@ -123,6 +123,20 @@ def versions(device: str) -> str:
     return f"torch {torch.__version__}{cuda}"
 
 
+def without_cuda(version: str, cuda: str | None, python: str) -> str:
+    """Why torch, of such a version and built for such a CUDA, finds no GPU, and what to do about it."""
+    if cuda is None:
+        renew = f"{python} -m pip uninstall -y torch && {python} -m pip install torch"
+        return (
+            f"torch {version} is a CPU build, which uses no GPU; on a machine with one, install the CUDA build: {renew}"
+        )
+    return (
+        f"torch {version} is built for CUDA {cuda}, and finds no device. What nvidia-smi says tells why: if it fails, "
+        f"the driver does not run, or the container was not given the GPU; if its CUDA Version is below {cuda}, renew "
+        f"the driver, or install a torch for that CUDA (pytorch.org/get-started)"
+    )
+
+
 def load(message: Load, device: str, sm_count: int | None = None) -> Backend:
     """Loads a model, in a process that is for nothing else. `device`: "cpu" or "cuda", of whose SMs it takes
     `sm_count`, or all. Raises ModelLoadError.
@@ -140,7 +154,7 @@ def load(message: Load, device: str, sm_count: int | None = None) -> Backend:
         _for_good.enter_context(torch.inference_mode())
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise ModelLoadError(f"torch {torch.__version__} sees no CUDA device; is it the CUDA build?")
+            raise ModelLoadError(without_cuda(torch.__version__, torch.version.cuda, sys.executable))
         from scheduler.backends.cuda import CudaBackend
 
         return CudaBackend(source, sm_count)

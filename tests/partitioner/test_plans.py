@@ -25,6 +25,7 @@ PLAN = Plan(
     bound_gpus=1.25,
     solve_seconds=0.5,
     explanation=("because",),
+    warnings=("beware",),
 )
 
 
@@ -55,6 +56,7 @@ def test_json_is_as_documented() -> None:
         "bound_gpus": 1.25,
         "solve_seconds": 0.5,
         "explanation": ["because"],
+        "warnings": ["beware"],
     }
 
 

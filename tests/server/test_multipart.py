@@ -5,10 +5,10 @@ import pytest
 from server import multipart
 from server.errors import ServeError
 
-HEAD = b'--xyz\r\nContent-Disposition: form-data; name="f"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
+HEAD = b'--xyz\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
 
 
-def part(content: bytes, disposition: str = 'name="f"; filename="a.jpg"') -> bytes:
+def part(content: bytes, disposition: str = 'name="image"; filename="a.jpg"') -> bytes:
     return b"--xyz\r\nContent-Disposition: form-data; " + disposition.encode() + b"\r\n\r\n" + content + b"\r\n"
 
 
@@ -20,9 +20,15 @@ def test_files_come_in_their_order_to_the_byte() -> None:
 
 
 def test_what_curl_and_browsers_write_is_read() -> None:
-    body = HEAD + b"picture\r\n" + part(b"other", "filename=b.png; name=f") + b"--xyz--"
+    body = HEAD + b"picture\r\n" + part(b"other", "filename=b.png; name=image") + b"--xyz--"
     assert multipart.files(body, "image") == [b"picture", b"other"]
     assert multipart.files(part(b"a", 'name="image"') + b"--xyz--", "image") == [b"a"]
+    assert multipart.files(part(b"a", 'name="image"; filename="x; name=y"') + b"--xyz--", "image") == [b"a"]
+
+
+def test_a_content_type_may_have_a_name_of_its_own() -> None:
+    head = b'--xyz\r\nContent-Type: image/png; name="a.png"\r\nContent-Disposition: FORM-DATA; Name="image"\r\n\r\n'
+    assert multipart.files(head + b"picture\r\n--xyz--", "image") == [b"picture"]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,9 @@ def test_what_is_no_form(body: bytes) -> None:
         (HEAD + b"picture", "cut off: its closing boundary is missing"),
         (HEAD + b"picture\r\n", "cut off"),
         (HEAD + b"picture\r\n--xyz\r\n--xyz--", "no header of its own"),
-        (part(b"5", 'name="slo_ms"') + b"--xyz--", "the form's field 'slo_ms' is no file"),
+        (part(b"5", 'name="slo_ms"') + b"--xyz--", "'slo_ms' is not the model's input; .* 'image' only"),
+        (part(b"") + part(b"", 'name="img"; filename="image"') + b"--xyz--", "field 'img' is not the model's input"),
+        (part(b"", 'filename="image"') + b"--xyz--", "field '' is not the model's input"),
         (part(b"") * 2000 + b"--xyz--", "more than 1024 parts"),
     ],
 )

@@ -38,7 +38,8 @@ def test_json_is_as_documented(demand: Path) -> None:
     result = plan("--demand", demand, "--json", "--max-processes", "5")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
-    assert list(data) == ["gpus", "gpcs", "layout", "bound_gpus", "solve_seconds", "explanation"]
+    assert list(data) == ["gpus", "gpcs", "layout", "bound_gpus", "solve_seconds", "explanation", "warnings"]
+    assert data["warnings"] == []
     assert data["gpus"] == len(data["layout"]) == 1
     assert list(data["layout"][0][0]) == ["mig_profile", "start", "models"]
     models = [model for each in data["layout"][0] for model in each["models"]]
@@ -99,7 +100,35 @@ def test_a_latency_table_of_ones_own(tmp_path: Path, demand: Path) -> None:
     shares = [model for each in json.loads(result.stdout)["layout"][0] for model in each["models"]]
     assert {share["batch"] for share in shares} == {1}
     shipped = plan("--demand", demand, "--json", "--gpu", "H100-80GB")
-    assert "measured on A100-80GB" in json.loads(shipped.stdout)["explanation"][-2]
+    (warning,) = json.loads(shipped.stdout)["warnings"]
+    assert "not measured on slices of H100-80GB, but on A100-80GB:" in warning
+
+
+@pytest.mark.parametrize(
+    ("row", "where"),
+    [
+        ("cpu-1,CPU Some,measured", "CPU Some"),
+        ("cpu-1,,measured", "a CPU"),
+        ("1g.10gb,A100-80GB,emulated", "an emulated A100-80GB"),
+        ("1g.10gb,A100-80GB,sm-shares", "shares of the SMs of a whole A100-80GB"),
+        ("1g.10gb,A100-80GB,measured", ""),
+        ("1g.10gb,,", ""),
+    ],
+)
+def test_a_plan_of_latencies_that_are_no_slices_warns(row: str, where: str, demand: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    models = "\n".join(f"{model},1,1,2,{row}" for model in ("resnet50", "bert"))
+    table.write_text(f"model,gpcs,batch,latency_ms,mig_profile,gpu,source\n{models}\nother,1,1,2,cpu-1,CPU,measured\n")
+    asked = ("--demand", demand, "--latency-table", table)
+    shown, data = plan(*asked, "--out", tmp_path / "plan.svg").stdout, json.loads(plan(*asked, "--json").stdout)
+    if not where:
+        assert (data["warnings"], "WARNING" in shown) == ([], False)
+        return
+    (warning,) = data["warnings"]
+    assert warning.startswith(f"2 of 2 latencies were not measured on slices of A100-80GB, but on {where}:")
+    assert "migserve profile MODEL --device cuda" in warning
+    assert f"WARNING: {warning}" in " ".join(shown.split("╭")[0].split())
+    assert warning[:60] in (tmp_path / "plan.svg").read_text()
 
 
 @pytest.mark.parametrize(

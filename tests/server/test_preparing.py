@@ -72,6 +72,16 @@ def test_the_elements_of_a_request_come_to_their_places(body: Any, threads: int)
     on(lambda: Served(make_model(pictures=True), threads=threads), story)
 
 
+def test_a_form_with_a_file_under_another_name_is_refused_as_a_whole() -> None:
+    async def story(stage: Served) -> None:
+        (reply,) = stage.post(form(FILES).replace(b'name="image"', b'name="img"', 1))
+        assert reply.status == 400
+        assert b"the form's field 'img' is not the model's input; expected fields called 'image' only" in reply.body
+        assert (stage.sent, stage.driver.unfinished(), stage.arena.used) == ([], 0, 0)
+
+    on(pictures, story)
+
+
 def test_a_bare_file_is_one_element() -> None:
     async def story(stage: Served) -> None:
         stage.post(FILES[1])

@@ -127,6 +127,16 @@ def test_what_cannot_be_is_said(arguments: list[str], says: str, tmp_path: Path)
     assert not (tmp_path / "out.csv").exists()
 
 
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a driver")
+def test_without_a_driver_it_says_what_to_look_at(tmp_path: Path) -> None:
+    result = profile("mlp", *QUICK, "--device", "cuda", "--out", tmp_path / "out.csv")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2
+    for expected in ("no usable NVIDIA driver here (", "nvidia-smi must list it", "--gpus all", "--device cpu"):
+        assert expected in said
+    assert "sim:" not in said, "which measures nothing"
+
+
 # ---- the file ----
 
 ROW = Measurement("m", "1g.10gb", 1, 8, 1, 5.0, 100.0, "A100", "measured", 64)

@@ -261,6 +261,10 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
         (b"", "the body is empty; expected JSON such as"),
         (PNG, "the body is a PNG image; only a model with `preprocess` in its serving.yaml takes images"),
         (b"\xff\xd8\xff\xe0 and so on", "the body is a JPEG image"),
+        (
+            b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n--b--\r\n',
+            "the body seems to be a form; only a",
+        ),
     ],
 )
 def test_a_body_that_is_no_json_is_called_what_it_is(body: bytes, message: str) -> None:

@@ -116,6 +116,9 @@ def test_other_arrivals(arrivals: str) -> None:
 
 def test_other_gpus_have_layouts_of_their_own() -> None:
     assert found("--gpu", "A30-24GB", "--gpus", "1", *FEW)["layout"] == "1 x 2g.12gb+1g.6gb+1g.6gb"
+    assert "but on A100-80GB: on A30-24GB they will be others" in " ".join(
+        simulate("--gpu", "A30-24GB", *FEW).stdout.split()
+    )
 
 
 def test_a_trace_is_replayed_at_its_own_rate_or_another(trace: Path) -> None:
