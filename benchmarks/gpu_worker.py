@@ -1,4 +1,5 @@
-"""What the CUDA worker gains by staging a batch while another runs, and what it takes of memory. Needs a GPU.
+"""What the CUDA worker gains by staging a batch while another runs, what it takes of memory, and how long a batch takes
+on shares of the GPU's SMs. Needs a GPU.
 
 .venv/bin/python -m benchmarks.gpu_worker            prints the table
 .venv/bin/python -m benchmarks.gpu_worker --write    also keeps it, in benchmarks/results/gpu_worker.md
@@ -7,7 +8,9 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +26,7 @@ from tests.harness import MODELS
 
 RESULTS = Path(__file__).parent / "results" / "gpu_worker.md"
 BATCHES = 200
+SHARE_BATCHES = 20
 ROUNDS = 7
 
 
@@ -37,6 +41,49 @@ def rate(model: Any, parts: list[memoryview], shape: tuple[int, ...], depth: int
     for started in under_way:
         model.finish(started)
     return BATCHES * shape[0] / (time.perf_counter() - begin)
+
+
+def heavy_model(folder: Path) -> Path:
+    """Eight matrices of 4096 x 4096, one after the other: a batch of 64 items keeps any number of SMs busy."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096, bias=False) for _ in range(8))).eval()
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    program = torch.export.export(layers, (torch.zeros(2, 4096),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, folder / "model.pt2")
+    return folder / "model.pt2"
+
+
+def milliseconds_by_sms(source: ModelSource, batch: int, counts: Sequence[int]) -> list[float]:
+    """Of a batch, on shares of so many SMs, in turns; the copies included."""
+    from scheduler.backends.cuda import CudaBackend
+
+    models = [CudaBackend(source, count) for count in counts]
+    shape = (batch, *models[0].signature.inputs[0].dims)
+    parts = [memoryview(np.ones(shape, np.float32)).cast("B")]
+    found: list[list[float]] = [[] for _ in counts]
+    for _ in range(ROUNDS + 1):
+        for model, seen in zip(models, found, strict=True):
+            inputs = [model.join(parts, shape, np.dtype("float32"))]
+            begin = time.perf_counter()
+            for _ in range(SHARE_BATCHES):
+                model.finish(model.start(inputs))
+            seen.append(1e3 * (time.perf_counter() - begin) / SHARE_BATCHES)
+    return [statistics.median(seen[1:]) for seen in found]
+
+
+def by_sms() -> Table:
+    """How far a share of the SMs is a slice, and what copies and launches take in any case."""
+    total = torch.cuda.get_device_properties(0).multi_processor_count
+    counts = [count for count in (8, 16, 32, 64, 96) if count < total] + [total]
+    table = Table(title="ms of a batch through eight 4096 x 4096 layers")
+    table.add_column("batch", justify="right")
+    for count in counts:
+        table.add_column(f"{count} SMs", justify="right")
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        source = ModelSource("k", "heavy", 1, "torch_export", str(heavy_model(Path(folder))))
+        for batch in (1, 64, 512):
+            table.add_row(str(batch), *(f"{ms:.2f}" for ms in milliseconds_by_sms(source, batch, counts)))
+    return table
 
 
 def main(write: Annotated[bool, typer.Option("--write", help="Keep the table.")] = False) -> None:
@@ -65,6 +112,7 @@ def main(write: Annotated[bool, typer.Option("--write", help="Keep the table.")]
         f"{device.name}, {device.multi_processor_count} SMs, torch {torch.__version__}, CUDA {torch.version.cuda}"
     )
     console.print(table)
+    console.print(by_sms())
     reserved, free = torch.cuda.memory_reserved() / 2**20, torch.cuda.mem_get_info()
     console.print(
         f"Device memory: {reserved:.0f} MiB in torch's pool, {(free[1] - free[0]) / 2**20:.0f} MiB in use in all"

@@ -28,6 +28,8 @@ from typing import Any
 
 # What a row of threads of a CPU has for a MIG profile begins so.
 CPU = "cpu-"
+# In the column `source`: a share of a whole GPU's SMs stood for a slice.
+SHARES = "sm-shares"
 # PARIS reads its knee off utilisation; where none is measured, this share of peak throughput stands in.
 KNEE_SHARE = 0.8
 # A point is suspect when it holds at least so many items in flight, and so much more throughput than all below.
@@ -168,6 +170,8 @@ def _elsewhere(measurement: Measurement, gpu: str) -> str:
     """Where a row was measured, if that is no slice of `gpu`."""
     if measurement.source == "emulated":
         return f"an emulated {measurement.gpu}".rstrip()
+    if measurement.source == SHARES:
+        return f"shares of the SMs of a whole {measurement.gpu}"
     if measurement.mig_profile.startswith(CPU):
         return measurement.gpu or "a CPU"
     return measurement.gpu if measurement.gpu != gpu else ""

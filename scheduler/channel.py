@@ -29,7 +29,8 @@ class ModelSource(msgspec.Struct, frozen=True):
 
     `key` names this load of it, so that a reload is another model. `inputs`, `outputs`, `max_batch`: as
     declared beside the model, None where the model file is to say. `latency_ms`: (batch, ms) points by
-    compute slices, None where they are to be measured. `mig_profiles`: where it is served; empty: everywhere.
+    compute slices, None where they are to be measured; `latency_origin`: how many of them came about how, such as
+    `40 predicted, 12 measured`; empty where that is not known. `mig_profiles`: where it is served; empty: everywhere.
     `weight`: its part of slices that it shares. `lengths`: of a model whose items are padded, `lengths_ms` then: the
     points by compute slices and length, where they are known.
     """
@@ -43,6 +44,7 @@ class ModelSource(msgspec.Struct, frozen=True):
     outputs: tuple[TensorSpec, ...] | None = None
     max_batch: int | None = None
     latency_ms: dict[int, tuple[tuple[int, float], ...]] | None = None
+    latency_origin: str = ""
     mig_profiles: tuple[str, ...] = ()
     weight: float = 1.0
     lengths: Lengths | None = None

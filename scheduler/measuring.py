@@ -7,7 +7,6 @@ steady, and then goes on, untimed, until all are done: every timed batch had k -
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -33,12 +32,15 @@ ENERGY_SECONDS, STEP_SECONDS, LOOK_SECONDS = 1.0, 1.0, 0.002
 
 
 class Device(NamedTuple):
-    """Where to measure. `uuid`: of a CUDA device, None for the CPU. `memory_mib`: a limit for each process's data."""
+    """Where to measure. `uuid`: of a CUDA device, None for the CPU. `memory_mib`: a limit for the data of each process
+    on the CPU, of all of them on CUDA. `sm_count`: a share of the CUDA device, instead of all its SMs.
+    """
 
     uuid: str | None
     threads: int = 1
     latency_ms: tuple[tuple[int, float], ...] | None = None
     memory_mib: int | None = None
+    sm_count: int | None = None
 
     @property
     def kind(self) -> str:
@@ -104,6 +106,8 @@ class Measurer:
     """
 
     def __init__(self, source: ModelSource, device: Device, processes: int, gauges: Gauges = NO_GAUGES) -> None:
+        if device.uuid is not None and device.memory_mib is not None:
+            device = device._replace(memory_mib=device.memory_mib // processes)
         self._source, self._device, self._count = source, device, processes
         self._gauges = gauges
         self._children: list[tuple[ForkServerProcess, Connection]] = []
@@ -244,11 +248,11 @@ def main(source: ModelSource, device: Device, pipe: Connection) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device.uuid
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     backends.limit_threads(device.threads)
-    if device.memory_mib is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (device.memory_mib << 20, device.memory_mib << 20))
     with suppress(EOFError, OSError):
         try:
-            backend = backends.load(Load(source, device.latency_ms), device.kind)
+            if device.memory_mib is not None:
+                backends.limit_memory(device.kind, device.memory_mib)
+            backend = backends.load(Load(source, device.latency_ms), device.kind, device.sm_count)
         except ModelLoadError as error:
             pipe.send(OutOfMemory(str(error)) if backends.is_out_of_memory(error) else Failure(str(error)))
             return

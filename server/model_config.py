@@ -39,11 +39,18 @@ def model_config(model: Model) -> dict[str, Any]:
         "output": [*map(_config, signature.outputs)],
         "instance_group": [],
         "default_model_filename": model.source.path.rsplit("/", 1)[-1] if model.source is not None else "",
-        "parameters": {"emulated": {"string_value": "true"}} if model.emulated else {},
+        "parameters": _parameters(model),
     }
     if signature.max_batch > 0:
         config["dynamic_batching"] = {"preferred_batch_size": [], "max_queue_delay_microseconds": 0}
     return config
+
+
+def _parameters(model: Model) -> dict[str, Any]:
+    """What of it is not what it seems: an emulated model, and what is decided by latencies that nobody measured."""
+    origin = model.source.latency_origin if model.source is not None else ""
+    said = {"emulated": "true" if model.emulated else "", "latency_table": origin}
+    return {key: {"string_value": value} for key, value in said.items() if value}
 
 
 def _metadata(model: Model) -> Any:

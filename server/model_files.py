@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import pairwise
@@ -145,6 +146,7 @@ def read_model(folder: Path, version: int, generation: int) -> tuple[ModelSource
         outputs=config_pbtxt.specs(config.output, "output"),
         max_batch=_max_batch(config, backend),
         latency_ms=_latency(folder, name, serving.latency_table),
+        latency_origin=_latency_origin(folder, name, serving.latency_table),
         lengths=serving.settled_lengths,
         lengths_ms=_latency_by_length(folder, name, serving) if serving.lengths is not None else None,
         mig_profiles=tuple(serving.mig_profiles),
@@ -264,3 +266,14 @@ def _latency(
     except (ValueError, csv.Error) as error:
         raise ModelFileError(f"serving.yaml, latency_table: {error}") from error
     return {gpcs: tuple(found.points(gpcs)) for gpcs in found.by_gpcs}
+
+
+def _latency_origin(folder: Path, name: str, table: LatencyTableFile | None) -> str:
+    """Of a table of the model's own, which was read before; empty where no row says how it came about."""
+    if table is None or table.file is None:
+        return ""
+    rows = [row for row in latency.read_measurements(folder / table.file) if row.model == (table.model or name)]
+    if not any(row.source for row in rows):
+        return ""
+    counted = Counter(row.source or "of unknown origin" for row in rows)
+    return ", ".join(f"{count} {source}" for source, count in counted.most_common())

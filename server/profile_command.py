@@ -35,7 +35,7 @@ QUANTILE = 0.75
 # One point of a small model on a CPU: predictions were off by 12 to 27 on the slice that had none.
 FEW = 3
 COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-DEVICES = ("cpu", "cuda", "emulated")
+DEVICES = ("cpu", "cuda", "shares", "emulated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def _run(request: Request) -> int:
 def _on(machine: Machine, request: Request, source: ModelSource) -> int:
     try:
         path = request.out or Path(f"{source.name}.latency.csv")
-        file = TableFile(path, source.name, machine.gpu)
+        file = TableFile(path, source.name, machine.gpu, machine.source)
         session = _Session(request, source, machine, file)
         session.prepare()
     except (UsageError, ModelFileError, LatencyTableError) as error:
@@ -119,6 +119,8 @@ def _machine(request: Request, source: ModelSource) -> Machine:
         made = profile_places.cpu(request.slices, request.memory_mib)
     elif kind == "emulated":
         made = profile_places.emulated(request.gpu, source, request.memory_mib)
+    elif kind == "shares":
+        made = profile_places.shares(_door())
     else:
         made = profile_places.cuda(_door())
     unknown = [name for name in request.slices if name not in made.places]
@@ -133,7 +135,7 @@ def _door() -> NvmlDoor:
         return real_gpus()
     except NvmlUnavailableError as error:
         raise UsageError(
-            f"--device cuda: no usable NVIDIA driver here ({error.__cause__ or error}). If there is a GPU, nvidia-smi "
+            f"no usable NVIDIA driver here ({error.__cause__ or error}). If there is a GPU, nvidia-smi "
             f"must list it first: install or load the driver, or start the container with --gpus all. "
             f"--device cpu measures on the CPU, which is no latency table of a GPU"
         ) from error
@@ -281,6 +283,8 @@ class _Session:
         if self._widest > self._request.effort.within:
             how = f"the widest is known to {self._widest:.0%}" if math.isfinite(self._widest) else "some had few runs"
             console.print(f"not every median is steady: {how}; more --seconds would help", style="yellow")
+        if self._machine.source == latency.SHARES:
+            console.print("shares of a GPU's SMs stood for its slices: an approximation, see docs/profiling.md")
         if predicted:
             console.print(f"what was predicted says so in the column source: {PREDICTED}")
             if len(measured) < FEW:

@@ -23,12 +23,21 @@ PREDICTED = "predicted"
 
 
 class TableFile:
-    """Rows of one model on one kind of device, in a file that may hold others too. Raises LatencyTableError."""
+    """Rows of one model on one kind of device, in a file that may hold others too; `source`: how they are measured.
 
-    def __init__(self, path: Path, model: str, gpu: str) -> None:
+    Raises LatencyTableError.
+    """
+
+    def __init__(self, path: Path, model: str, gpu: str, source: str) -> None:
         self._path, self._model, self._gpu = path, model, gpu
         if path.exists():
             self._repair()
+        others = {each.source for each in self._rows() if self._is_ours(each)} - {source}
+        if others:
+            raise LatencyTableError(
+                f"{path} has rows of {model} on {gpu} that are {', '.join(sorted(others))}, not {source}: "
+                f"name another --out"
+            )
 
     def known(self) -> dict[Point, float]:
         """What was measured before."""

@@ -1,4 +1,4 @@
-"""Where `migserve profile` measures: threads of the CPU, slices of a GPU, or those that are emulated."""
+"""Where `migserve profile` measures: threads of the CPU, a GPU's slices or shares, or emulated ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 from partitioner.catalog import GPU_MODELS
 from partitioner.cuts import slice_profiles
 from partitioner.geometry import Slice
-from partitioner.latency import CPU, LatencyTable
+from partitioner.latency import CPU, SHARES, LatencyTable
 from partitioner.nvml import NvmlDoor
 from partitioner.nvml_errors import NvmlError
 from partitioner.nvml_types import Gpu
@@ -100,6 +100,34 @@ def _gauges(door: NvmlDoor, of: Slice, *, alone: bool) -> Gauges:
         return (_or_none(partial(door.utilization, of.gpu_uuid)) or {}).get(of.gi_id or 0)
 
     return Gauges(energy_j if alone else None, None if of.gi_id is None else sm_activity)
+
+
+def shares(door: NvmlDoor) -> Machine:
+    """Shares of the SMs and of the memory of a whole GPU, each for a slice that it could be cut into.
+
+    An approximation: a slice has its part of the L2 cache and of the memory's bandwidth, too, which a share has all of.
+    Closes the door. Raises StartError, NvmlError.
+    """
+    try:
+        gpus, driver = door.gpus(), door.driver_version()
+    finally:
+        door.close()
+    whole = [gpu for gpu in gpus if not gpu.mig_enabled]
+    if not whole:
+        raise StartError("every GPU is cut: leave --device out, which measures the slices themselves")
+    gpu = next((each for each in whole if each.model is not None), None)
+    if gpu is None or gpu.model is None:
+        raise StartError(f"nobody knows which slices a {whole[0].name} could be cut into: it has no MIG")
+    places = {
+        each.name: Place(
+            each.name, each.gpcs, Device(gpu.uuid, memory_mib=each.memory_mib, sm_count=each.sm_count), NO_GAUGES
+        )
+        for each in slice_profiles(gpu.model)
+        if each.sm_count
+    }
+    if not places:
+        raise StartError(f"how many SMs a slice of a {gpu.name} has is not known: cut it, and measure the slices")
+    return Machine(gpu.model.name, SHARES, driver, places)
 
 
 def _or_none(read: Callable[[], T]) -> T | None:

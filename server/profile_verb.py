@@ -11,7 +11,12 @@ from server.options import DEFAULT_GPU
 
 Model = Annotated[str, typer.Argument(help="By its name in the repository, or its folder.")]
 Repository = Annotated[Path, typer.Option(help="Folder of models, as of **serve**.")]
-Device = Annotated[str | None, typer.Option(help="`cpu`, `cuda` or `emulated`; by default the GPU where there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="`cpu`, `cuda`, `emulated`, or `shares`: of a GPU without MIG, for its slices. By default the GPU if any."
+    ),
+]
 Gpu = Annotated[str, typer.Option(help="Of an emulated model: which GPU's slices.")]
 Slices = Annotated[
     str | None,

@@ -268,7 +268,8 @@ class Repository:
         self._answering.clear()
         self._warn_of_arena(model)
         measured_ms = {kind: _shortly(points) for kind, points in loaded.measured_ms.items()}
-        log.info("model ready", model=name, version=number, backend=model.backend, measured_ms=measured_ms)
+        known = {"latency_table": model.source.latency_origin} if model.source.latency_origin else {}
+        log.info("model ready", model=name, version=number, backend=model.backend, measured_ms=measured_ms, **known)
         if old is not None and old.state == ModelState.READY:
             await self._retire(old)
 

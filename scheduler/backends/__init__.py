@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -79,6 +80,17 @@ def memory_mib(device: str) -> float | None:
     return float(lines[0].split()[1]) / 1024 if lines else None
 
 
+def limit_memory(device: str, mib: int) -> None:
+    """What this process may take for its data, of the CUDA device's memory or of the machine's."""
+    if device == "cuda":
+        import torch
+
+        if torch.cuda.is_available():  # else loading says so
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (mib << 20) / torch.cuda.mem_get_info()[1]))
+    else:
+        resource.setrlimit(resource.RLIMIT_DATA, (mib << 20, mib << 20))
+
+
 def forget_memory(device: str) -> None:
     """Frees what is kept for later, and forgets the peak."""
     if device == "cuda":
@@ -125,8 +137,10 @@ def without_cuda(version: str, cuda: str | None, python: str) -> str:
     )
 
 
-def load(message: Load, device: str) -> Backend:
-    """Loads a model, in a process that is for nothing else. `device`: "cpu" or "cuda". Raises ModelLoadError."""
+def load(message: Load, device: str, sm_count: int | None = None) -> Backend:
+    """Loads a model, in a process that is for nothing else. `device`: "cpu" or "cuda", of whose SMs it takes
+    `sm_count`, or all. Raises ModelLoadError.
+    """
     source = message.source
     if source.backend == "emulated":
         from scheduler.backends.emulated import EmulatedBackend
@@ -143,7 +157,7 @@ def load(message: Load, device: str) -> Backend:
             raise ModelLoadError(without_cuda(torch.__version__, torch.version.cuda, sys.executable))
         from scheduler.backends.cuda import CudaBackend
 
-        return CudaBackend(source)
+        return CudaBackend(source, sm_count)
     from scheduler.backends.torch import TorchBackend
 
     behind_others()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from scheduler.backends import Array
+from scheduler.backends import Array, ModelLoadError
 from scheduler.backends.torch import TorchBackend, as_array
 from scheduler.channel import ModelSource
 
@@ -24,12 +24,15 @@ class _Started(NamedTuple):
 
 
 class CudaBackend(TorchBackend):
-    """A torch model on `cuda:0`, which is the worker's slice."""
+    """A torch model on `cuda:0`, which is the worker's slice, or on a share of its SMs."""
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, source: ModelSource, sm_count: int | None = None) -> None:
         super().__init__(source, "cuda")
         new_stream: Callable[[], torch.cuda.Stream] = torch.cuda.Stream
         self._copy_in, self._compute, self._copy_out = new_stream(), new_stream(), new_stream()
+        if sm_count is not None and sm_count < torch.cuda.get_device_properties(0).multi_processor_count:
+            self._share = share_of_sms(sm_count)
+            self._compute = self._share.Stream()
 
     def join(self, parts: list[memoryview], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         pinned = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True).numpy()
@@ -61,6 +64,25 @@ class CudaBackend(TorchBackend):
     def finish(self, started: _Started) -> list[Array]:  # type: ignore[override]  # what its start gave
         started.copied_out.synchronize()
         return [as_array(tensor) for tensor in started.outputs]
+
+
+def share_of_sms(count: int) -> Any:
+    """A green context (CUDA driver API, 6.35), whose stream computes on so many SMs and no others, while it lives.
+
+    The driver gives what it can split off, on Hopper multiples of 8 and at times fewer than asked for, and torch does
+    not tell how many (pytorch#195378). Raises ModelLoadError.
+    """
+    try:
+        from torch.cuda.green_contexts import GreenContext
+
+        share: Any = GreenContext.create(num_sms=count, device_id=0)
+        share.Stream()
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise ModelLoadError(
+            f"torch {torch.__version__} gives no share of {count} SMs: {error}; it takes torch 2.12 or later in its "
+            f"CUDA build, and a driver for CUDA 12.4 or later"
+        ) from error
+    return share
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpu_worker import heavy_model, milliseconds_by_sms
 from scheduler.channel import ModelSource
 from server.demo import digits_split
 from tests.clients import http_binary, in_threads
@@ -17,11 +18,11 @@ from tests.harness import MODELS, running
 pytestmark = pytest.mark.gpu
 
 
-def backend(name: str) -> Any:
+def backend(name: str, sm_count: int | None = None) -> Any:
     from scheduler.backends.cuda import CudaBackend
 
     assert torch.cuda.is_available(), "make check-gpu needs a GPU, and torch in its CUDA build"
-    return CudaBackend(ModelSource("k", name, 1, "torch_export", str(MODELS / name / "1" / "model.pt2")))
+    return CudaBackend(ModelSource("k", name, 1, "torch_export", str(MODELS / name / "1" / "model.pt2")), sm_count)
 
 
 def gathered(model: Any, array: Any) -> list[Any]:
@@ -54,6 +55,17 @@ def test_inputs_and_outputs_are_pinned_and_two_batches_keep_apart(demo_models: N
         staged = (x, started)
     assert staged is not None
     np.testing.assert_array_equal(model.finish(staged[1])[0], 2 * staged[0] + 1)
+
+
+@torch.inference_mode()
+def test_a_share_of_the_sms_answers_the_same_and_computes_on_no_others(demo_models: None, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+    whole, share = backend("mlp"), backend("mlp", 16)
+    (expected,), (ours,) = (model.finish(model.start(gathered(model, x))) for model in (whole, share))
+    np.testing.assert_allclose(ours, expected, rtol=2e-2, atol=1e-3)
+    model = ModelSource("k", "heavy", 1, "torch_export", str(heavy_model(tmp_path)))
+    all_ms = milliseconds_by_sms(model, 64, (16, 32, torch.cuda.get_device_properties(0).multi_processor_count))
+    assert all_ms[0] > 1.5 * all_ms[1] > 2 * all_ms[2]
 
 
 def test_the_daemon_serves_every_held_out_digit_from_the_gpus_that_there_are(demo_models: None) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from partitioner.nvml import NvmlDoor
 from partitioner.simulated_nvml import SimulatedNvml, parse_gpus
+from scheduler.backends import ModelLoadError
+from scheduler.backends.cuda import share_of_sms
 from scheduler.channel import ModelSource
 from scheduler.measuring import Device, Effort, Failure, Gauges, Measurer, OutOfMemory, Timed, mean_w
 from server.model_files import read_model
@@ -102,3 +104,11 @@ def test_a_counter_of_energy_that_cannot_be_right_gives_nothing(readings: list[f
 
     counter = told()
     assert mean_w(lambda: next(counter)) is None
+
+
+def test_without_cuda_shares_of_sms_say_what_they_take() -> None:
+    with pytest.raises(ModelLoadError, match=r"no share of 16 SMs: .* it takes torch 2.12 or later in its CUDA build"):
+        share_of_sms(16)
+    device = Device("GPU-0", memory_mib=9984, sm_count=16)
+    with Measurer(source("mlp"), device, 1) as measurer, pytest.raises(ModelLoadError, match="is a CPU build"):
+        measurer.load()

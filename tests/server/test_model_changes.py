@@ -241,6 +241,21 @@ def test_the_latencies_that_were_measured_are_logged_shortly(tmp_path: Path) -> 
     at(tmp_path, story)
 
 
+def test_a_model_dispatched_by_predicted_latencies_says_so(tmp_path: Path) -> None:
+    table = repositories.emulated(tmp_path / "m", 1) / "table.csv"
+    rows = ["m,1g.10gb,1,1,", "m,1g.10gb,2,2,predicted", "m,1g.10gb,8,6,predicted", "other,1g.10gb,8,6,predicted"]
+    table.write_text("\n".join(["model,mig_profile,batch,latency_ms,source", *rows]))
+
+    async def story(place: Place) -> None:
+        with capture_logs() as lines:
+            await place.repository.load("m")
+        assert [line["latency_table"] for line in lines] == ["2 predicted, 1 of unknown origin"]
+        parameters = model_config(place.repository.get("m"))["parameters"]
+        assert parameters["latency_table"] == {"string_value": "2 predicted, 1 of unknown origin"}
+
+    at(tmp_path, story)
+
+
 @pytest.mark.parametrize("digits", [1, 5000])
 def test_a_version_that_there_is_not_is_not_found_however_long(digits: int, tmp_path: Path) -> None:
     repositories.emulated(tmp_path / "m", 1)

@@ -112,7 +112,7 @@ def test_what_does_not_fit_into_memory_is_told_and_left_out(tmp_path: Path) -> N
         (["resnet50", "--slices", "9g.10gb"], "no slice '9g.10gb'"),
         (["resnet50", "--gpu", "A1000"], "no GPU is called"),
         (["resnet50", "--device", "cpu"], "emulated"),
-        (["mlp", "--device", "tpu"], "there are cpu, cuda, emulated"),
+        (["mlp", "--device", "tpu"], "there are cpu, cuda, shares, emulated"),
         (["mlp", "--device", "cpu", "--batches", "65"], "at most 64 items"),
         (["mlp", "--batches", "1,x"], "--batches takes numbers"),
         (["mlp", "--device", "cpu", "--lengths", "8"], "no axis that varies"),
@@ -144,8 +144,8 @@ ROW = Measurement("m", "1g.10gb", 1, 8, 1, 5.0, 100.0, "A100", "measured", 64)
 
 def test_other_models_rows_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
-    TableFile(path, "other", "A100").add(ROW, {"runs": 9})
-    file = TableFile(path, "m", "A100")
+    TableFile(path, "other", "A100", "measured").add(ROW, {"runs": 9})
+    file = TableFile(path, "m", "A100", "measured")
     file.add(ROW, {"runs": 7})
     file.finish([Measurement("m", "1g.10gb", 1, 16, 1, 9.0, None, "A100", "predicted", 64)], {})
     file.finish([Measurement("m", "1g.10gb", 1, 32, 1, 9.0, None, "A100", "predicted", 64)], {})
@@ -159,17 +159,25 @@ def test_other_models_rows_are_kept(tmp_path: Path) -> None:
 
 def test_a_table_with_fewer_columns_of_an_older_release_is_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
-    TableFile(path, "m", "A100").add(ROW, {"runs": 9, "versions": "torch"})
+    TableFile(path, "m", "A100", "measured").add(ROW, {"runs": 9, "versions": "torch"})
     path.write_text("\n".join(line.rsplit(",", 2)[0] for line in path.read_text().splitlines()) + "\n")
-    file = TableFile(path, "m", "A100")
+    file = TableFile(path, "m", "A100", "measured")
     file.add(ROW, {"runs": 7, "energy_j": 2.5})
     assert [(row["runs"], row["energy_j"]) for row in rows(path)] == [("9", None), ("7", "2.5")]
     assert list(file.known().values()) == [5.0]
+
+
+def test_what_was_measured_in_one_way_is_not_gone_on_with_in_another(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    TableFile(path, "m", "A100", "measured").add(ROW, {"runs": 9})
+    with pytest.raises(LatencyTableError, match="that are measured, not sm-shares: name another --out"):
+        TableFile(path, "m", "A100", "sm-shares")
+    TableFile(path, "m", "H100", "sm-shares")
 
 
 def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.csv"
     path.write_text("what,ever")
     with pytest.raises(LatencyTableError, match="not written by migserve profile"):
-        TableFile(path, "m", "A100")
+        TableFile(path, "m", "A100", "measured")
     assert path.read_text() == "what,ever"

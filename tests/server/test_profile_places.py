@@ -50,3 +50,27 @@ def test_without_a_slice_the_driver_is_let_go() -> None:
     with pytest.raises(StartError, match="no slice"):
         profile_places.cuda(opened)
     assert sim.calls[-1] == "nvmlShutdown"
+
+
+def test_shares_of_a_whole_gpu_stand_for_the_slices_that_it_could_be_cut_into() -> None:
+    cut, whole = parse_gpus("A100-80GB", "3g.40gb"), parse_gpus("A100-80GB,H100-80GB", "off")[1:]
+    sim = SimulatedNvml([*cut, *whole])
+    opened = NvmlDoor(sim, simulated=True)
+    machine = profile_places.shares(opened)
+    assert (machine.gpu, machine.source) == ("H100-80GB", "sm-shares")
+    assert {name: (place.device.sm_count, place.device.memory_mib) for name, place in machine.places.items()} == {
+        "1g.10gb": (16, 9984),
+        "2g.20gb": (32, 20096),
+        "3g.40gb": (60, 40448),
+        "4g.40gb": (64, 40448),
+        "7g.80gb": (132, 81152),
+    }
+    assert {place.device.uuid for place in machine.places.values()} == {whole[0].uuid}
+    assert sim.calls[-1] == "nvmlShutdown"
+
+
+def test_there_are_no_shares_of_what_is_cut() -> None:
+    sim, opened = door("H100-80GB", "3g.40gb")
+    with pytest.raises(StartError, match="every GPU is cut"):
+        profile_places.shares(opened)
+    assert sim.calls[-1] == "nvmlShutdown"
