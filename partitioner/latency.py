@@ -9,7 +9,7 @@ File form: CSV with a header, one measurement a row, or JSON `{"measurements": [
     processes     of this model, side by side in the slice                1
     items_per_s   of the slice, all its processes: where given, latency is
                   batch * processes / items_per_s, the finer figure       -
-    gpcs          compute slices                                          the leading number of mig_profile
+    gpcs          compute slices; of cpu-N threads                        the first number in mig_profile
     memory_mib    of the slice's memory, taken by all its processes       unknown
     gpu, source, seq_len                                                  any
 """
@@ -294,7 +294,7 @@ def _measurement(row: Mapping[str, Any]) -> Measurement:
     return Measurement(
         model=row["model"],
         mig_profile=row["mig_profile"],
-        gpcs=int(row.get("gpcs") or row["mig_profile"].split("g")[0]),
+        gpcs=int(row.get("gpcs") or row["mig_profile"].removeprefix(CPU).split("g")[0]),
         batch=batch,
         processes=processes,
         latency_ms=latency_ms,
