@@ -19,6 +19,7 @@ from partitioner.predictor import Knowledge, learn
 from partitioner.profiler import Campaign
 from scheduler.backends import ModelLoadError
 from scheduler.channel import ModelSource
+from scheduler.lengths import shortest, to_measure
 from scheduler.measuring import Effort, Failure, Measurer, OutOfMemory, Timed
 from scheduler.tensors import Signature
 from server import picture, profile_places, profile_plot, progress
@@ -174,14 +175,26 @@ class _Session:
         batches = self._request.batches or sorted({most, *(1 << n for n in range(most.bit_length()))})
         if max(batches) > most:
             raise UsageError(f"--batches: the model takes at most {most} items")
-        varying = any(dim == -1 for spec in signature.inputs for dim in spec.dims)
-        if self._request.lengths and not varying:
-            raise UsageError("--lengths: the model's inputs have no axis that varies")
+        lengths = self._lengths(signature)
         for place in self._places.values():
             for processes in self._request.processes or (1,):
-                for length in self._request.lengths or (None,):
+                for length in lengths or (None,):
                     for batch in batches:
                         yield Point(place.mig_profile, place.gpcs, batch, processes, length)
+
+    def _lengths(self, signature: Signature) -> tuple[int, ...]:
+        """At which to measure; none if the model has none. By default those at which a daemon would."""
+        varying = any(dim == -1 for spec in signature.inputs for dim in spec.dims)
+        asked, declared = self._request.lengths, self._source.lengths
+        if not varying and asked:
+            raise UsageError("--lengths: the model's inputs have no axis that varies")
+        if varying and not asked and declared is None:
+            raise UsageError("the model's inputs vary in length: say at which to measure, such as --lengths 32,128,512")
+        if declared is None:
+            return asked
+        if asked and max(asked) > declared.longest:
+            raise UsageError(f"--lengths: serving.yaml says that the longest is {declared.longest}")
+        return asked or to_measure(declared, shortest(signature))
 
     def _new_campaign(self) -> Campaign:
         known = self._file.known()
