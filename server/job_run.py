@@ -14,27 +14,25 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
 
 from scheduler.answers import Answered
 from scheduler.driver import now_ns
-from scheduler.elastic import Elastic
 from scheduler.lengths import Lengths
 from scheduler.messages import Reason
 from server import job_results
 from server.errors import Fault, ServeError
 from server.job_inputs import ENCODED, Item, Reader
-from server.job_pace import Casualties, Factors, Pace
-from server.job_preparing import JobPreparer, grouped, tensors_of_batch
+from server.job_pace import Factors, Pace
+from server.job_preparing import grouped, tensors_of_batch
 from server.job_progress import INTERNAL_ERROR, now_s, too_many
 from server.job_results import rows_of_all
+from server.job_shared import Shared
 from server.job_store import DiskFullError, Job, JobState, Ledger
-from server.job_supply import Supply
-from server.job_window import Waiting, Window
+from server.job_window import Sent, Waiting, Window
 from server.repository import Model
-from server.service import InferenceService
 
 log = structlog.get_logger(__name__)
 
@@ -51,17 +49,6 @@ AGAIN_S = 0.2
 
 Bucket = tuple[int, ...]
 _OURS = (Fault.REFUSED, Fault.UNAVAILABLE)  # nothing is wrong with the items
-
-
-class Shared(NamedTuple):
-    """What all jobs have together. `tally`: finished items, by model and outcome."""
-
-    service: InferenceService
-    elastic: Elastic
-    supply: Supply
-    preparer: JobPreparer
-    casualties: Casualties
-    tally: Counter[tuple[str, str]]
 
 
 class JobRun:
@@ -88,9 +75,7 @@ class JobRun:
         self.factors = Factors()
         self.pace = Pace()
         self._waiting = Waiting()
-        self._sent: dict[int, tuple[int, list[Item], Callable[[], object]]] = {}  # by number: worker, items, cancel
-        self._numbers = 0
-        self._on: Counter[int] = Counter()  # batches that are sent, by worker
+        self._sent = Sent()
         self._finished: list[tuple[list[Item], Answered | str]] = []
         self._window = Window()
         self._buckets: tuple[Lengths | None, tuple[int, ...]] = None, ()
@@ -120,9 +105,11 @@ class JobRun:
         self._to_commit.set()  # it may be complete already
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
-        """None of them may fail unseen: the job would wait for ever."""
-        if task.cancelled() or (error := task.exception()) is None or self.job.state != JobState.RUNNING:
-            return
+        if not task.cancelled() and (error := task.exception()) is not None and self.job.state == JobState.RUNNING:
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        """Nothing may fail unseen: the job would wait for ever. It can go on from its ledger."""
         if isinstance(error, DiskFullError | OSError | sqlite3.Error):
             self._ends(JobState.PAUSED, f"the disk: {error}")
         else:
@@ -142,9 +129,7 @@ class JobRun:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._feeding is not None:
             self._feeding.cancel()
-        for _, _, cancel in list(self._sent.values()):
-            cancel()
-        self._sent.clear()
+        self._sent.take_back()
         try:
             await self._put_down()
         except (DiskFullError, OSError, sqlite3.Error):
@@ -170,7 +155,7 @@ class JobRun:
     def _is_starved(self) -> bool:
         """Whether slices that it holds have less than they could, since inputs are not ready."""
         held = self._elastic.held(self.job.id)
-        return bool(held) and not self._all_prepared and all(self._on[worker_id] < AHEAD for worker_id in held)
+        return bool(held) and not self._all_prepared and all(self._sent.on[worker_id] < AHEAD for worker_id in held)
 
     @property
     def _all_prepared(self) -> bool:
@@ -261,30 +246,32 @@ class JobRun:
 
     def feed(self) -> None:
         """Gives each slice that the job holds its next batches."""
-        if self.job.state != JobState.RUNNING:
-            return
-        for worker_id in self._elastic.held(self.job.id):
-            if self._casualties.spared_s(worker_id, now_s()):
-                continue
-            while self._on[worker_id] < AHEAD and self._feeding is None:
-                items, ns = self._next_batch(worker_id)
-                if not items:
-                    break
-                self._send(worker_id, items, ns)
+        try:
+            for worker_id in self._elastic.held(self.job.id):
+                if not self._casualties.spared_s(worker_id, now_s()):
+                    self._feed(worker_id)
+        except Exception as error:
+            self._failed(error)
 
-    def _next_batch(self, worker_id: int) -> tuple[list[Item], float]:
+    def _feed(self, worker_id: int) -> None:
+        while self.job.state == JobState.RUNNING and self._sent.on[worker_id] < AHEAD and self._feeding is None:
+            items = self._next_batch(worker_id)
+            if not items:
+                break
+            self._send(worker_id, items)
+
+    def _next_batch(self, worker_id: int) -> list[Item]:
         """Takes it out of what is ready."""
         if self._waiting.alone:
-            item = self._waiting.alone.popleft()
-            return [item], self._size(worker_id, item.bucket)[1]
+            return [self._waiting.alone.popleft()]
         bucket = self._overtaken() or self._elastic.pick(self.job.id, worker_id, self._full_buckets(worker_id))
         if not isinstance(bucket, tuple):
-            return [], 0.0
+            return []
         wanted, ns = self._size(worker_id, bucket)
         items = self._waiting.take(bucket, wanted)
         if items:
             self._elastic.started(self.job.id, worker_id, bucket, ns * len(items) / max(wanted, 1))
-        return items, ns
+        return items
 
     def _size(self, worker_id: int, bucket: Bucket) -> tuple[int, float]:
         """Items of a batch, and its ns; none where the model is not served."""
@@ -305,29 +292,33 @@ class JobRun:
         item = self._window.overtaken()
         return item.bucket if item is not None and self._waiting.is_next(item) else None
 
-    def _send(self, worker_id: int, items: list[Item], ns: float) -> None:
-        self._numbers += 1
-        number = self._numbers
-        self._on[worker_id] += 1
-        self._sent[number] = worker_id, items, lambda: None
-        ended = partial(self._batch_ended, number, ns)
+    def _send(self, worker_id: int, items: list[Item]) -> None:
+        number = self._sent.add(worker_id, items)
+        ended = partial(self._batch_ended, number)
         try:
             model = self._model()
             self._supply.saw(model, (item.length for item in items))
-            cancel = self._service.submit_background(model, tensors_of_batch(model, items), worker_id, now_ns(), ended)
+            tensors = tensors_of_batch(model, items)
+            self._sent.sent(number, self._service.submit_background(model, tensors, worker_id, now_ns(), ended))
         except ServeError as error:
             ended(error)
-            return
-        if number in self._sent:  # it may have been refused meanwhile
-            self._sent[number] = worker_id, items, cancel
+        except Exception:  # its items are tried again, each by itself
+            log.exception("a batch of a job cannot be sent", job=self.job.id)
+            ended(ServeError(Fault.INTERNAL, INTERNAL_ERROR))
 
-    def _batch_ended(self, number: int, ns: float, outcome: Answered | ServeError) -> None:
-        worker_id, items, _ = self._sent.pop(number)
-        self._on[worker_id] -= 1
+    def _batch_ended(self, number: int, outcome: Answered | ServeError) -> None:
+        try:
+            sent = self._sent.ended(number)
+            if sent is not None:
+                self._take_in(*sent, outcome)
+        except Exception as error:
+            self._failed(error)
+
+    def _take_in(self, worker_id: int, items: list[Item], outcome: Answered | ServeError) -> None:
         if isinstance(outcome, Answered):
-            self._learn(worker_id, items, outcome)
             self._let_go(items, outcome)
             self.feed_soon()
+            self._learn(worker_id, items, outcome)
         elif outcome.fault in _OURS:
             self._waiting.put_back(items)
             self.feed_soon(AGAIN_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from server.job_inputs import Item
@@ -107,3 +107,40 @@ class Waiting:
         """Of its bucket."""
         waiting = self._of.get(item.bucket)
         return bool(waiting) and waiting is not None and waiting[0] is item
+
+
+class Sent:
+    """Batches that are on their way. `on`: how many, by worker."""
+
+    def __init__(self) -> None:
+        self.on: Counter[int] = Counter()
+        self._batches: dict[int, tuple[int, list[Item]]] = {}
+        self._cancel: dict[int, Callable[[], object]] = {}
+        self._numbers = 0
+
+    def add(self, worker_id: int, items: list[Item]) -> int:
+        """Returns its number."""
+        self._numbers += 1
+        self.on[worker_id] += 1
+        self._batches[self._numbers] = worker_id, items
+        return self._numbers
+
+    def sent(self, number: int, cancel: Callable[[], object]) -> None:
+        if number in self._batches:  # it may have been refused meanwhile
+            self._cancel[number] = cancel
+
+    def ended(self, number: int) -> tuple[int, list[Item]] | None:
+        """Its worker and items; None if that was told before."""
+        if number not in self._batches:
+            return None
+        self._cancel.pop(number, None)
+        worker_id, items = self._batches.pop(number)
+        self.on[worker_id] -= 1
+        return worker_id, items
+
+    def take_back(self) -> None:
+        """All: their ends are nobody's business any more."""
+        for cancel in list(self._cancel.values()):
+            cancel()
+        self._batches.clear()
+        self._cancel.clear()

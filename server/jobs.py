@@ -26,7 +26,8 @@ from server.job_inputs import Reader
 from server.job_pace import Casualties
 from server.job_preparing import JobPreparer
 from server.job_progress import INTERNAL_ERROR, demands, progress, within_ns
-from server.job_run import JobRun, Shared
+from server.job_run import JobRun
+from server.job_shared import Shared
 from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger, Position, kept_or_refused
 from server.job_supply import Supply, usable_model
 from server.repository import Model, Repository

@@ -252,6 +252,49 @@ def test_a_worker_that_dies_costs_nothing_and_an_item_that_kills_is_given_up(tmp
     on(tmp_path, story)
 
 
+def test_an_error_that_nobody_has_thought_of_while_a_batch_is_sent_loses_none_of_its_items(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        submit, failures = told.stage.service.submit_background, [True, False, True]
+
+        def fails(*of_batch: Any) -> Any:
+            if failures and failures.pop(0):
+                raise MemoryError
+            return submit(*of_batch)
+
+        told.stage.service.submit_background = fails  # type: ignore[method-assign]
+        found = await told.all_done(await told.submit(*range(3)))
+        assert [sum(batch.items) for batch in told.stage.sent] == [1, 1]
+        assert [row.get("error", "")[:17] for row in found] == ["", "an internal error", ""]
+
+    on(tmp_path, story)
+
+
+def test_an_error_that_nobody_has_thought_of_stops_the_job_which_can_go_on(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        def fails(*of_batch: Any) -> Any:
+            raise MemoryError
+
+        async def stops(job: Job) -> None:
+            await until(lambda: job.ended_s is not None)
+            assert (job.state, job.reason[:17]) == (JobState.STOPPED, "an internal error")
+            supply.batch = sizes  # type: ignore[method-assign]
+            await told.jobs.resume(job.id)
+
+        supply = told.jobs._supply
+        sizes, supply.batch = supply.batch, fails  # type: ignore[method-assign]
+        job = await told.submit(*range(40))
+        await stops(job)  # while a batch is made
+        await told.sent()
+        supply.batch = fails  # type: ignore[method-assign]
+        await told.finish()
+        await stops(job)  # while one ends
+        assert job.done == 8, "which is done all the same"
+        told.drop_running()
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(40)))
+
+    on(tmp_path, story)
+
+
 def test_cancelled_and_resumed_nothing_is_lost_and_nothing_doubled(tmp_path: Path) -> None:
     async def story(told: Story) -> None:
         job = await told.submit(*range(40))
