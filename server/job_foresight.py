@@ -1,19 +1,20 @@
-"""What a job that is not there yet will be like: its length buckets, by a look at its first items."""
+"""Where a job begins: its files opened; of one that is not there yet its length buckets, by its first items."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from server.errors import ServeError
-from server.job_inputs import ENCODED, LISTING, TENSORS, Item, LineReader, Reader
+from server.job_inputs import ENCODED, LISTING, TENSORS, Item, LineReader, NothingLeft, Reader
 from server.job_preparing import JobPreparer, grouped
-from server.job_store import Position
+from server.job_store import Job, Ledger, Position
 from server.job_supply import Bucket
 from server.job_tensors import RawTensor, TensorReader
 from server.repository import Model
@@ -30,6 +31,25 @@ def open_reader(folder: Path, position: Position, model: Model, inputs_dir: Path
         raw = msgspec.json.decode((folder / TENSORS).read_bytes(), type=list[RawTensor])
         return TensorReader(folder, raw, position, model.signature)
     return LineReader(folder / LISTING, position, model.signature, model.serving.preprocess, inputs_dir, model.lengths)
+
+
+async def opened(
+    job: Job,
+    folder: Path,
+    model: Callable[[], Model],
+    inputs_dir: Path | None,
+    in_thread: Callable[..., Awaitable[Any]],
+) -> tuple[Ledger, Reader]:
+    """Where it goes on; what is complete needs no model for that. Raises ServeError, OSError, sqlite3.Error."""
+    ledger: Ledger = await in_thread(Ledger, folder)
+    try:
+        job.done, job.errors = ledger.counts
+        if job.is_complete:
+            return ledger, NothingLeft(job.asked.items)
+        return ledger, await in_thread(open_reader, folder, ledger.position, model(), inputs_dir)
+    except BaseException:
+        ledger.close()
+        raise
 
 
 async def likely_left(

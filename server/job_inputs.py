@@ -81,6 +81,18 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
+class NothingLeft:
+    """The Reader of a job whose items are all finished."""
+
+    def __init__(self, items: int) -> None:
+        self.position = Position(items)
+
+    def read(self, count: int) -> list[Item]:
+        return []
+
+    def close(self) -> None: ...
+
+
 class BadItemError(ValueError):
     """An item that cannot be run; the message says why."""
 

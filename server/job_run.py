@@ -118,8 +118,8 @@ class JobRun:
         self._on_change(self)
 
     def _ends(self, state: JobState, reason: str) -> None:
-        """Unless it has been cancelled meanwhile."""
-        if self.job.state == JobState.RUNNING:
+        """Unless it has been cancelled meanwhile. What it was paused for matters no more."""
+        if self.job.state in (JobState.RUNNING, JobState.PAUSED):
             self.job.state, self.job.reason = state, reason
 
     async def stop(self) -> None:

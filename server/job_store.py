@@ -78,6 +78,11 @@ class Job(msgspec.Struct):
     ended_s: float | None = None
     first_errors: list[tuple[int, str]] = []
 
+    @property
+    def is_complete(self) -> bool:
+        """Its results are to be written, which takes no model any more."""
+        return self.done >= self.asked.items
+
 
 class Row(msgspec.Struct, array_like=True):
     """A finished item: its outputs, packed, or its error; and its name in the inputs, where it has one."""

@@ -21,16 +21,15 @@ from scheduler.driver import now_ns
 from scheduler.elastic import Elastic, Holding, Place, Work, decide
 from scheduler.staff import CRASH_WINDOW_S, CRASHES
 from server.errors import Fault, ServeError
-from server.job_foresight import likely_left, open_reader
-from server.job_inputs import Reader
+from server.job_foresight import likely_left, open_reader, opened
 from server.job_pace import Casualties
 from server.job_preparing import JobPreparer
 from server.job_progress import INTERNAL_ERROR, demands, progress, within_ns
 from server.job_run import JobRun
 from server.job_shared import Shared
-from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger, Position, kept_or_refused
+from server.job_store import DiskFullError, Job, JobState, JobStore, Position, kept_or_refused
 from server.job_supply import Supply, usable_model
-from server.repository import Model, Repository
+from server.repository import Repository
 from server.service import InferenceService
 from server.settings import MIB, Settings
 
@@ -272,22 +271,14 @@ class Jobs:
             job.state, job.reason = JobState.STOPPED, INTERNAL_ERROR
 
     async def _begun(self, job: Job) -> None:
-        model = self._usable_model(job)
-        ledger, reader = await self._in_thread(self._open, job, model)
+        model = partial(self._usable_model, job)
+        at = self.store.folder(job.id), model, self._settings.jobs_input_dir
+        ledger, reader = await opened(job, *at, self._in_thread)
         job.state, job.reason = JobState.RUNNING, ""
-        run = JobRun(job, ledger, reader, lambda: self._usable_model(job), self._shared, self._changed)
+        run = JobRun(job, ledger, reader, model, self._shared, self._changed)
         self._runs[job.id] = run
         await run.start()
         self._again.set()
-
-    def _open(self, job: Job, model: Model) -> tuple[Ledger, Reader]:
-        folder = self.store.folder(job.id)
-        ledger = Ledger(folder)
-        try:
-            return ledger, open_reader(folder, ledger.position, model, self._settings.jobs_input_dir)
-        except BaseException:
-            ledger.close()
-            raise
 
     def _changed(self, run: JobRun) -> None:
         """Told by a run: it has ended or paused, or its slices are not what they were."""
@@ -336,6 +327,8 @@ class Jobs:
             log.exception("a job cannot go on now; it is tried again", job=job.id)
 
     def _pause_if_needed(self, job: Job) -> None:
+        if job.is_complete:
+            return
         try:
             self._usable_model(job)
             if not self._has_room():
@@ -347,7 +340,8 @@ class Jobs:
     async def _go_on(self, job: Job) -> None:
         """If what paused it is over. It begins anew from what is on disk."""
         try:
-            self._usable_model(job)
+            if not job.is_complete:
+                self._usable_model(job)
         except ServeError as error:
             job.reason = error.message
             return

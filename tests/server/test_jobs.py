@@ -26,11 +26,12 @@ from structlog.testing import capture_logs
 from scheduler.channel import Done, Failed
 from scheduler.lengths import Lengths
 from scheduler.tensors import TensorSpec
+from server import job_results
 from server.errors import Fault, ServeError
 from server.job_intake import WRITE_BYTES, Intake, Terms, receive
 from server.job_metrics import JobMetrics
 from server.job_preparing import JobPreparer
-from server.job_store import Job, JobState, JobStore
+from server.job_store import DiskFullError, Job, JobState, JobStore
 from server.job_supply import Supply
 from server.jobs import Jobs
 from server.jobs_api import router
@@ -59,9 +60,12 @@ class Repository:
 class Story:
     """A stage with jobs, which live on in `folder`."""
 
-    def __init__(self, folder: Path, *, pictures: bool = False, model: Model | None = None, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, *, pictures: bool = False, model: Model | None = None, gone: str = "", **settings: Any
+    ) -> None:
         self.stage = Served(model or make_model(pictures=pictures), 1 << 20)
         self.repository: Any = Repository(self.stage)
+        self.repository.gone = gone
         self.settings = Settings(jobs_min_free_mib=0, **settings)
         stage = self.stage
         supply = Supply(stage.driver._core.pool, stage.driver, self.repository, stage.arena.size)
@@ -363,6 +367,49 @@ def test_without_its_model_a_job_pauses(tmp_path: Path) -> None:
         assert await told.all_done(job) == y(*(2.0 * value for value in range(40)))
 
     on(tmp_path, story)
+
+
+def test_a_job_whose_items_are_all_finished_needs_its_model_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, ids = "model m is not ready, it is UNAVAILABLE: unloaded", []
+    write = job_results.write_as_asked
+
+    def full(*of_job: Any) -> str:
+        raise DiskFullError("no room for the results")
+
+    async def meanwhile(told: Story) -> None:
+        writes, goes = threading.Event(), threading.Event()
+
+        def slowly(*of_job: Any) -> str:
+            writes.set()
+            goes.wait()
+            return write(*of_job)
+
+        monkeypatch.setattr(job_results, "write_as_asked", slowly)
+        job = await told.submit(*range(8))
+        await told.finish()
+        told.repository.gone = gone
+        await until(writes.is_set)
+        told.jobs._again.set()
+        await until(lambda: not told.jobs._again.is_set())
+        goes.set()
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(8)))
+
+    async def before(told: Story) -> None:
+        monkeypatch.setattr(job_results, "write_as_asked", full)
+        ids.append((await told.submit(*range(8))).id)
+        await told.finish()
+        await until(lambda: told.jobs.get(ids[0]).state == JobState.PAUSED)
+
+    async def after(told: Story) -> None:
+        monkeypatch.setattr(job_results, "write_as_asked", write)
+        await until(lambda: told.jobs.get(ids[0]).ended_s is not None)
+        assert results(told.jobs, told.jobs.get(ids[0])) == y(*(2.0 * value for value in range(8)))
+
+    on(tmp_path, meanwhile)
+    on(tmp_path, before)
+    on(tmp_path, after, gone=gone)
 
 
 def test_a_full_disk_pauses_it_until_there_is_room(tmp_path: Path) -> None:
