@@ -52,3 +52,8 @@ class Answered(msgspec.Struct, frozen=True):
     late_ns: int
     length: int = 0
     started_ns: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """What it keeps in memory: its batches whole."""
+        return sum(len(data) for share in self.shares for data in share.outputs.data)

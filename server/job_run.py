@@ -31,7 +31,7 @@ from server.job_progress import INTERNAL_ERROR, now_s, too_many
 from server.job_results import rows_of_all
 from server.job_shared import Shared
 from server.job_store import DiskFullError, Job, JobState, Ledger
-from server.job_window import Sent, Waiting, Window
+from server.job_window import Finished, Sent, Waiting, Window
 from server.repository import Model
 
 log = structlog.get_logger(__name__)
@@ -76,7 +76,7 @@ class JobRun:
         self.pace = Pace()
         self._waiting = Waiting()
         self._sent = Sent()
-        self._finished: list[tuple[list[Item], Answered | str]] = []
+        self._finished = Finished()
         self._window = Window()
         self._buckets: tuple[Lengths | None, tuple[int, ...]] = None, ()
         self._encoded: deque[Item] = deque()
@@ -255,7 +255,7 @@ class JobRun:
 
     def _feed(self, worker_id: int) -> None:
         while self.job.state == JobState.RUNNING and self._sent.on[worker_id] < AHEAD and self._feeding is None:
-            items = self._next_batch(worker_id)
+            items = [] if self._finished.is_full else self._next_batch(worker_id)
             if not items:
                 break
             self._send(worker_id, items)
@@ -355,7 +355,7 @@ class JobRun:
     # ---- finishing ----
 
     def _finish(self, items: list[Item], outcome: Answered | str) -> None:
-        self._finished.append((items, outcome))
+        self._finished.add(items, outcome)
         self._to_commit.set()
 
     async def _commit(self) -> None:
@@ -364,6 +364,7 @@ class JobRun:
             await asyncio.sleep(COMMIT_EVERY_S)
             self._to_commit.clear()
             await self._put_down()
+            self.feed_soon()  # there is room for what is made of more
             if self.job.errors > self.job.asked.max_errors:
                 self._ends(JobState.STOPPED, too_many(self.job, await self.first_errors(3)))
             elif self.job.done >= self.job.asked.items:
@@ -375,17 +376,17 @@ class JobRun:
 
     async def _put_down(self) -> None:
         """What is finished, into the ledger."""
-        finished, self._finished = self._finished, []
+        finished = self._finished.take()
         position = self._window.position()
         try:
             counts = await self.in_thread(lambda: self.ledger.add(rows_of_all(finished, self.job.asked), position))
         except BaseException:
-            self._finished = finished + self._finished
+            self._finished.put_back(finished)
             raise
         self.pace.count(counts[0] - self.job.done, now_s(), starved=self._is_starved)
         failed = counts[1] - self.job.errors
         model = self.job.asked.model
         self._tally.update({(model, "ok"): counts[0] - self.job.done - failed, (model, "failed"): failed})
         self.job.done, self.job.errors = counts
-        self._window.put_down(sum(len(items) for items, _ in finished))
+        self._window.put_down(self._finished.put_down(finished))
         self._room.set()

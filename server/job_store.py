@@ -26,7 +26,6 @@ from scheduler.tensors import Signature
 from server.errors import Fault, ServeError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-PAGE = 256
 # Of a file's name while it is being written.
 UNFINISHED = ".unfinished"
 
@@ -269,8 +268,8 @@ class Ledger:
         cursor = self._rows.execute(
             f"SELECT item, error, value, name FROM done {where} ORDER BY item LIMIT ?", (limit,)
         )
-        while page := cursor.fetchmany(PAGE):
-            yield from (Row(*values) for values in page)
+        for values in cursor:  # one at a time: they may be large
+            yield Row(*values)
 
     def close(self) -> None:
         self._rows.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
+from scheduler.answers import Answered
 from server.job_inputs import Item
 from server.job_store import Position
 
@@ -12,6 +13,8 @@ from server.job_store import Position
 ITEMS, BYTES = 8192, 48 * 1024 * 1024
 # Of these, bytes of tensors, which are larger than what a pipeline makes them from.
 READY_BYTES = 48 * 1024 * 1024
+# Bytes of outputs that are not in the ledger yet, beside those of the batches that run.
+OUTPUT_BYTES = 48 * 1024 * 1024
 # An item that so many have overtaken goes next, whatever its bucket.
 OVERTAKEN = 4 * ITEMS
 
@@ -107,6 +110,44 @@ class Waiting:
         """Of its bucket."""
         waiting = self._of.get(item.bucket)
         return bool(waiting) and waiting is not None and waiting[0] is item
+
+
+Outcomes = list[tuple[list[Item], Answered | str]]
+
+
+class Finished:
+    """What became of items, and is not in the ledger yet: the outputs of their batch, or what is wrong with them."""
+
+    def __init__(self) -> None:
+        self._outcomes: Outcomes = []
+        self._bytes = 0  # also of what is being put down
+
+    @property
+    def is_full(self) -> bool:
+        """Nothing more is to be run before some are put down."""
+        return self._bytes >= OUTPUT_BYTES
+
+    def add(self, items: list[Item], outcome: Answered | str) -> None:
+        self._outcomes.append((items, outcome))
+        self._bytes += _nbytes(outcome)
+
+    def take(self) -> Outcomes:
+        """To put it down; all of it."""
+        taken, self._outcomes = self._outcomes, []
+        return taken
+
+    def put_back(self, taken: Outcomes) -> None:
+        """That could not be."""
+        self._outcomes = taken + self._outcomes
+
+    def put_down(self, taken: Outcomes) -> int:
+        """Returns how many items that were."""
+        self._bytes -= sum(_nbytes(outcome) for _, outcome in taken)
+        return sum(len(items) for items, _ in taken)
+
+
+def _nbytes(outcome: Answered | str) -> int:
+    return outcome.nbytes if isinstance(outcome, Answered) else 0
 
 
 class Sent:

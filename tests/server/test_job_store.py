@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sqlite3
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,19 @@ def test_names_are_in_the_results_and_a_ledger_without_them_goes_on(tmp_path: Pa
     with zipfile.ZipFile(tmp_path / "results.npz") as archive:
         named = [json.loads(line) for line in archive.read("names.jsonl").splitlines()]
     assert named == [{"item": 0}, {"item": 1, "name": "b.jpg"}]
+    ledger.close()
+
+
+def test_results_that_are_large_are_read_one_at_a_time(tmp_path: Path) -> None:
+    ledger, size = Ledger(tmp_path), 1 << 20
+    for item in range(16):
+        ledger.add([Row(item, None, bytes(size))], Position())
+    tracemalloc.start()
+    try:
+        assert sum(len(row.value or b"") for row in ledger.rows()) == 16 * size
+        assert tracemalloc.get_traced_memory()[1] < 4 * size
+    finally:
+        tracemalloc.stop()
     ledger.close()
 
 

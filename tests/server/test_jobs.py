@@ -26,7 +26,7 @@ from structlog.testing import capture_logs
 from scheduler.channel import Done, Failed
 from scheduler.lengths import Lengths
 from scheduler.tensors import TensorSpec
-from server import job_results
+from server import job_results, job_window
 from server.errors import Fault, ServeError
 from server.job_intake import WRITE_BYTES, Intake, Terms, receive
 from server.job_metrics import JobMetrics
@@ -410,6 +410,29 @@ def test_a_job_whose_items_are_all_finished_needs_its_model_no_more(
     on(tmp_path, meanwhile)
     on(tmp_path, before)
     on(tmp_path, after, gone=gone)
+
+
+def test_no_more_is_run_than_there_is_memory_for_outputs_that_are_not_put_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_window, "OUTPUT_BYTES", 2 * 8 * 4)  # of two batches
+
+    async def story(told: Story) -> None:
+        job = await told.submit(*range(80))
+        kept = threading.Event()
+        told.jobs._runs[job.id].in_thread(kept.wait)
+        try:
+            for _ in range(4):
+                while told._at < len(told.stage.sent):
+                    await told.finish()
+                told.jobs._again.set()  # somebody looks at what could be run
+                await until(lambda: not told.jobs._again.is_set())
+            assert 2 <= len(told.stage.sent) <= 3, "one may be on its way as the second one ends"
+        finally:
+            kept.set()
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(80)))
+
+    on(tmp_path, story)
 
 
 def test_a_full_disk_pauses_it_until_there_is_room(tmp_path: Path) -> None:
