@@ -34,6 +34,8 @@ JSONL, FOLDER, NPZ, SAFETENSORS = "jsonl", "folder", "npz", "safetensors"
 FILES = "files"
 FORMATS = (JSONL, NPZ, SAFETENSORS, FILES)
 MAX_ITEM_BYTES = 64 * 1024 * 1024
+# A line of tensors as JSON, generously: lists of empty lists take 35 times their room, and Python's lock for seconds.
+CHARS_A_VALUE, LEAST_LINE_BYTES, VARYING_LINE_BYTES = 32, 1024 * 1024, 16 * 1024 * 1024
 MOST_NAME_CHARS = 4096  # as a path has
 # The bucket of items that a pipeline is to make tensors of.
 ENCODED = (-1,)
@@ -117,6 +119,7 @@ class LineReader:
         self._file.seek(start.offset)
         self._number, self._offset = start.item, start.offset
         self._signature, self._pipeline, self._inputs_dir = signature, pipeline, inputs_dir
+        self._most_bytes = MAX_ITEM_BYTES if pipeline is not None else most_line_bytes(signature, lengths)
 
     def read(self, count: int) -> list[Item]:
         items: list[Item] = []
@@ -149,8 +152,8 @@ class LineReader:
     def _item(self, line: bytes, offset: int) -> Item:
         item = Item(self._number, offset)
         try:
-            if len(line) > MAX_ITEM_BYTES:
-                raise BadItemError(f"the line is longer than {MAX_ITEM_BYTES} bytes")
+            if len(line) > self._most_bytes:
+                raise BadItemError(f"the line is longer than {self._most_bytes} bytes")
             value = parse_line(line)
             if self._pipeline is None or self._is_ready(value):
                 item.parts, item.dims = tensors_of(value, self._signature, self._lengths)
@@ -171,6 +174,16 @@ class LineReader:
 
     def close(self) -> None:
         self._file.close()
+
+
+def most_line_bytes(signature: Signature, lengths: Lengths | None) -> int:
+    """Of an item of ready tensors as JSON. What varies without a known end goes far in a tensor file only."""
+    dims = [dim for spec in signature.inputs for dim in spec.dims]
+    if lengths is None and -1 in dims:
+        return min(VARYING_LINE_BYTES, MAX_ITEM_BYTES)
+    longest = lengths.longest if lengths is not None else 0
+    values = sum(math.prod(longest if dim == -1 else dim for dim in spec.dims) for spec in signature.inputs)
+    return min(max(CHARS_A_VALUE * values, LEAST_LINE_BYTES), MAX_ITEM_BYTES)
 
 
 def parse_line(line: bytes) -> Any:

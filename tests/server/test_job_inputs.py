@@ -161,6 +161,24 @@ def test_a_line_that_is_too_long_costs_itself_only(tmp_path: Path, monkeypatch: 
     reader.close()
 
 
+def test_a_line_is_no_longer_than_what_the_model_takes_may_be(tmp_path: Path) -> None:
+    """Of 60 MiB of [], the process had 2 GB, and stood still for four seconds."""
+    path = tmp_path / "input"
+    path.write_bytes(b"[" + b"[]," * (6 << 20) + b"[]]\n[1,2,3,4]\n")
+    varying = Signature((TensorSpec("x", "FP32", (-1,)),), (), 8)
+    for signature, lengths, most in (
+        (ONE, None, 1 << 20),
+        (varying, Lengths(50_000), 1_600_000),
+        (varying, None, 1 << 24),
+    ):
+        reader = LineReader(path, Position(), signature, None, None, lengths)
+        assert [item.error for item in reader.read(9)] == [f"the line is longer than {most} bytes", ""]
+        reader.close()
+    assert (
+        job_inputs.most_line_bytes(Signature((TensorSpec("x", "FP32", (3, 512, 512)),), (), 8), None) == 32 * 3 * 512**2
+    )
+
+
 def test_as_many_items_are_counted_as_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_inputs, "MAX_ITEM_BYTES", 200_000)
     path = tmp_path / "input"
