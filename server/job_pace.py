@@ -8,6 +8,8 @@ from collections import deque
 TAU_S = 10.0
 # Where slices wait for inputs more often than that, it is these that the end waits for.
 STARVED = 0.5
+# After a full disk a job waits so long, and twice as long after each time that is as bad, up to the other.
+FULL_S, MOST_FULL_S = 10.0, 300.0
 # Of a bucket's factor: so much of the last batch.
 WEIGHT = 0.2
 
@@ -55,6 +57,27 @@ class Casualties:
         if died_s is None or len(died_s) < self._most:
             return 0.0
         return max(died_s[0] + self._window_s - at_s, 0.0)
+
+
+class Patience:
+    """With a disk that is full, though it shows free room, by job: to try again costs what cannot be kept."""
+
+    def __init__(self) -> None:
+        self._waits: dict[str, tuple[float, float, int]] = {}  # how long, until when, items that were kept before
+
+    def failed(self, job_id: str, done: int, at_s: float) -> None:
+        """Twice as long as the last time, unless more could be kept meanwhile. `done`: items that are kept."""
+        wait_s, _, before = self._waits.get(job_id, (0.0, 0.0, done))
+        wait_s = min(2 * wait_s, MOST_FULL_S) if wait_s and done == before else FULL_S
+        self._waits[job_id] = wait_s, at_s + wait_s, done
+
+    def left_s(self, job_id: str, at_s: float) -> float:
+        """Until it may be tried again; 0: now."""
+        return max(self._waits.get(job_id, (0.0, at_s, 0))[1] - at_s, 0.0)
+
+    def forget(self, job_id: str) -> None:
+        """It has ended, or somebody wants it now."""
+        self._waits.pop(job_id, None)
 
 
 class Factors(dict[tuple[int, ...], float]):

@@ -67,7 +67,8 @@ class JobRun:
         self.ledger = ledger
         self._reader = reader
         self._model = model
-        self._service, self._elastic, self._supply, self._preparer, self._casualties, self._tally = shared
+        self._service, self._elastic, self._supply, self._preparer, self._casualties = shared[:5]
+        self._patience, self._tally = shared.patience, shared.tally
         # Its own, and one: what it does with its files is done one after the other.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"job-{job.id}")
         self._on_change = on_change
@@ -110,6 +111,8 @@ class JobRun:
 
     def _failed(self, error: BaseException) -> None:
         """Nothing may fail unseen: the job would wait for ever. It can go on from its ledger."""
+        if isinstance(error, DiskFullError):
+            self._patience.failed(self.job.id, self.job.done, now_s())
         if isinstance(error, DiskFullError | OSError | sqlite3.Error):
             self._ends(JobState.PAUSED, f"the disk: {error}")
         else:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from scheduler.elastic import Elastic
-from server.job_pace import Casualties
+from server.job_pace import Casualties, Patience
 from server.job_preparing import JobPreparer
 from server.job_supply import Supply
 from server.service import InferenceService
@@ -20,4 +20,5 @@ class Shared(NamedTuple):
     supply: Supply
     preparer: JobPreparer
     casualties: Casualties
+    patience: Patience
     tally: Counter[tuple[str, str]]

@@ -22,9 +22,9 @@ from scheduler.elastic import Elastic, Holding, Place, Work, decide
 from scheduler.staff import CRASH_WINDOW_S, CRASHES
 from server.errors import Fault, ServeError
 from server.job_foresight import likely_left, open_reader, opened
-from server.job_pace import Casualties
+from server.job_pace import Casualties, Patience
 from server.job_preparing import JobPreparer
-from server.job_progress import INTERNAL_ERROR, demands, progress, within_ns
+from server.job_progress import INTERNAL_ERROR, demands, now_s, progress, within_ns
 from server.job_run import JobRun
 from server.job_shared import Shared
 from server.job_store import DiskFullError, Job, JobState, JobStore, Position, kept_or_refused
@@ -75,7 +75,7 @@ class Jobs:
         self._infeasible: set[str] = set()  # that were told so
         self._foreseen: dict[str, Holding] = {}  # of those that nothing was decided on yet
         self.finished: Counter[tuple[str, str]] = Counter()  # items, by model and outcome, since the start
-        self._shared = Shared(service, self._elastic, supply, preparer, self._casualties, self.finished)
+        self._shared = Shared(service, self._elastic, supply, preparer, self._casualties, Patience(), self.finished)
 
     # ---- life ----
 
@@ -345,7 +345,7 @@ class Jobs:
         except ServeError as error:
             job.reason = error.message
             return
-        if not self._has_room():
+        if not self._has_room() or self._shared.patience.left_s(job.id, now_s()):
             return
         run = self._runs.pop(job.id, None)
         if run is not None:
@@ -359,6 +359,7 @@ class Jobs:
         if job.ended_s is not None:
             return
         self._foreseen.pop(job.id, None)
+        self._shared.patience.forget(job.id)
         run = self._runs.pop(job.id, None)
         if run is not None:
             try:

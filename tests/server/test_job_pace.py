@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.job_pace import Casualties, Pace
+from server.job_pace import FULL_S, MOST_FULL_S, Casualties, Pace, Patience
 
 
 def going(per_s: float, *, starved: bool) -> Pace:
@@ -44,3 +44,20 @@ def test_a_worker_that_died_too_often_is_left_alone_for_a_while() -> None:
     assert casualties.spared_s(1, 120.0) == 0
     casualties.died(1, 121.0)
     assert casualties.spared_s(1, 121.0) == 9.0
+
+
+def test_a_full_disk_is_tried_again_ever_later_until_something_can_be_kept() -> None:
+    patience, waits, at_s = Patience(), [], 0.0
+    assert patience.left_s("a", at_s) == 0
+    for done in (5, 5, 5, 5, 5, 5, 5, 6, 6):
+        patience.failed("a", done, at_s)
+        waits.append(patience.left_s("a", at_s))
+        at_s += waits[-1] - 1
+        assert patience.left_s("a", at_s) == 1.0
+        at_s += 1
+        assert patience.left_s("a", at_s) == 0
+    assert waits == [FULL_S, 20.0, 40.0, 80.0, 160.0, MOST_FULL_S, MOST_FULL_S, FULL_S, 20.0]
+    patience.failed("a", 6, at_s)
+    assert patience.left_s("b", at_s) == 0, "of another job"
+    patience.forget("a")
+    assert patience.left_s("a", at_s) == 0

@@ -26,7 +26,7 @@ from structlog.testing import capture_logs
 from scheduler.channel import Done, Failed
 from scheduler.lengths import Lengths
 from scheduler.tensors import TensorSpec
-from server import job_results, job_window
+from server import job_pace, job_results, job_window
 from server.errors import Fault, ServeError
 from server.job_intake import WRITE_BYTES, Intake, Terms, receive
 from server.job_metrics import JobMetrics
@@ -435,7 +435,9 @@ def test_no_more_is_run_than_there_is_memory_for_outputs_that_are_not_put_down(
     on(tmp_path, story)
 
 
-def test_a_full_disk_pauses_it_until_there_is_room(tmp_path: Path) -> None:
+def test_a_full_disk_pauses_it_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_pace, "FULL_S", 0.5)
+
     async def story(told: Story) -> None:
         job = await told.submit(*range(4000))
         told.jobs._runs[job.id].ledger.limit_pages(0)
@@ -445,6 +447,24 @@ def test_a_full_disk_pauses_it_until_there_is_room(tmp_path: Path) -> None:
             # It begins anew, with a ledger that nobody limits.
             await until(lambda: "job goes on" in [line["event"] for line in logs])
         assert await told.all_done(job) == y(*(2.0 * value for value in range(4000)))
+
+    on(tmp_path, story)
+
+
+def test_a_disk_that_stays_full_though_it_shows_room_is_not_tried_again_at_once(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit(*range(4000))
+        told.jobs._runs[job.id].ledger.limit_pages(0)
+        while job.state == JobState.RUNNING:
+            await told.unless_over(job, told.finish())
+        told.drop_running()
+        for _ in range(4):
+            told.jobs._again.set()
+            await until(lambda: not told.jobs._again.is_set())
+            assert (job.state, job.reason) == (JobState.PAUSED, "the disk: no room for the ledger")
+        await told.jobs.cancel(job.id)
+        await told.jobs.resume(job.id)  # by somebody who has made room
+        assert len(await told.all_done(job)) == 4000
 
     on(tmp_path, story)
 
