@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from io import RawIOBase
 from pathlib import Path
@@ -142,12 +143,26 @@ class Intake:
             foreseen = await self._jobs.forecast(job)
             if terms.strict:
                 _check_deadline(job, foreseen)
-            await self._jobs.add(job, foreseen)
+            await self._added(job, foreseen)
         except BaseException:
             if all(kept.id != job_id for kept in self._jobs.all()):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         return job
+
+    async def _added(self, job: Job, foreseen: Holding) -> None:
+        """Keeps it, or nothing of it where whoever sent it has gone: a row is written in a thread, which goes on."""
+        adding = asyncio.create_task(self._jobs.add(job, foreseen))
+        try:
+            await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            await asyncio.wait([adding])
+            if adding.cancelled() or adding.exception() is not None:
+                raise
+            for forget in (self._jobs.cancel, self._jobs.remove):
+                with suppress(ServeError):  # it has ended already; or the server stops, and goes on with it later
+                    await forget(job.id)
+            raise
 
     async def _prepare(self, folder: Path, form: str, model: Model, files: str | None) -> int:
         """Returns how many items there are. Raises ServeError."""

@@ -842,6 +842,31 @@ def test_an_end_that_finds_no_room_on_the_disk_is_kept_once_there_is(tmp_path: P
     on(tmp_path, story, pictures=True)
 
 
+def test_nothing_is_left_of_a_job_whose_sender_goes_as_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves, goes = threading.Event(), threading.Event()
+    save = JobStore.save
+
+    def slowly(self: JobStore, job: Job) -> None:
+        saves.set()
+        goes.wait()
+        save(self, job)
+
+    async def story(told: Story) -> None:
+        monkeypatch.setattr(JobStore, "save", slowly)
+        sending = asyncio.create_task(told.submit(*range(20)))
+        await until(saves.is_set)
+        sending.cancel()
+        asyncio.get_running_loop().call_soon(goes.set)
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        assert (told.jobs.all(), told.jobs.store.all()) == ([], [])
+        assert not list(tmp_path.glob("*/"))  # noqa: ASYNC240
+
+    on(tmp_path, story)
+
+
 def test_a_job_that_is_sent_as_the_server_stops_is_there_with_its_inputs_or_not_at_all(tmp_path: Path) -> None:
     for number in range(12):
 
