@@ -180,6 +180,9 @@ class JobRun:
         )
         self.look_at_buckets()
         self._read_all = not items
+        if not items and (found := self._window.read_to.item) < (wanted := self.job.asked.items):
+            self._ends(JobState.STOPPED, f"the inputs have become shorter: {found} of {wanted} items are there")
+            self._on_change(self)
         for item in items:
             if item.number in self._already:
                 self._already.discard(item.number)

@@ -487,6 +487,27 @@ def test_inputs_that_cannot_be_read_pause_it_until_they_can(tmp_path: Path) -> N
     on(tmp_path, story)
 
 
+def test_lines_that_are_not_there_any_more_stop_it(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit(*range(9000))
+        path = told.jobs.store.folder(job.id) / "input"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: -len(b"\n[8999]")])
+        while job.state == JobState.RUNNING:
+            await told.unless_over(job, told.finish())
+        await until(lambda: job.ended_s is not None)
+        assert (job.state, job.reason) == (
+            JobState.STOPPED,
+            "the inputs have become shorter: 8999 of 9000 items are there",
+        )
+        path.write_bytes(whole)
+        told.drop_running()
+        await told.jobs.resume(job.id)
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(9000)))
+
+    on(tmp_path, story)
+
+
 def test_a_job_that_cannot_even_begin_is_stopped_and_the_others_go_on(tmp_path: Path) -> None:
     out = io.BytesIO()
     np.savez(out, x=np.zeros((30, 1), np.float32))
