@@ -40,6 +40,7 @@ SAFETENSORS_TYPES = {
     "F32": "FP32",
     "F64": "FP64",
 }
+_BAD_ZIP = zipfile.BadZipFile, zipfile.LargeZipFile
 _OF_NUMPY = {each.numpy: name for name, each in DATATYPES.items() if name != "BF16"}
 
 
@@ -81,8 +82,8 @@ def unpack_npz(path: Path, most_bytes: int) -> dict[str, RawTensor]:
                     shutil.copyfileobj(member, file, 1 << 20)
                 found[name.removesuffix(".npy")] = tensor = RawTensor(out.name, 0, datatype, shape)
                 _check_bytes(tensor, name, out.stat().st_size)
-    # RuntimeError: it is encrypted.
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError) as error:
+    # RuntimeError: it is encrypted. UnicodeDecodeError: of a name.
+    except (*_BAD_ZIP, zlib.error, lzma.LZMAError, RuntimeError, EOFError, UnicodeDecodeError) as error:
         raise invalid(f"the npz file cannot be read: {error}") from None
     path.unlink()
     return found

@@ -758,6 +758,19 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
     on(tmp_path, story)
 
 
+def test_an_npz_with_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    np.savez(out, xé=np.zeros((3, 1), np.float32))  # type: ignore[arg-type]
+
+    async def story(told: Story) -> None:
+        with pytest.raises(ServeError, match="npz file cannot be read: 'utf-8'") as refused:
+            await told.submit(out.getvalue().replace("\u00e9".encode(), b"\xc3\x28"))
+        assert refused.value.fault == Fault.INVALID
+        assert not list(tmp_path.glob("*/")), "nothing is left of it"  # noqa: ASYNC240
+
+    on(tmp_path, story)
+
+
 @pytest.mark.parametrize("nbytes", [10, WRITE_BYTES + 10])
 def test_a_disk_that_is_full_is_told_as_that_whenever_it_shows(nbytes: int) -> None:
     async def parts() -> AsyncIterator[bytes]:
