@@ -42,9 +42,6 @@ PREPARING = 2
 # Batches that a slice has: one that runs, one that is ready to.
 AHEAD = 2
 COMMIT_EVERY_S = 0.2
-# A worker that dies of a batch may have died of anything; an item is given up after so many, the last ones alone.
-MOST_CRASHES = 3
-GIVEN_UP = "{} workers died of batches with it, the last ones of it alone; it was not tried again"
 AGAIN_S = 0.2
 
 Bucket = tuple[int, ...]
@@ -52,7 +49,13 @@ _OURS = (Fault.REFUSED, Fault.UNAVAILABLE)  # nothing is wrong with the items
 
 
 class JobRun:
-    """`job` is kept up to date. `on_change`: told when it has ended or paused, or its slices refuse."""
+    """`job` is kept up to date. `on_change`: told when it has ended or paused, or its slices refuse.
+
+    An item is in one place at a time: `_encoded` until its pipeline has room, then with `_prepare` (`_preparing` counts
+    groups); as tensors in `_waiting`, by bucket, or in its `alone` once a batch with it failed; `_sent` with its batch,
+    and from there back to `_waiting` (refused, failed) or on to `_finished`, where items with an error come at once;
+    then in the ledger. `_window` has all from reading to the ledger: it bounds them, and says where to read on.
+    """
 
     def __init__(
         self,
@@ -336,14 +339,9 @@ class JobRun:
             self.feed_soon()
 
     def _blame(self, items: list[Item], error: ServeError) -> None:
-        """One of them may be at fault: each has to show by itself."""
         crashed = error.reason == Reason.CRASHED
-        for item in items:
-            item.crashes += crashed
-            if len(items) > 1 or (crashed and item.crashes < MOST_CRASHES):
-                self._waiting.alone.append(item)
-            else:
-                self._let_go([item], GIVEN_UP.format(item.crashes) if crashed else error.message)
+        for item, said in self._waiting.tried(items, error.message, crashed=crashed):
+            self._let_go([item], said)
 
     def _let_go(self, items: list[Item], outcome: Answered | str) -> None:
         self._window.ended(items, were_ready=True)

@@ -18,6 +18,10 @@ OUTPUT_BYTES = 48 * 1024 * 1024
 # An item that so many have overtaken goes next, whatever its bucket.
 OVERTAKEN = 4 * ITEMS
 
+# A worker that dies of a batch may have died of anything; an item is given up after so many, the last ones alone.
+MOST_CRASHES = 3
+GIVEN_UP = "{} workers died of batches with it, the last ones of it alone; it was not tried again"
+
 
 class Window:
     """`read_to`: where the next item is that is not read yet."""
@@ -86,6 +90,17 @@ class Waiting:
         """A batch that did not run, to where it was."""
         to = self.alone if items[0].crashes else self._of.setdefault(items[0].bucket, deque())
         to.extendleft(reversed(items))
+
+    def tried(self, items: Sequence[Item], error: str, *, crashed: bool) -> list[tuple[Item, str]]:
+        """A batch that failed: one of them may be at fault, each has to show by itself. Returns whom not, and why."""
+        given_up = []
+        for item in items:
+            item.crashes += crashed
+            if len(items) > 1 or (crashed and item.crashes < MOST_CRASHES):
+                self.alone.append(item)
+            else:
+                given_up.append((item, GIVEN_UP.format(item.crashes) if crashed else error))
+        return given_up
 
     def regroup(self, bucket_of: Callable[[Item], tuple[int, ...]]) -> None:
         """There are other buckets now. Of each the items stay in their order."""
