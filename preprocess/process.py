@@ -171,7 +171,13 @@ class Process:
 
     def receive(self) -> Made:
         """Once it is readable. Raises DiedError, also for what it should not say."""
-        return self._received(_decode_made)
+        made = self._received(_decode_made)
+        times_ns = made.stages_ns
+        if not stages.STAGES.issuperset(times_ns) or min(times_ns.values(), default=0) < 0:
+            raise DiedError(f"it tells of stages that there are not: {list(times_ns)[:3]}")
+        if not 0 <= made.length <= RESULT_BYTES:
+            raise DiedError(f"it tells of a length of {made.length}")
+        return made
 
     def _received(self, decode: Callable[[bytes], Said]) -> Said:
         try:
