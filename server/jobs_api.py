@@ -46,7 +46,8 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
     @routes.get("/v2/jobs/{job_id}/results")
     async def results(job_id: str) -> FileResponse:
         path = jobs.results(job_id)
-        return FileResponse(path, media_type=_TYPES.get(path.suffix, "application/octet-stream"))
+        media_type = _TYPES.get(path.suffix, "application/octet-stream")
+        return FileResponse(path, media_type=media_type, filename=f"{job_id}{path.suffix}")
 
     @routes.post("/v2/jobs/{job_id}/cancel")
     async def cancel(job_id: str) -> dict[str, Any]:

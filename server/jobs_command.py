@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
 from server import progress
-from server.jobs_sending import CHUNK, FAILED, USAGE, CommandError, Wish, body_of, check_out
+from server.jobs_sending import CHUNK, FAILED, USAGE, CommandError, Wish, body_of, check_form, check_out
 from server.plan_command import complain
 
 T = TypeVar("T")
@@ -73,9 +73,8 @@ class Client:
         found: dict[str, Any] = json.loads(self.whole(self.open(method, path, body)))
         return found
 
-    def copy(self, path: str, to: IO[bytes]) -> None:
+    def copy(self, response: http.client.HTTPResponse, to: IO[bytes]) -> None:
         """A file of the daemon. Raises OSError where it cannot be written."""
-        response = self.open("GET", path)
         while part := self._part(response):
             to.write(part)
         if response.length:  # reading a part does not tell of an end that comes too early
@@ -210,6 +209,7 @@ def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False)
         task = bar.add_task(job, total=None, note="")
         while True:
             found = _patiently(lambda: client.ask("GET", f"/v2/jobs/{job}"), bar.console)
+            check_form(out, found["output"], job)
             bar.update(task, total=found["items"], completed=found["done"], note=_note(found))
             if found["state"] in ENDED:
                 break
@@ -218,6 +218,8 @@ def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False)
         print(json.dumps(found))
     if found["state"] != "done":
         raise CommandError(f"job {job} is {found['state']}: {found.get('reason', '')}".rstrip(": "))
+    if "reason" in found:
+        _say(f"[yellow]{escape(found['reason'])}[/]")
     if found["errors"]:
         _tell_errors(found)
     if out is not None:
@@ -270,11 +272,12 @@ def change(client: Client, job: str, verb: str, max_errors: int | None = None) -
 
 def results(client: Client, job: str, out: Path | None) -> int:
     def act() -> int:
+        check_out(out)
         path = client.path(job)
         if out is not None:
             _save(client, path, out)
         else:
-            client.copy(f"{path}/results", sys.stdout.buffer)
+            client.copy(client.open("GET", f"{path}/results"), sys.stdout.buffer)
             sys.stdout.flush()
         return 0
 
@@ -282,14 +285,16 @@ def results(client: Client, job: str, out: Path | None) -> int:
 
 
 def _save(client: Client, path: str, out: Path) -> None:
-    """As a whole or not at all."""
+    """As a whole or not at all. They may have another form than was asked for: see `jobs show`."""
+    response, job = client.open("GET", f"{path}/results"), path.rsplit("/", 1)[1]
+    check_form(out, Path(response.headers.get_filename() or "").suffix.removeprefix("."), job)
     unfinished = out.with_name(out.name + ".unfinished")
     try:
         with unfinished.open("wb") as file:
-            client.copy(f"{path}/results", file)
+            client.copy(response, file)
         unfinished.replace(out)
     except OSError as error:
-        again = f"migserve jobs results {path.rsplit('/', 1)[1]} --out FILE still gets the results"
+        again = f"migserve jobs results {job} --out FILE still gets the results"
         raise CommandError(f"{out} cannot be written: {error}; {again}") from error
     _say(f"results in {out}")
 
@@ -304,4 +309,5 @@ def remove(client: Client, job: str) -> int:
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, highlight=False).print(text)
+    """A line, however long."""
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)

@@ -1,0 +1,95 @@
+"""`migserve jobs` beside jobs as they are, over HTTP; batches end when the test says so."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+from typer.testing import CliRunner, Result
+
+from scheduler.channel import Done
+from scheduler.lengths import Lengths
+from scheduler.tensors import TensorSpec
+from server.__main__ import app
+from server.app import create_app
+from server.jobs_api import router
+from server.listening import HttpServer, listen
+from tests.served import make_padded_model
+from tests.server.test_jobs import Story, on, until
+from tests.stage import KEY
+
+Command = Callable[..., Awaitable[Result]]
+
+
+@asynccontextmanager
+async def command_line(told: Story) -> AsyncIterator[Command]:
+    """`migserve jobs`, in a thread."""
+    sock = listen("http", "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    routes = create_app(router(told.jobs, told.intake))
+    server = HttpServer(uvicorn.Config(routes, ws="none", lifespan="off", log_config=None))
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    await server.listening.wait()
+
+    async def command(*arguments: str) -> Result:
+        return await asyncio.to_thread(CliRunner().invoke, app, ["jobs", *arguments], env={"MIGSERVE_URL": url})
+
+    try:
+        yield command
+    finally:
+        server.should_exit = True
+        await serving
+
+
+def test_results_go_into_no_file_that_is_called_otherwise(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        async with command_line(told) as command:
+            job = await told.submit(1, 2)
+            out = tmp_path / "r.npz"
+            wrong = f"the results of job {job.id} are JSON lines: call them {tmp_path}/r.jsonl\n"
+            asked = await command("wait", job.id, "--out", str(out))
+            assert (asked.exit_code, asked.stderr) == (2, wrong), "and not at the end of the waiting"
+            await told.all_done(job)
+            asked = await command("results", job.id, "--out", str(out))
+            assert (asked.exit_code, asked.stderr) == (2, wrong)
+            unknown = "r.csv: results are called .jsonl, .npz, .safetensors, nothing else is known\n"
+            for verb in (["results", job.id], ["wait", job.id], ["submit", "m", "-"]):
+                asked = await command(*verb, "--out", str(tmp_path / "r.csv"))
+                assert (asked.exit_code, asked.stderr.endswith(unknown)) == (2, True), asked.stderr
+            assert not list(tmp_path.glob("r.*"))  # noqa: ASYNC240
+            for name in ("r", "r.jsonl", "R.JSONL"):
+                assert (await command("results", job.id, "--out", str(tmp_path / name))).exit_code == 0
+                assert len((tmp_path / name).read_text().splitlines()) == 2
+            assert len(told.jobs.all()) == 1, "what could not be written was not sent"
+
+    on(tmp_path / "jobs", story)
+
+
+def test_results_that_no_array_could_hold_go_into_no_file_that_is_called_so(tmp_path: Path) -> None:
+    model = make_padded_model(Lengths(20, (20,), length="n"), TensorSpec("y", "FP32", (-1,)))
+
+    async def story(told: Story) -> None:
+        async with command_line(told) as command:
+            told.stage.driver.serves(0, KEY, tuple(range(1000, 1008)), 1.0, (20,))
+            job = await told.submit("[1, 2]", "[1, 2, 3]", output="npz")
+            await told.sent()
+            batch = told.stage.sent[0]
+            out = np.zeros((2, batch.length), np.float32)
+            done = Done(batch.batch_id, [0], [out.nbytes], [out.shape], 1, 1, 1)
+            told.stage.driver.batch_done(0, done, memoryview(out.tobytes()))
+            await until(lambda: job.ended_s is not None)
+            asked = await command("wait", job.id, "--out", str(tmp_path / "r.npz"))
+            assert asked.exit_code == 2
+            assert "the results are JSON lines, since output y has shape" in asked.stderr
+            assert asked.stderr.endswith(f"are JSON lines: call them {tmp_path}/r.jsonl\n")
+            assert not list(tmp_path.glob("r.*"))  # noqa: ASYNC240
+            assert (await command("results", job.id, "--out", str(tmp_path / "r.jsonl"))).exit_code == 0
+            first = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[0])
+            assert first == {"item": 0, "outputs": {"y": [0.0, 0.0]}}
+
+    on(tmp_path / "jobs", story, model=model)
