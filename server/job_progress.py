@@ -24,6 +24,14 @@ def within_ns(job: Job) -> float:
     return float("inf") if deadline_s is None else (deadline_s - time.time()) * 1e9
 
 
+def late_s(job: Job, at_s: float) -> float | None:
+    """How long after its deadline it ended, or that has passed at that time of the wall clock; None where neither."""
+    if job.asked.deadline_s is None:
+        return None
+    ends_s = at_s if job.ended_s is None else job.ended_s
+    return round(max(ends_s - job.asked.deadline_s, 0.0), 1) or None
+
+
 def progress(
     job: Job, pace: Pace, holding: Holding | None, held: Mapping[int, str], casualties: Casualties
 ) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from server.app import refuse_web_pages
 from server.errors import invalid
 from server.job_intake import Intake, read_terms
+from server.job_progress import late_s
 from server.job_store import Job
 from server.jobs import Jobs
 
@@ -80,6 +81,7 @@ def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
         "errors": job.errors,
         "created": _clock(job.created_s),
         "deadline": None if asked.deadline_s is None else _clock(asked.deadline_s),
+        "late_s": late_s(job, time.time()),
         **jobs.progress(job),
     }
     warnings = []

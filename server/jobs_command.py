@@ -167,8 +167,13 @@ def show_all(client: Client, *, as_json: bool) -> int:
 
 def _ends(job: dict[str, Any]) -> str:
     if job["state"] in ENDED or "ends_in_s" not in job:
-        return _short(job.get("ended"))
+        late = f", {_late(job)} late" if job["state"] in ENDED and job.get("late_s") else ""
+        return f"{_short(job.get('ended'))}{late}"
     return f"in {progress.clock(job['ends_in_s'])}{'' if job['in_time'] else ', late'}"
+
+
+def _late(job: dict[str, Any]) -> str:
+    return progress.clock(max(job["late_s"], 1.0))
 
 
 def _short(clock: str | None) -> str:
@@ -224,6 +229,8 @@ def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False)
         _tell_errors(found)
     if out is not None:
         _patiently(lambda: _save(client, f"/v2/jobs/{job}", out), Console(stderr=True))
+    if found.get("late_s"):
+        _say(f"[yellow]job {job} is done {_late(found)} after its deadline[/]")
     return 0
 
 

@@ -77,7 +77,10 @@ def show(job: _Id, url: _Url = URL, json: _Json = False) -> None:
 
 @app.command()
 def wait(job: _Id, out: _OutOfWait = None, url: _Url = URL) -> None:
-    """Show its progress until it has ended. Ctrl-C ends the watching, not the job."""
+    """Show its progress until it has ended. Ctrl-C ends the watching, not the job.
+
+    The exit code is 0 once it is done, also after its deadline or with items that failed; 1 where it ends otherwise.
+    """
     from server import jobs_command as do
 
     raise typer.Exit(do.wait(do.Client(url), job, out))

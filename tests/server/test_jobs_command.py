@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import uvicorn
 from typer.testing import CliRunner, Result
 
@@ -93,3 +95,32 @@ def test_results_that_no_array_could_hold_go_into_no_file_that_is_called_so(tmp_
             assert first == {"item": 0, "outputs": {"y": [0.0, 0.0]}}
 
     on(tmp_path / "jobs", story, model=model)
+
+
+def test_that_a_job_missed_its_deadline_is_seen_once_it_is_done(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        async with command_line(told) as command:
+            now_s = time.time()
+            for deadline_s, late in ((now_s - 4000, True), (now_s + 4000, False), (None, False)):
+                job = await told.submit(1, deadline_s=deadline_s)
+                await told.all_done(job)
+                shown = json.loads((await command("show", job.id, "--json")).stdout)
+                waited = await command("wait", job.id)
+                assert waited.exit_code == 0
+                ends = waited.stderr.splitlines()[-1]
+                (row,) = [row for row in (await command("list")).stdout.splitlines() if row.startswith(job.id)]
+                if late:
+                    assert shown["late_s"] == pytest.approx(job.ended_s - deadline_s, abs=0.1)
+                    assert ends.startswith(f"job {job.id} is done 1:06:4")
+                    assert ends.endswith(" after its deadline")
+                    assert ", 1:06:4" in row
+                    assert "late_s       400" in (await command("show", job.id)).stdout
+                else:
+                    assert shown["late_s"] is None
+                    assert "deadline" not in ends
+                    assert "late" not in row
+            job = await told.submit(1, deadline_s=time.time() - 1)
+            (running,) = [each for each in json.loads((await command("list", "--json")).stdout) if each["id"] == job.id]
+            assert (running["state"], running["late_s"] >= 1) == ("running", True)
+
+    on(tmp_path, story)
