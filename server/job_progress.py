@@ -9,7 +9,7 @@ from typing import Any
 from scheduler.driver import now_ns
 from scheduler.elastic import FOREVER_NS, Holding
 from server.job_pace import Casualties, Pace
-from server.job_store import Job, JobState
+from server.job_store import ItemError, Job, JobState
 
 INTERNAL_ERROR = "an internal error; the server's log has the details"
 
@@ -59,7 +59,7 @@ def demands(jobs: Iterable[Job]) -> list[tuple[str, float, float]]:
     return [(model, items, within_s) for model, (items, within_s) in found.items() if items]
 
 
-def too_many(job: Job, errors: Sequence[tuple[int, str]]) -> str:
+def too_many(job: Job, errors: Sequence[ItemError]) -> str:
     """Why it is stopped."""
-    shown = "; ".join(f"item {item}: {error}" for item, error in errors)
+    shown = "; ".join(map(str, errors))
     return f"{job.errors} items have errors, more than max_errors={job.asked.max_errors}; {shown}"

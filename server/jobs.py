@@ -27,7 +27,7 @@ from server.job_pace import Casualties
 from server.job_preparing import JobPreparer
 from server.job_progress import INTERNAL_ERROR, demands, progress, within_ns
 from server.job_run import JobRun, Shared
-from server.job_store import DiskFullError, Job, JobState, JobStore, Ledger, Position, kept_or_refused
+from server.job_store import DiskFullError, ItemError, Job, JobState, JobStore, Ledger, Position, kept_or_refused
 from server.job_supply import Supply, usable_model
 from server.repository import Model, Repository
 from server.service import InferenceService
@@ -222,7 +222,7 @@ class Jobs:
             del self._jobs[job_id], self._changing[job_id]
             self._infeasible.discard(job_id)
 
-    async def first_errors(self, job: Job) -> list[tuple[int, str]]:
+    async def first_errors(self, job: Job) -> list[ItemError]:
         """The first items that went wrong."""
         run = self._runs.get(job.id)
         if run is not None and job.errors > len(job.first_errors) < ERRORS_SHOWN:

@@ -14,7 +14,7 @@ from server.app import refuse_web_pages
 from server.errors import invalid
 from server.job_intake import Intake, read_terms
 from server.job_progress import late_s
-from server.job_store import Job
+from server.job_store import ItemError, Job
 from server.jobs import Jobs
 
 _TYPES = {".jsonl": "application/x-ndjson"}
@@ -104,10 +104,15 @@ def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
 
 
 async def _shown(jobs: Jobs, job: Job) -> dict[str, Any]:
-    errors = [{"item": item, "error": error} for item, error in await jobs.first_errors(job)]
+    errors = [_error(each) for each in await jobs.first_errors(job)]
     asked = job.asked
     more = {"format": asked.format, "output": asked.output, "max_errors": asked.max_errors, "first_errors": errors}
     return {**_job(jobs, job), **more}
+
+
+def _error(error: ItemError) -> dict[str, Any]:
+    """As in the results."""
+    return {"item": error.item, **({"name": error.name} if error.name else {}), "error": error.error}
 
 
 def _clock(seconds: float) -> str:

@@ -192,7 +192,7 @@ def show(client: Client, job: str, *, as_json: bool) -> int:
             shown = ", ".join(value) if isinstance(value, list) else value
             print(f"{name:12} {shown if shown is not None else ''}")
         for error in errors:
-            print(f"item {error['item']}: {error['error']}")
+            print(_error_of(error))
         return 0
 
     return told(act)
@@ -238,7 +238,12 @@ def _tell_errors(job: dict[str, Any]) -> None:
     first = job["first_errors"][:ERRORS_SHOWN]
     _say(f"[yellow]{job['errors']} of {job['items']} items have errors[/]; migserve jobs show {job['id']} has more")
     for each in first:
-        _say(escape(f"item {each['item']}: {each['error']}"))
+        _say(escape(_error_of(each)))
+
+
+def _error_of(error: dict[str, Any]) -> str:
+    name = f" ({error['name']})" if error.get("name") else ""
+    return f"item {error['item']}{name}: {error['error']}"
 
 
 def _patiently(act: Callable[[], T], console: Console) -> T:

@@ -210,7 +210,7 @@ def test_too_many_errors_stop_a_job_and_it_can_go_on_with_more(tmp_path: Path) -
         await until(lambda: job.ended_s is not None)
         assert job.state == JobState.STOPPED
         assert job.reason.startswith("2 items have errors, more than max_errors=1; item 0: the line is not JSON")
-        assert [item for item, _ in job.first_errors] == [0, 2]
+        assert [each.item for each in job.first_errors] == [0, 2]
         with pytest.raises(ServeError, match="is stopped"):
             told.jobs.results(job.id)
         # The batch that ran when it was stopped ends for nobody.

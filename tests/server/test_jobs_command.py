@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvicorn
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from scheduler.channel import Done
@@ -124,3 +125,30 @@ def test_that_a_job_missed_its_deadline_is_seen_once_it_is_done(tmp_path: Path) 
             assert (running["state"], running["late_s"] >= 1) == ("running", True)
 
     on(tmp_path, story)
+
+
+def test_errors_of_files_have_their_names(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    Image.new("L", (2, 2), 51).save(folder / "good.png")
+    for name in ("[bad].png", "no.jpg"):
+        (folder / name).write_bytes(b"text")
+    wrong = "input image: 4 bytes that are not a JPEG, PNG, WebP or GIF image"
+
+    async def story(told: Story) -> None:
+        async with command_line(told) as command:
+            for arguments, below in (((str(folder),), ""), (("--server-folder", "files"), "files/")):
+                sending = asyncio.create_task(command("submit", "m", *arguments, "--wait"))
+                await told.finish()
+                said = (await sending).stderr
+                for item, name in ((0, "[bad].png"), (2, "no.jpg")):
+                    assert f"item {item} ({below}{name}): {wrong}" in said
+                job = told.jobs.all()[-1].id
+                assert f"item 2 ({below}no.jpg): {wrong}" in (await command("show", job)).stdout
+                shown = json.loads((await command("show", job, "--json")).stdout)
+                assert shown["first_errors"][1]["name"] == f"{below}no.jpg"
+            job = (await told.submit(folder="files", max_errors=0)).id
+            told_of = await command("wait", job)
+            assert f"more than max_errors=0; item 0 (files/[bad].png): {wrong}" in told_of.stderr
+
+    on(tmp_path / "jobs", story, pictures=True, jobs_input_dir=tmp_path)
