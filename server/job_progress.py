@@ -63,3 +63,27 @@ def too_many(job: Job, errors: Sequence[ItemError]) -> str:
     """Why it is stopped."""
     shown = "; ".join(map(str, errors))
     return f"{job.errors} items have errors, more than max_errors={job.asked.max_errors}; {shown}"
+
+
+def not_resumed(job: Job, max_errors: int) -> str:
+    """Why it cannot go on with that limit, and what to do; nothing where it can."""
+    if job.state not in (JobState.CANCELLED, JobState.STOPPED):
+        return f"job {job.id} is {job.state}; only what was stopped can be resumed"
+    if job.errors > max_errors:
+        more = f"{job.errors} items have errors, more than max_errors={max_errors}"
+        return f"job {job.id} would be stopped again at once: {more}; {_with_more_errors(job)}"
+    return ""
+
+
+def no_results(job: Job) -> str:
+    """Of a job that is not done: why, and what to do."""
+    far = f"job {job.id} is {job.state}, {job.done} of {job.asked.items} items done"
+    if job.state == JobState.STOPPED and job.errors > job.asked.max_errors:
+        return f"{far}, {job.errors} of them with errors; {_with_more_errors(job)}"
+    if job.state in (JobState.CANCELLED, JobState.STOPPED):
+        return f"{far}; migserve jobs resume {job.id} goes on to its results"
+    return f"{far}; there are results once all are"
+
+
+def _with_more_errors(job: Job) -> str:
+    return f"migserve jobs resume {job.id} --max-errors N goes on, with an N of {job.errors} or more"

@@ -97,7 +97,7 @@ def cancel(job: _Id, url: _Url = URL) -> None:
 @app.command()
 def resume(
     job: _Id,
-    max_errors: Annotated[int | None, typer.Option(min=0, help="A new limit.")] = None,
+    max_errors: Annotated[int | None, typer.Option(min=0, help="A new limit; needed where errors stopped it.")] = None,
     url: _Url = URL,
 ) -> None:
     """Go on with one that was cancelled, or stopped by its errors."""
