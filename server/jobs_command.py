@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -127,7 +128,7 @@ def submit(client: Client, wish: Wish, *, wait: bool, out: Path | None, as_json:
         if as_json and not wait:
             print(json.dumps(job))
         else:
-            ends = f"; ends {_ends(job)}" if "ends_in_s" in job else ""
+            ends = f"; ends {_ends(job, datetime.now().astimezone())}" if "ends_in_s" in job else ""
             _say(f"job {job['id']}: {job['items']} items for {job['model']}{ends}")
             if "warning" in job:
                 _say(f"[yellow]{job['warning']}[/]")
@@ -138,7 +139,7 @@ def submit(client: Client, wish: Wish, *, wait: bool, out: Path | None, as_json:
 
 def show_all(client: Client, *, as_json: bool) -> int:
     def act() -> int:
-        jobs = client.jobs()
+        jobs, now = client.jobs(), datetime.now().astimezone()
         if as_json:
             print(json.dumps(jobs))
             return 0
@@ -152,8 +153,8 @@ def show_all(client: Client, *, as_json: bool) -> int:
                 job["state"],
                 f"{job['done']}/{job['items']}",
                 str(job["errors"]),
-                _short(job["deadline"]),
-                _ends(job),
+                _short(job["deadline"], now),
+                _ends(job, now),
                 str(len(job.get("slices", ())) or ""),
                 job["name"],
             )
@@ -165,10 +166,10 @@ def show_all(client: Client, *, as_json: bool) -> int:
     return told(act)
 
 
-def _ends(job: dict[str, Any]) -> str:
+def _ends(job: dict[str, Any], now: datetime) -> str:
     if job["state"] in ENDED or "ends_in_s" not in job:
         late = f", {_late(job)} late" if job["state"] in ENDED and job.get("late_s") else ""
-        return f"{_short(job.get('ended'))}{late}"
+        return f"{_short(job.get('ended'), now)}{late}"
     return f"in {progress.clock(job['ends_in_s'])}{'' if job['in_time'] else ', late'}"
 
 
@@ -176,9 +177,13 @@ def _late(job: dict[str, Any]) -> str:
     return progress.clock(max(job["late_s"], 1.0))
 
 
-def _short(clock: str | None) -> str:
-    """Without year and seconds."""
-    return clock[5:16].replace("T", " ") if clock else ""
+def _short(clock: str | None, now: datetime) -> str:
+    """In local time, as deadlines are given; without the date where that is today's, without seconds where far off."""
+    if not clock:
+        return ""
+    at = datetime.fromisoformat(clock).astimezone()
+    near = abs(at - now) < timedelta(days=1)
+    return f"{at:%H:%M:%S}" if at.date() == now.date() else f"{at:%m-%d %H:%M:%S}" if near else f"{at:%m-%d %H:%M}"
 
 
 def show(client: Client, job: str, *, as_json: bool) -> int:
@@ -222,23 +227,26 @@ def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False)
     if as_json:
         print(json.dumps(found))
     if found["state"] != "done":
-        raise CommandError(f"job {job} is {found['state']}: {found.get('reason', '')}".rstrip(": "))
+        raise CommandError(f"{_failed(found)}job {job} is {found['state']}: {found.get('reason', '')}".rstrip(": "))
     if "reason" in found:
         _say(f"[yellow]{escape(found['reason'])}[/]")
-    if found["errors"]:
-        _tell_errors(found)
+    for each in found["first_errors"][:ERRORS_SHOWN]:
+        _say(escape(_error_of(each)))
     if out is not None:
         _patiently(lambda: _save(client, f"/v2/jobs/{job}", out), Console(stderr=True))
-    if found.get("late_s"):
-        _say(f"[yellow]job {job} is done {_late(found)} after its deadline[/]")
+    if found["errors"] or found.get("late_s"):
+        late = f" {_late(found)} after its deadline" if found.get("late_s") else ""
+        more = f"; migserve jobs show {job} has more of them" if found["errors"] > ERRORS_SHOWN else ""
+        _say(f"[yellow]{_failed(found)}job {job} is done{late}[/]{more}")
     return 0
 
 
-def _tell_errors(job: dict[str, Any]) -> None:
-    first = job["first_errors"][:ERRORS_SHOWN]
-    _say(f"[yellow]{job['errors']} of {job['items']} items have errors[/]; migserve jobs show {job['id']} has more")
-    for each in first:
-        _say(escape(_error_of(each)))
+def _failed(job: dict[str, Any]) -> str:
+    """The beginning of what is said last: a job of ten items that all failed is done, too."""
+    if not job["errors"]:
+        return ""
+    of = job["items"] if job["done"] == job["items"] else f"{job['done']} finished"
+    return f"{job['errors']} of {of} items failed; "
 
 
 def _error_of(error: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ def submit(
         Path | None, typer.Argument(help="JSON lines, .npz, .safetensors, or a folder of files; - is stdin.")
     ] = None,
     deadline: Annotated[
-        str | None, typer.Option(help="From now, such as 90s, 15m, 8h; or a time, such as 2026-11-21T06:00.")
+        str | None, typer.Option(help="From now, such as 90s (or 90), 15m, 8h; or a time, such as 2026-11-21T06:00.")
     ] = None,
     server_folder: Annotated[
         str | None, typer.Option(help="Instead of inputs: a folder below the daemon's --jobs-input-dir.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
+from structlog.testing import capture_logs
 from typer.testing import CliRunner, Result
 
 from scheduler.channel import Done
@@ -43,7 +45,8 @@ async def command_line(told: Story) -> AsyncIterator[Command]:
         return await asyncio.to_thread(CliRunner().invoke, app, ["jobs", *arguments], env={"MIGSERVE_URL": url})
 
     try:
-        yield command
+        with capture_logs():  # they would go to the stdout of whatever command is running
+            yield command
     finally:
         server.should_exit = True
         await serving
@@ -152,3 +155,52 @@ def test_errors_of_files_have_their_names(tmp_path: Path) -> None:
             assert f"more than max_errors=0; item 0 (files/[bad].png): {wrong}" in told_of.stderr
 
     on(tmp_path / "jobs", story, pictures=True, jobs_input_dir=tmp_path)
+
+
+def test_how_many_items_failed_is_said_first_in_the_last_line(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        async with command_line(told) as command:
+            job = await told.submit(*"abcd", deadline_s=time.time() - 4000)
+            await told.all_done(job)
+            waited = await command("wait", job.id, "--out", str(tmp_path / "r.jsonl"))
+            assert waited.exit_code == 0
+            last = (
+                rf"4 of 4 items failed; job {job.id} is done 1:06:4\d after its deadline; migserve jobs show {job.id}"
+            )
+            assert re.match(last, waited.stderr.splitlines()[-1]), waited.stderr
+            job = await told.submit("a", 2)
+            await told.all_done(job)
+            assert (await command("wait", job.id)).stderr.endswith(f"\n1 of 2 items failed; job {job.id} is done\n")
+            job = await told.submit("a", *range(40), max_errors=0)
+            waited = await command("wait", job.id)
+            last = rf"1 of \d+( finished)? items failed; job {job.id} is stopped: "
+            assert (waited.exit_code, bool(re.match(last, waited.stderr.splitlines()[-1]))) == (1, True), waited.stderr
+
+    on(tmp_path / "jobs", story)
+
+
+def test_the_list_has_local_times_with_seconds_where_they_are_near(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def local(form: str, at_s: float) -> str:
+        return time.strftime(form, time.gmtime(at_s + 5.5 * 3600))
+
+    async def story(told: Story) -> None:
+        async with command_line(told) as command:
+            now_s = time.time()
+            wanted = []
+            for after_s in (1000, 40_000, 300_000):
+                await told.all_done(await told.submit(1, deadline_s=now_s + after_s))
+                today = local("%j", now_s + after_s) == local("%j", now_s)
+                form = "%H:%M:%S" if today else "%m-%d %H:%M:%S" if after_s < 86400 else "%m-%d %H:%M"
+                wanted.append(local(form, now_s + after_s))
+            rows = (await command("list")).stdout.splitlines()
+            column = next(row for row in rows if row.startswith("id ")).index("deadline")
+            rows = [row[column:] for row in rows if re.match("[0-9a-f]{10} ", row)]
+            assert [row[: len(text) + 1] for row, text in zip(rows, wanted, strict=True)] == [f"{w} " for w in wanted]
+
+    with monkeypatch.context() as changed:
+        changed.setenv("TZ", "XXX-5:30")
+        time.tzset()
+        on(tmp_path, story)
+    time.tzset()
