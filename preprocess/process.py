@@ -210,7 +210,8 @@ def main(sock: socket.socket, memory_fd: int, arena_fd: int | None, decoder: str
         signal.signal(number, signal.SIG_IGN)
     # Whoever hands out pictures or computes with them is to run at once, and a picture to stay in its core's cache.
     with suppress(OSError):  # where it is forbidden
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:  # else whoever has chosen another (`chrt`) knows why
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.environ.update(environment)
     memory = memoryview(mmap.mmap(memory_fd, ELEMENT_BYTES + RESULT_BYTES))
     os.close(memory_fd)
