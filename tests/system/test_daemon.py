@@ -29,6 +29,12 @@ PRIVATE_MIB_PER_WORKER = 150
 OURS = {"COLUMNS": "200", "NO_COLOR": "1", "MIGSERVE_MODEL_REPOSITORY": str(MODELS), "MIGSERVE_ALLOW_ADMIN": "0"}
 
 
+@pytest.fixture(autouse=True)
+def _state_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have a daemon, too."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
 def migserve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own, as a shell starts it."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MIGSERVE_")}
