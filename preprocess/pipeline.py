@@ -86,7 +86,13 @@ class PipelineFile(BaseModel):
     def check_length(self, length: int) -> None:
         """Raises BadInputError for what is longer than the model takes."""
         if self.longest is not None and length > self.longest:
-            raise BadInputError(f"a length of {length}; at most {self.longest} is taken")
+            raise BadInputError(f"{self._extent(length)}; at most {self._extent(self.longest)} are taken")
+
+    def _extent(self, length: int) -> str:
+        """With its unit; in seconds too, where clients know no frames."""
+        if self.audio is None:
+            return f"{length} tokens"
+        return f"{length} frames ({length * self.audio.hop / self.audio.sample_rate:.4g} s)"
 
 
 def checked(pipeline: PipelineFile, inputs: Inputs) -> None:

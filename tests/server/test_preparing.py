@@ -260,7 +260,9 @@ def test_a_clip_longer_than_the_model_takes_is_refused() -> None:
     async def story(stage: Served) -> None:
         outcomes = submit(stage, wav(speech_like(1.2)))
         await until(lambda: bool(outcomes))
-        assert "element 0: a length of 120; at most 100 is taken" in getattr(outcomes[0], "message", "")
+        assert "element 0: 120 frames (1.2 s); at most 100 frames (1 s) are taken" in getattr(
+            outcomes[0], "message", ""
+        )
         assert (stage.driver.unfinished(), stage.arena.used) == (0, 0)
 
     on(lambda: sounds(longest=100), story)
