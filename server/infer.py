@@ -26,6 +26,7 @@ from server.metrics import Metrics
 from server.repository import Model, Repository
 from server.request_log import log_request
 from server.service import Cancel, InferenceService, Outcome, check_outputs, late_ms, outputs_of
+from server.terms import with_query
 
 log = structlog.get_logger(__name__)
 
@@ -41,10 +42,11 @@ COMPRESS_FROM_BYTES = 1024
 
 
 class Target(NamedTuple):
-    """Which model an infer path names."""
+    """Which model an infer URL names, and its query string."""
 
     model: str
     version: str | None
+    query: str = ""
 
 
 class InferRoute:
@@ -74,7 +76,8 @@ class InferRoute:
         """The ordinary ASGI way; under our own HTTP protocol, which calls `begin` itself, for odd requests only."""
         target = None
         if scope["type"] == "http" and scope["method"] == "POST":
-            target = self.target(scope["raw_path"])
+            query = scope["query_string"]
+            target = self.target(scope["raw_path"] + b"?" + query if query else scope["raw_path"])
         if target is None:
             await self._app(scope, receive, send)
             return
@@ -110,13 +113,17 @@ class InferRoute:
                 cancel()  # does nothing for a request that has ended
         return answered.result() if answered.done() else None
 
-    def target(self, raw_path: bytes) -> Target | None:
-        """Which model a path names, None if it is not an infer path."""
-        target = self._targets.get(raw_path)
-        if target is None and (match := _PATH.fullmatch(raw_path)) is not None:
-            target = Target(unquote(match[1].decode("ascii")), match[2].decode() if match[2] else None)
-            if len(self._targets) < 4096:
-                self._targets[raw_path] = target
+    def target(self, url: bytes) -> Target | None:
+        """What a path and its query string name, None if it is not an infer path."""
+        target = self._targets.get(url)
+        if target is None:
+            path, _, query = url.partition(b"?")
+            if (match := _PATH.fullmatch(path)) is None:
+                return None
+            version = match[2].decode() if match[2] else None
+            target = Target(unquote(match[1].decode("ascii")), version, query.decode("latin-1"))
+            if not query and len(self._targets) < 4096:
+                self._targets[url] = target
         return target
 
     def begin(
@@ -142,6 +149,8 @@ class InferRoute:
             model = found = self._repository.get(target.model, target.version)
             request = self._decode(found, headers, chunks)
             request_id = request.id
+            if target.query:
+                request.parameters = with_query(request.parameters, target.query)
             check_outputs(found, request.outputs, request.binary_default)
             return self._service.submit(found, request.tensors, request.parameters, arrival_ns, finish)
         except Exception as error:
