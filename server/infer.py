@@ -161,7 +161,7 @@ class InferRoute:
 
     def _reply(self, model: Model, request: DecodedRequest, headers: dict[bytes, bytes], outcome: Outcome) -> Reply:
         if isinstance(outcome, ServeError):
-            return self._failed(model, outcome)
+            return self._failed(model, _with_hint(outcome, request.tensors[0], headers))
         try:
             outputs = outputs_of(model, outcome, request.outputs, request.binary_default)
             named = model.name, str(model.version), request.id
@@ -229,7 +229,7 @@ class InferRoute:
         header_length = headers.get(wire.HEADER_LENGTH)
         if header_length is None:
             # Clients like curl send a file as it is. JSON always begins with a brace.
-            if model.serving.preprocess is not None and chunks and chunks[0].lstrip()[:1] != b"{":
+            if model.serving.preprocess is not None and not (chunks and chunks[0].lstrip()[:1] == b"{"):
                 return _raw_or_form(model, model.serving.preprocess, b"".join(chunks))
             return codec.decode_request(chunks, None)
         if not header_length.isdigit() or len(header_length) > LENGTH_DIGITS:
@@ -266,6 +266,20 @@ def _raw(model: Model, chunks: list[bytes], *, binary_outputs: bool) -> DecodedR
         shape = inputs[0].dims if model.signature.max_batch == 0 else (1, *inputs[0].dims)
         tensor = Tensor(inputs[0].name, inputs[0].datatype, shape, [memoryview(chunk) for chunk in chunks])
     return DecodedRequest([tensor], None, binary_outputs, None, None)
+
+
+def _with_hint(error: ServeError, tensor: Tensor, headers: dict[bytes, bytes]) -> ServeError:
+    """Was it a file, damaged by `curl -d`? That drops line breaks, and says that it sends a form."""
+    first = tensor.data[0] if isinstance(tensor.data, list) else b""
+    if (
+        error.fault is not Fault.INVALID
+        or headers.get(b"content-type") != b"application/x-www-form-urlencoded"
+        or not isinstance(first, bytes)
+        or first.isascii()
+        or b"\n" in first
+    ):
+        return error
+    return invalid(f"{error.message}; curl -d drops the line breaks of a file, send it with --data-binary")
 
 
 def make_reply(parts: list[bytes | memoryview], header_length: int | None, accept: bytes | None) -> Reply:

@@ -36,6 +36,8 @@ def image(value: Any, shape: tuple[int, ...] = (1,), datatype: str = "BYTES") ->
 
 
 GOOD = affine()
+FORM = "application/x-www-form-urlencoded"
+DAMAGED = b"\x89PNG\r\n\x1a\n\0\0".translate(None, b"\r\n\0")
 CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     # what, model, body, headers, status, part of the error
     ("no JSON", "affine", b"{", {}, 400, "the request's JSON cannot be read"),
@@ -97,6 +99,15 @@ CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("an image that is text", "digits", b"not an image", {}, 400, "element 0: 12 bytes that are not a JPEG, PNG, WebP or GIF image"),
     ("an empty image", "digits", image([""]), {}, 400, "element 0: no bytes; expected a JPEG"),
     ("not base64", "digits", image(["***"]), {}, 400, "BYTES in JSON must be base64"),
+    ("one of several not base64", "digits", image(["AAAA", "AAA"], (2,)), {}, 400, "input image, element 1: BYTES in JSON must be base64: Incorrect padding"),
+    ("base64 with a prefix", "digits", image(["data:image/png;base64,AAAA"]), {}, 400, "element 0: BYTES in JSON must be base64: it begins with a data: prefix; send what follows"),
+    ("base64 in lines", "digits", image(["AAAA\nAAAA"]), {}, 400, "it has line breaks; leave them out, as base64 -w 0 does"),
+    ("base64 for URLs", "digits", image(["AA-_"]), {}, 400, "it is base64 for URLs; expected + and /"),
+    ("base64 beyond ASCII", "digits", image(["é"]), {}, 400, "element 0: BYTES in JSON must be base64: "),
+    ("half of a surrogate pair", "digits", b'{"inputs": [{"name": "\\ud800"}]}', {}, 400, "\\ud800 at byte 22 is half of a surrogate pair"),
+    ("the other half", "digits", b'{"inputs": [{"name": "a\\udc00"}]}', {}, 400, "\\udc00 at byte 23 is half of a surrogate pair"),
+    ("nothing as a file", "digits", b"", {}, 400, "input image, element 0: no bytes; expected a JPEG"),
+    ("a file that curl -d has damaged", "digits", DAMAGED, {"Content-Type": FORM}, 400, "WebP or GIF image; curl -d drops the line breaks of a file, send it with --data-binary"),
     ("images too few", "digits", image([""], (2,)), {}, 400, "input image has 1 elements, shape [2] takes 2"),
     ("images too many", "digits", image([""] * 3), {}, 400, "input image has more than 1 elements, shape [1] takes 1"),
     ("images too many for the model", "digits", image(["***"], (65,)), {}, 400, "input image has 65 elements, a batch of 65 items; expected 1 to 64"),
