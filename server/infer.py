@@ -161,7 +161,7 @@ class InferRoute:
 
     def _reply(self, model: Model, request: DecodedRequest, headers: dict[bytes, bytes], outcome: Outcome) -> Reply:
         if isinstance(outcome, ServeError):
-            return self._failed(model, _with_hint(outcome, request.tensors[0], headers))
+            return self._failed(model, _with_hint(outcome, model, request.tensors[0], headers))
         try:
             outputs = outputs_of(model, outcome, request.outputs, request.binary_default)
             named = model.name, str(model.version), request.id
@@ -268,18 +268,16 @@ def _raw(model: Model, chunks: list[bytes], *, binary_outputs: bool) -> DecodedR
     return DecodedRequest([tensor], None, binary_outputs, None, None)
 
 
-def _with_hint(error: ServeError, tensor: Tensor, headers: dict[bytes, bytes]) -> ServeError:
-    """Was it a file, damaged by `curl -d`? That drops line breaks, and says that it sends a form."""
-    first = tensor.data[0] if isinstance(tensor.data, list) else b""
-    if (
-        error.fault is not Fault.INVALID
-        or headers.get(b"content-type") != b"application/x-www-form-urlencoded"
-        or not isinstance(first, bytes)
-        or first.isascii()
-        or b"\n" in first
-    ):
+def _with_hint(error: ServeError, model: Model, tensor: Tensor, headers: dict[bytes, bytes]) -> ServeError:
+    """Was it a file, damaged by `curl -d`? That says that it sends a form. A text it leaves whole, or nearly so."""
+    pipeline = model.serving.preprocess
+    is_form = headers.get(b"content-type") == b"application/x-www-form-urlencoded"
+    if error.fault is not Fault.INVALID or not is_form or pipeline is None or pipeline.text is not None:
         return error
-    return invalid(f"{error.message}; curl -d drops the line breaks of a file, send it with --data-binary")
+    element = tensor.data[0] if tensor.data and isinstance(tensor.data, list) else None
+    if not isinstance(element, bytes) or not element or b"\n" in element:
+        return error
+    return invalid(f"{error.message}; curl -d drops line breaks and zero bytes, send files with --data-binary")
 
 
 def make_reply(parts: list[bytes | memoryview], header_length: int | None, accept: bytes | None) -> Reply:

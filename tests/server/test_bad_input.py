@@ -107,7 +107,8 @@ CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("half of a surrogate pair", "digits", b'{"inputs": [{"name": "\\ud800"}]}', {}, 400, "\\ud800 at byte 22 is half of a surrogate pair"),
     ("the other half", "digits", b'{"inputs": [{"name": "a\\udc00"}]}', {}, 400, "\\udc00 at byte 23 is half of a surrogate pair"),
     ("nothing as a file", "digits", b"", {}, 400, "input image, element 0: no bytes; expected a JPEG"),
-    ("a file that curl -d has damaged", "digits", DAMAGED, {"Content-Type": FORM}, 400, "WebP or GIF image; curl -d drops the line breaks of a file, send it with --data-binary"),
+    ("a file that curl -d has damaged", "digits", DAMAGED, {"Content-Type": FORM}, 400, "WebP or GIF image; curl -d drops line breaks and zero bytes, send files with --data-binary"),
+    ("a sound that curl -d has cut off", "digits", b"RIFF$", {"Content-Type": FORM}, 400, "send files with --data-binary"),
     ("images too few", "digits", image([""], (2,)), {}, 400, "input image has 1 elements, shape [2] takes 2"),
     ("images too many", "digits", image([""] * 3), {}, 400, "input image has more than 1 elements, shape [1] takes 1"),
     ("images too many for the model", "digits", image(["***"], (65,)), {}, 400, "input image has 65 elements, a batch of 65 items; expected 1 to 64"),
@@ -158,6 +159,17 @@ def test_a_damaged_image_fails_and_its_neighbours_do_not(
         thread.join()
     assert answers.pop(3).status == 400
     assert all(answer.json["outputs"][0]["data"] == [3] for answer in answers.values())
+
+
+@pytest.mark.parametrize("content_type", [FORM, "image/png"])
+def test_a_damaged_file_that_curl_d_cannot_have_damaged_gets_no_hint(
+    content_type: str, damaged_images: dict[str, bytes], daemon: RunningDaemon
+) -> None:
+    """It has line breaks still, or came as what it is."""
+    damaged = damaged_images["truncated"] if content_type == FORM else DAMAGED
+    answer = infer(daemon.http, "digits", damaged, {"Content-Type": content_type})
+    assert answer.status == 400
+    assert "--data-binary" not in answer.error
 
 
 def test_one_bad_element_of_a_batch_is_named(daemon: RunningDaemon) -> None:
