@@ -278,11 +278,12 @@ def _latency(
 
 
 def _latency_origin(folder: Path, name: str, table: LatencyTableFile | None) -> str:
-    """Of a table of the model's own, which was read before; empty where no row says how it came about."""
+    """Of a table of the model's own, which was read before, those that are dispatched by; empty where none says."""
     if table is None or table.file is None:
         return ""
-    rows = [row for row in latency.read_measurements(folder / table.file) if row.model == (table.model or name)]
+    found = latency.read_measurements(folder / table.file)
+    rows = [row for row in found if row.model == (table.model or name) and row.processes == 1]
     if not any(row.source for row in rows):
         return ""
-    counted = Counter(row.source or "of unknown origin" for row in rows)
+    counted = Counter((row.source or "of unknown origin") + (f" on {row.gpu}" if row.gpu else "") for row in rows)
     return ", ".join(f"{count} {source}" for source, count in counted.most_common())

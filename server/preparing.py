@@ -173,6 +173,7 @@ class _Preparation:
             items = job.result()
             self._times_ns = self._job.times_ns()
             length = max(item.length for item in items)
+            self._check_mixed(items)
             checked = self._checked(length)
             places = self._take_slot(checked)
         except Exception as error:
@@ -181,6 +182,17 @@ class _Preparation:
         self._pending.request = sized(self._pending.request, self._model, checked)
         self._job = self._pool.place(self._pipeline, items, length, places)
         self._job.future.add_done_callback(self._written)
+
+    def _check_mixed(self, items: list[Item]) -> None:
+        """Whether the model can tell what is padding, where some is needed. Raises ServeError."""
+        lengths = sorted({item.values.shape[-1] for item in items})
+        told = self._model.lengths is not None or self._pipeline.length is not None or self._pipeline.mask is not None
+        if len(lengths) > 1 and not told:
+            raise invalid(
+                f"input {self._pipeline.input} has items of {len(lengths)} lengths, {lengths[0]} to {lengths[-1]}, and "
+                f"model {self._model.name} would take padding for content: send each in a request of its own, or "
+                f"declare `lengths` in its serving.yaml, see docs/preprocessing.md"
+            )
 
     def _written(self, job: asyncio.Future[list[None]]) -> None:
         # Until now a thread may have been writing to the slot, even if the request has ended before.

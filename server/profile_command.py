@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -19,6 +19,7 @@ from partitioner.predictor import Knowledge, learn
 from partitioner.profiler import Campaign
 from scheduler.backends import ModelLoadError
 from scheduler.channel import ModelSource
+from scheduler.lengths import shortest, to_measure
 from scheduler.measuring import Effort, Failure, Measurer, OutOfMemory, Timed
 from scheduler.tensors import Signature
 from server import picture, profile_places, profile_plot, progress
@@ -26,7 +27,7 @@ from server.config_pbtxt import ModelFileError
 from server.gpus import StartError
 from server.model_files import read_model, versions_to_serve
 from server.plan_command import UsageError, complain, nearest
-from server.profile_file import PREDICTED, TableFile
+from server.profile_file import TableFile
 from server.profile_places import Machine
 
 IMPOSSIBLE, USAGE, INTERRUPTED = 1, 2, 130
@@ -174,14 +175,26 @@ class _Session:
         batches = self._request.batches or sorted({most, *(1 << n for n in range(most.bit_length()))})
         if max(batches) > most:
             raise UsageError(f"--batches: the model takes at most {most} items")
-        varying = any(dim == -1 for spec in signature.inputs for dim in spec.dims)
-        if self._request.lengths and not varying:
-            raise UsageError("--lengths: the model's inputs have no axis that varies")
+        lengths = self._lengths(signature)
         for place in self._places.values():
             for processes in self._request.processes or (1,):
-                for length in self._request.lengths or (None,):
+                for length in lengths or (None,):
                     for batch in batches:
                         yield Point(place.mig_profile, place.gpcs, batch, processes, length)
+
+    def _lengths(self, signature: Signature) -> tuple[int, ...]:
+        """At which to measure; none if the model has none. By default those at which a daemon would."""
+        varying = any(dim == -1 for spec in signature.inputs for dim in spec.dims)
+        asked, declared = self._request.lengths, self._source.lengths
+        if not varying and asked:
+            raise UsageError("--lengths: the model's inputs have no axis that varies")
+        if varying and not asked and declared is None:
+            raise UsageError("the model's inputs vary in length: say at which to measure, such as --lengths 32,128,512")
+        if declared is None:
+            return asked
+        if asked and max(asked) > declared.longest:
+            raise UsageError(f"--lengths: serving.yaml says that the longest is {declared.longest}")
+        return asked or to_measure(declared, shortest(signature))
 
     def _new_campaign(self) -> Campaign:
         known = self._file.known()
@@ -269,7 +282,8 @@ class _Session:
 
     def end(self, path: Path) -> int:
         """Writes predictions, draws, and says what there is now."""
-        predicted = self._campaign.rest(self._source.name, self._machine.gpu, QUANTILE)
+        rest = self._campaign.rest(self._source.name, self._machine.gpu, QUANTILE)
+        predicted = [replace(row, source=latency.predicted_from(self._machine.source)) for row in rest]
         measured = self._campaign.measured
         for failure in self._failures:
             complain(failure, IMPOSSIBLE)
@@ -286,7 +300,7 @@ class _Session:
         if self._machine.source == latency.SHARES:
             console.print("shares of a GPU's SMs stood for its slices: an approximation, see docs/profiling.md")
         if predicted:
-            console.print(f"what was predicted says so in the column source: {PREDICTED}")
+            console.print(f"what was predicted says so in the column source: {latency.PREDICTED}")
             if len(measured) < FEW:
                 few = f"made from fewer than {FEW} points, it can be off by a factor of ten and more"
                 console.print(f"{few}; a larger --budget adds to these", style="yellow", soft_wrap=True)

@@ -24,7 +24,9 @@ Slices = Annotated[
 ]
 Batches = Annotated[str | None, typer.Option(help="Such as 1,8,64; by default powers of two.")]
 Processes = Annotated[str | None, typer.Option(help="Side by side on a slice, such as 1,2,3; by default 1.")]
-Lengths = Annotated[str | None, typer.Option(help="Of inputs that vary, such as 32,128,512.")]
+Lengths = Annotated[
+    str | None, typer.Option(help="Of inputs that vary, such as 32,128,512; by default by `lengths` in serving.yaml.")
+]
 Budget = Annotated[
     str | None, typer.Option(help="Measure so many points, or such a share as 10%, and predict the rest.")
 ]

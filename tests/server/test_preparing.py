@@ -16,11 +16,14 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 
 from preprocess.clips import read_clip
+from preprocess.pipeline import PipelineFile
 from preprocess.steps import AudioSteps
 from scheduler.answers import Answered
 from scheduler.lengths import Lengths
+from scheduler.tensors import InputLayout, Signature
 from server.codec import Tensor
 from server.errors import ServeError
+from server.model_files import ServingFile
 from server.preprocess_stats import REASONS
 from server.service import Outcome
 from tests.preprocess.sounds import speech_like, wav
@@ -265,6 +268,28 @@ def test_clips_are_placed_with_their_lengths_and_filled_up(lengths: Lengths | No
         assert (stage.driver.unfinished(), stage.arena.used) == (0, 0)
 
     on(lambda: sounds(lengths), story)
+
+
+def test_clips_of_different_lengths_are_refused_where_nothing_tells_the_model_what_is_padding() -> None:
+    def unaware() -> Served:
+        model = make_sound_model()
+        model.serving = ServingFile(
+            preprocess=PipelineFile(input="sound", output="x", audio=AudioSteps(preset="nemo-80"))
+        )
+        model.signature = Signature(model.signature.inputs[1:], model.signature.outputs, 8)
+        model.layout = InputLayout(model.signature)
+        return Served(model, arena_bytes=1 << 20)
+
+    async def story(stage: Served) -> None:
+        mixed = submit(stage, *(wav(speech_like(seconds)) for seconds in (1.2, 0.4)))
+        alike = submit(stage, *(wav(speech_like(seconds)) for seconds in (0.4, 0.4)))
+        await until(lambda: bool(mixed) and bool(stage.sent))
+        assert "input sound has items of 2 lengths, 40 to 120" in getattr(mixed[0], "message", "")
+        stage.finish(0)
+        assert [type(outcome) for outcome in alike] == [Answered]
+        assert (stage.driver.unfinished(), stage.arena.used) == (0, 0)
+
+    on(unaware, story)
 
 
 def test_a_clip_longer_than_the_model_takes_is_refused() -> None:

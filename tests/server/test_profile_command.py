@@ -56,7 +56,7 @@ def test_a_budget_measures_some_and_predicts_the_rest_and_can_be_raised(tmp_path
     assert "made from fewer" not in result.output
     first = rows(out)
     assert [row["source"] for row in first].count("emulated") == 3
-    assert [row["source"] for row in first].count("predicted") == 9
+    assert [row["source"] for row in first].count("predicted from emulated") == 9
     result = profile(*asked, "--budget", "5")
     assert result.exit_code == 0, result.output
     second = rows(out)
@@ -137,6 +137,32 @@ def test_without_a_driver_it_says_what_to_look_at(tmp_path: Path) -> None:
     assert "sim:" not in said, "which measures nothing"
 
 
+def varying(folder: Path, serving: str) -> Path:
+    (folder / "config.pbtxt").parent.mkdir()
+    (folder / "config.pbtxt").write_text(
+        'backend: "emulated" max_batch_size: 2 input { name: "x" data_type: TYPE_FP32 dims: [-1] } '
+        'output { name: "y" data_type: TYPE_FP32 dims: [1] }'
+    )
+    (folder / "table.csv").write_text("model,mig_profile,batch,latency_ms\nm,1g.10gb,1,1\nm,1g.10gb,2,1\n")
+    (folder / "serving.yaml").write_text(f"latency_table: {{file: table.csv}}\n{serving}")
+    return folder
+
+
+def test_a_model_with_lengths_is_measured_at_those_that_a_daemon_measures(tmp_path: Path) -> None:
+    model = varying(tmp_path / "m", "lengths: {longest: 64, buckets: [16, 64]}")
+    out = tmp_path / "out.csv"
+    result = profile(model, *QUICK, "--slices", "1g.10gb", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert [(row["seq_len"], row["batch"]) for row in rows(out)] == [("16", "1"), ("16", "2"), ("64", "1"), ("64", "2")]
+    result = profile(model, "--lengths", "65", "--out", out)
+    assert (result.exit_code, "the longest is 64" in result.output) == (2, True)
+
+
+def test_a_model_whose_inputs_vary_is_not_measured_at_no_length(tmp_path: Path) -> None:
+    result = profile(varying(tmp_path / "m", ""), "--out", tmp_path / "out.csv")
+    assert (result.exit_code, "such as --lengths 32,128,512" in " ".join(result.output.split())) == (2, True)
+
+
 # ---- the file ----
 
 ROW = Measurement("m", "1g.10gb", 1, 8, 1, 5.0, 100.0, "A100", "measured", 64)
@@ -172,7 +198,13 @@ def test_what_was_measured_in_one_way_is_not_gone_on_with_in_another(tmp_path: P
     TableFile(path, "m", "A100", "measured").add(ROW, {"runs": 9})
     with pytest.raises(LatencyTableError, match="that are measured, not sm-shares: name another --out"):
         TableFile(path, "m", "A100", "sm-shares")
-    TableFile(path, "m", "H100", "sm-shares")
+    shares = TableFile(path, "m", "H100", "sm-shares")
+    shares.finish([Measurement("m", "1g.10gb", 1, 8, 1, 5.0, None, "H100", "predicted from sm-shares")], {})
+    with pytest.raises(LatencyTableError, match="that are sm-shares, not measured"):
+        TableFile(path, "m", "H100", "measured")
+    assert not shares.known()
+    shares.finish([], {})
+    assert [each.gpu for each in read_measurements(path)] == ["A100"]
 
 
 def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
