@@ -19,6 +19,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from server import yaml_text
+
 MIB = 1024 * 1024
 PREFIX = "MIGSERVE_"
 # Set by Kubernetes in every pod beside a service that is called migserve.
@@ -226,7 +228,7 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 def _read(config: Path) -> dict[str, Any]:
     """What a settings file says; its values are not looked at yet."""
     try:
-        data = yaml.safe_load(config.read_text())
+        data = yaml_text.load(config.read_text())
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{config}{line} is not YAML: {error.problem}") from error
