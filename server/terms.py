@@ -97,21 +97,14 @@ def read_terms(
 
 
 def with_query(parameters: dict[str, Any] | None, query: str) -> dict[str, Any]:
-    """The parameters of a body, and those of its URL, which a bare file or a form has nowhere else. Raises ServeError.
-
-    A URL has only names that we know: it is written by hand, and for us.
-    """
+    """The parameters of a body, and those of its URL: a bare file or a form has no others. Raises ServeError."""
     found = dict(parameters or {})
     try:
         pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=LOOKED_AT)
     except ValueError:
         raise invalid(f"the URL has more than {LOOKED_AT} parameters") from None
     for name, text in pairs:
-        if name not in _OURS.values():
-            meant = _meant(name)
-            hint = f"did you mean {meant}?" if meant else f"there are {', '.join(_OURS.values())}"
-            raise invalid(f"unknown parameter {name[:NAME_CHARS]} in the URL; {hint}")
-        if name in found:
+        if name in found and name in _OURS.values():
             raise invalid(f"parameter {name} is given twice; expected it once, in the URL or in the body")
         found[name] = _value(text[:NAME_CHARS])
     return found
