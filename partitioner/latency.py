@@ -30,6 +30,8 @@ from typing import Any
 CPU = "cpu-"
 # In the column `source`: a share of a whole GPU's SMs stood for a slice.
 SHARES = "sm-shares"
+# There, too; of what was measured in another way than on slices: `predicted from sm-shares`.
+PREDICTED = "predicted"
 # PARIS reads its knee off utilisation; where none is measured, this share of peak throughput stands in.
 KNEE_SHARE = 0.8
 # A point is suspect when it holds at least so many items in flight, and so much more throughput than all below.
@@ -150,6 +152,20 @@ def single_process(
     return LatencyTable(dict(by_gpcs))
 
 
+def is_predicted(source: str) -> bool:
+    return source.startswith(PREDICTED)
+
+
+def predicted_from(source: str) -> str:
+    """What predictions from rows of this source have for theirs."""
+    return PREDICTED if source == "measured" else f"{PREDICTED} from {source}"
+
+
+def basis(source: str) -> str:
+    """How a row was measured, or those that it was predicted from."""
+    return source.removeprefix(f"{PREDICTED} from ")
+
+
 def measured_elsewhere(measurements: Sequence[Measurement], gpu: str) -> str:
     """A warning of latencies that no slice of `gpu` was measured for; empty where all are its own, by what they say.
 
@@ -168,9 +184,10 @@ def measured_elsewhere(measurements: Sequence[Measurement], gpu: str) -> str:
 
 def _elsewhere(measurement: Measurement, gpu: str) -> str:
     """Where a row was measured, if that is no slice of `gpu`."""
-    if measurement.source == "emulated":
+    how = basis(measurement.source)
+    if how == "emulated":
         return f"an emulated {measurement.gpu}".rstrip()
-    if measurement.source == SHARES:
+    if how == SHARES:
         return f"shares of the SMs of a whole {measurement.gpu}"
     if measurement.mig_profile.startswith(CPU):
         return measurement.gpu or "a CPU"

@@ -1,4 +1,7 @@
-"""What can be told of an element in a few microseconds, for an estimate of its cost. Never an error. Pure."""
+"""What can be told of an element in a few microseconds, for an estimate of its cost. Never an error. Pure.
+
+Whoever sends an element may forge what it says. A size that is refused counts for nothing: refusing it costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +14,33 @@ MAX_SEGMENTS = 24
 _SOF = (0xC0, 0xC1, 0xC2)
 
 
-def picture(data: bytes) -> Effort:
-    """Its extent is in pixels."""
+def picture(data: bytes, max_pixels: int) -> Effort:
+    """Its extent is in pixels, `max_pixels` those that are taken."""
     try:
         kind, pixels = _picture(data)
     except (struct.error, IndexError):
         kind, pixels = "", 0
-    return Effort(kind, len(data), pixels)
+    return Effort(kind, len(data), pixels if pixels <= max_pixels else 0)
 
 
 def _picture(data: bytes) -> tuple[str, int]:
     begin = data[:16]
+    webp = begin.startswith(b"RIFF") and begin[8:12] == b"WEBP"
     if begin.startswith(b"\xff\xd8"):
         return "JPEG", _jpeg_pixels(data)
     if begin.startswith(b"\x89PNG"):
         width, height = struct.unpack_from(">II", data, 16)
-    elif begin.startswith(b"GIF8"):
+        return "PNG", width * height
+    if begin.startswith(b"GIF8"):
         width, height = struct.unpack_from("<HH", data, 6)
-    elif begin.endswith(b"VP8X"):
+        return "GIF", width * height
+    if webp and begin.endswith(b"VP8X"):
         width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
-    elif begin.endswith(b"VP8 "):
+        return "WEBP", width * height
+    if webp and begin.endswith(b"VP8 "):
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
-    else:
-        return begin[8:].decode("latin-1") if begin.endswith(b"VP8L") else "", 0
-    return begin[:4].decode("latin-1"), width * height
+        return "WEBP", width * height
+    return "WEBP" if webp else "", 0
 
 
 def _jpeg_pixels(data: bytes) -> int:
@@ -47,13 +53,13 @@ def _jpeg_pixels(data: bytes) -> int:
     return 0
 
 
-def clip(data: bytes) -> Effort:
-    """Its extent is in milliseconds."""
+def clip(data: bytes, max_seconds: float) -> Effort:
+    """Its extent is in milliseconds, `max_seconds` what is taken."""
     try:
         kind, ms = _clip(data)
     except (struct.error, ZeroDivisionError):
         kind, ms = "", 0.0
-    return Effort(kind, len(data), int(ms))
+    return Effort(kind, len(data), int(ms) if ms <= 1e3 * max_seconds else 0)
 
 
 def _clip(data: bytes) -> tuple[str, float]:

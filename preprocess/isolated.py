@@ -171,7 +171,7 @@ class Isolated:
 
     def _finish(self, worker: _Worker, task: Task, made: Made, item: Item | None, error: BaseException | None) -> None:
         outcome = Outcome(worker.begun_ns, time.perf_counter_ns(), item, error, made.stages_ns)
-        if not worker.lost:
+        if not worker.lost and not worker.slow:  # which was killed just as it answered
             self._free.append(worker)
             self._hand_out()  # first: it works while the rest is done
         task.done(task, outcome)

@@ -86,7 +86,13 @@ class PipelineFile(BaseModel):
     def check_length(self, length: int) -> None:
         """Raises BadInputError for what is longer than the model takes."""
         if self.longest is not None and length > self.longest:
-            raise BadInputError(f"a length of {length}; at most {self.longest} is taken")
+            raise BadInputError(f"{self._extent(length)}; at most {self._extent(self.longest)} are taken")
+
+    def _extent(self, length: int) -> str:
+        """With its unit; in seconds too, where clients know no frames."""
+        if self.audio is None:
+            return f"{length} tokens"
+        return f"{length} frames ({length * self.audio.hop / self.audio.sample_rate:.4g} s)"
 
 
 def checked(pipeline: PipelineFile, inputs: Inputs) -> None:
@@ -108,17 +114,25 @@ def _check_input(
 ) -> None:
     if name == pipeline.length and taken == ("INT64", (1,)):
         return
-    fits = len(dims) == len(taken[1]) and all(takes in (-1, size) for size, takes in zip(dims, taken[1], strict=True))
-    if datatype == taken[0] and fits:
+    if datatype == taken[0] and _fits(dims, taken[1]):
         return
     kind = next(kind for kind in ("image", "audio", "text") if getattr(pipeline, kind) is not None)
     raise PipelineError(
         f"preprocess.{kind} makes {datatype} {list(dims)}, "
-        f"input {name} is {taken[0]} {list(taken[1])}{_hint(pipeline, taken[1])}"
+        f"input {name} is {taken[0]} {list(taken[1])}{_hint(pipeline, dims, taken[1])}"
     )
 
 
-def _hint(pipeline: PipelineFile, taken: tuple[int, ...]) -> str:
+def _fits(dims: tuple[int, ...], taken: tuple[int, ...]) -> bool:
+    return len(dims) == len(taken) and all(takes in (-1, size) for size, takes in zip(dims, taken, strict=True))
+
+
+def _hint(pipeline: PipelineFile, dims: tuple[int, ...], taken: tuple[int, ...]) -> str:
+    if _fits(dims, taken[1:]):
+        return (
+            "; its first axis is one of items, which must vary: export the model with "
+            'dynamic_shapes={0: torch.export.Dim("batch", min=1, max=...)} for this input'
+        )
     image = pipeline.image
     if image is None or image.layout != "CHW" or len(taken) != 3:
         return ""

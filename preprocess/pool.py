@@ -293,10 +293,11 @@ class PreprocessPool:
 
 
 def _efforts(pipeline: PipelineFile, elements: Sequence[bytes]) -> list[Effort]:
-    if pipeline.text is not None:
-        return [Effort("text", len(data), 0) for data in elements]
-    look = glance.picture if pipeline.image is not None else glance.clip
-    return [look(data) for data in elements]
+    if pipeline.image is not None:
+        return [glance.picture(data, pipeline.image.max_pixels) for data in elements]
+    if pipeline.audio is not None:
+        return [glance.clip(data, pipeline.audio.seconds or pipeline.audio.max_seconds) for data in elements]
+    return [Effort("text", len(data), 0) for data in elements]
 
 
 def _placed(job: Job[None], _: None, error: BaseException | None) -> None:

@@ -171,7 +171,13 @@ class Process:
 
     def receive(self) -> Made:
         """Once it is readable. Raises DiedError, also for what it should not say."""
-        return self._received(_decode_made)
+        made = self._received(_decode_made)
+        times_ns = made.stages_ns
+        if not stages.STAGES.issuperset(times_ns) or min(times_ns.values(), default=0) < 0:
+            raise DiedError(f"it tells of stages that there are not: {list(times_ns)[:3]}")
+        if not 0 <= made.length <= RESULT_BYTES:
+            raise DiedError(f"it tells of a length of {made.length}")
+        return made
 
     def _received(self, decode: Callable[[bytes], Said]) -> Said:
         try:
@@ -210,7 +216,8 @@ def main(sock: socket.socket, memory_fd: int, arena_fd: int | None, decoder: str
         signal.signal(number, signal.SIG_IGN)
     # Whoever hands out pictures or computes with them is to run at once, and a picture to stay in its core's cache.
     with suppress(OSError):  # where it is forbidden
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:  # else whoever has chosen another (`chrt`) knows why
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     os.environ.update(environment)
     memory = memoryview(mmap.mmap(memory_fd, ELEMENT_BYTES + RESULT_BYTES))
     os.close(memory_fd)

@@ -58,7 +58,7 @@ def _check(channels: int, rate: int, frames: int, most_seconds: float) -> None:
 def _by_numpy(data: bytes, most_seconds: float) -> tuple[Samples, int]:
     header = wav.inspect(data)
     if header.format != wav.PCM or header.bits != 16:
-        return _by_libsndfile(data, most_seconds)
+        return _by_libsndfile(wav.with_length(data, header), most_seconds)
     _check(header.channels, header.sample_rate, header.frames, most_seconds)
     values = np.frombuffer(data, "<i2", header.frames * header.channels, header.begin)
     return _mono(values.reshape(-1, header.channels), 32768.0), header.sample_rate

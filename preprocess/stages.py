@@ -7,6 +7,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+# What there is to note.
+STAGES = frozenset({"gate", "decode", "transform"})
+
 _noted = threading.local()
 
 

@@ -14,8 +14,10 @@ PCM = 1
 EXTENSIBLE = 0xFFFE
 # Parts of a file before its sound.
 MAX_CHUNKS = 100
-# What is written where the length is not known yet, by programs that write to a pipe.
-UNKNOWN_SIZES = (0, 0xFFFFFFFF, 0x7FFFFFFF)
+# What is written where the length is not known yet, by programs that write to a pipe. SoX writes the greatest multiple
+# of a frame's bytes, which are at most 65535, up to 0x7FFFF000.
+UNKNOWN_SIZES = (0, 0xFFFFFFFF)
+UNKNOWN_FROM, UNKNOWN_TO = 0x7FFE0000, 0x7FFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,13 @@ def inspect(data: bytes) -> WavHeader:
         raise BadInputError("a WAV file that is cut off in its header") from None
 
 
+def with_length(data: bytes, header: WavHeader) -> bytes:
+    """The same file; one that left its length open says it, for libraries that would take 0 for no sound."""
+    length = struct.pack("<I", header.end - header.begin)
+    at = header.begin - len(length)
+    return data if data[at : header.begin] == length else data[:at] + length + data[header.begin :]
+
+
 def _walk(data: bytes) -> WavHeader:
     at, described = 12, b""
     for _ in range(MAX_CHUNKS):
@@ -58,7 +67,7 @@ def _walk(data: bytes) -> WavHeader:
 
 
 def _end(size: int, begin: int, file_size: int) -> int:
-    if size in UNKNOWN_SIZES:
+    if size in UNKNOWN_SIZES or UNKNOWN_FROM <= size <= UNKNOWN_TO:
         return file_size
     if begin + size > file_size:
         raise BadInputError(f"a WAV file that announces {size} bytes of sound; {file_size - begin} are there")

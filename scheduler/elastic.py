@@ -123,8 +123,8 @@ def decide(
     taken: set[int] = set()
     usable = {job: [place for place in of if place.idle >= LEAST_IDLE and place.batches] for job, of in places.items()}
 
-    def serve(work: Work, there: list[Place], used_ns: dict[int, float]) -> None:
-        holdings[work.job] = _hold(work, there, used_ns, taken, held.get(work.job, ()))
+    def serve(work: Work, there: list[Place], spent_ns: dict[int, float]) -> None:
+        holdings[work.job] = _hold(work, there, spent_ns, taken, held.get(work.job, ()))
         taken.update(holdings[work.job].planned)
 
     in_turn = sorted(works, key=lambda each: (each.within_ns, each.job))
@@ -170,20 +170,20 @@ def _hold(
     left = _items_left(work)
     if not left or not usable:
         return Holding({}, not left, 0.0 if not left else FOREVER_NS, 0.0)
-    hurries = math.isinf(work.within_ns)
-    if hurries:
+    undated = math.isinf(work.within_ns)  # it comes after all others, and is never late
+    if undated:
         usable = sorted(usable, key=lambda each: (each.gpcs, each.worker_id))[: (len(usable) + 1) // 2]
     groups = _groups(usable)
-    for within_ns in () if hurries else ((1 - EARLY) * work.within_ns - EARLY_NS, work.within_ns):
+    for within_ns in () if undated else ((1 - EARLY) * work.within_ns - EARLY_NS, work.within_ns):
         plan = _cheapest(left, groups, used_ns, within_ns)
         if plan is not None:
             return _staffed(plan, groups, used_ns, taken, held, within_ns)
-    earliest_ns = _earliest(left, groups, used_ns, 1e6 if hurries else max(work.within_ns, 1e6))
+    earliest_ns = _earliest(left, groups, used_ns, 1e6 if undated else max(work.within_ns, 1e6))
     plan = _cheapest(left, groups, used_ns, earliest_ns)
     if plan is None:
-        return Holding({}, hurries, FOREVER_NS, 0.0)
+        return Holding({}, undated, FOREVER_NS, 0.0)
     holding = _staffed(plan, groups, used_ns, taken, held, earliest_ns)
-    return replace(holding, feasible=hurries, ends_ns=earliest_ns)
+    return replace(holding, feasible=undated, ends_ns=earliest_ns)
 
 
 def _groups(places: Sequence[Place]) -> list[list[Place]]:

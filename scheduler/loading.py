@@ -71,7 +71,11 @@ class Loader:
         """
         groups = _by_kind(source, workers)
         if not groups:
-            raise ModelUnservableError(f"no slice has one of the MIG profiles {', '.join(source.mig_profiles)}")
+            there = ", ".join(sorted({each.where.mig_profile or "whole GPUs" for each in workers}))
+            asked = ", ".join(source.mig_profiles)
+            raise ModelUnservableError(
+                f"no slice has one of the MIG profiles {asked}; there are {there or 'no slices'}"
+            )
         self._models[source.key] = source
         _warn_of_sizes(source, [each for group in groups.values() for each in group])
         results = await asyncio.gather(*(self._load_group(source, group) for group in groups.values()))

@@ -6,8 +6,6 @@ where the worker will read them.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import math
 import struct
 from collections.abc import Iterable, Sequence
@@ -18,7 +16,7 @@ from typing import Any
 import msgspec
 
 from scheduler.tensors import Signature, TensorSpec
-from server import wire
+from server import base64_text, wire
 from server.errors import Fault, ServeError, invalid
 
 Pieces = list[memoryview]
@@ -326,10 +324,7 @@ def byte_elements(tensor: Tensor, *, text: bool = False) -> list[bytes]:
     count = math.prod(tensor.shape)
     if isinstance(data, msgspec.Raw):
         texts = _json_values(data, tensor.name, str, tensor.shape)
-        try:
-            elements = [each.encode() if text else base64.b64decode(each, validate=True) for each in texts]
-        except binascii.Error as error:
-            raise invalid(f"input {tensor.name}: BYTES in JSON must be base64: {error}") from None
+        elements = [each.encode() for each in texts] if text else list(base64_text.decode_all(texts, tensor.name))
     elif data and isinstance(data[0], bytes):
         elements = [bytes(element) for element in data]
     else:

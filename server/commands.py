@@ -16,7 +16,7 @@ from rich.progress import Progress as Bar
 
 from scheduler.journal import JournalError
 from scheduler.journal import replay as replay_journal
-from server import picture, settings
+from server import picture, settings, state_folder
 from server.daemon import Daemon, Progress
 from server.gpus import StartError
 from server.settings import ConfigError, Settings, unknown_variables
@@ -40,7 +40,8 @@ def serve(config: Path | None, flags: dict[str, Any]) -> int:
     show = _Show(chosen) if chosen.log_format == "console" else Progress()
 
     async def run() -> int:
-        return await Daemon(chosen, show).run()
+        with state_folder.held(chosen.state_folder):
+            return await Daemon(chosen, show).run()
 
     try:
         return uvloop.run(run())

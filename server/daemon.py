@@ -121,7 +121,7 @@ class Daemon:
         self.fleet.lodger = places
         roots = settings.model_repository
         self.repository = Repository(roots, self.fleet, self.driver, self.arena.size, places.prepare)
-        self._state_dir = settings.state_dir.expanduser()
+        self._state_dir = settings.state_folder
         self.layouts = Layouts(self._door, self.fleet, IntentFile(self._state_dir / "recut.json"), self.metrics.recut)
         places.watch(lambda: self.layouts.gpus, self.repository.models)
         self.service = InferenceService(self.driver, self.arena, self._pool)

@@ -38,8 +38,8 @@ class DirectApp(Protocol):
     max_body_bytes: int
     read_timeout_s: float
 
-    def target(self, raw_path: bytes) -> Any:
-        """Anything but None: `begin` wants POSTs to this path."""
+    def target(self, url: bytes) -> Any:
+        """Anything but None: `begin` wants POSTs to this path, whose query string is part of it."""
 
     def begin(
         self, target: Any, headers: dict[bytes, bytes], chunks: list[bytes], respond: Callable[[Reply], None]
@@ -178,7 +178,7 @@ class HttpProtocol(HttpToolsProtocol):
         """For a request that may go the short way."""
         if self._direct is None or (self.cycle is not None and not self.cycle.response_complete):
             return None  # a pipelined request waits for its turn in uvicorn's queue
-        target = self._direct.target(self.url.partition(b"?")[0])
+        target = self._direct.target(self.url)
         if target is None or self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
             return None
         if self.expect_100_continue or self.parser.should_upgrade():

@@ -26,6 +26,7 @@ from server.metrics import Metrics
 from server.repository import Model, Repository
 from server.request_log import log_request
 from server.service import Cancel, InferenceService, Outcome, check_outputs, late_ms, outputs_of
+from server.terms import with_query
 
 log = structlog.get_logger(__name__)
 
@@ -41,10 +42,11 @@ COMPRESS_FROM_BYTES = 1024
 
 
 class Target(NamedTuple):
-    """Which model an infer path names."""
+    """Which model an infer URL names, and its query string."""
 
     model: str
     version: str | None
+    query: str = ""
 
 
 class InferRoute:
@@ -74,7 +76,8 @@ class InferRoute:
         """The ordinary ASGI way; under our own HTTP protocol, which calls `begin` itself, for odd requests only."""
         target = None
         if scope["type"] == "http" and scope["method"] == "POST":
-            target = self.target(scope["raw_path"])
+            query = scope["query_string"]
+            target = self.target(scope["raw_path"] + b"?" + query if query else scope["raw_path"])
         if target is None:
             await self._app(scope, receive, send)
             return
@@ -110,13 +113,17 @@ class InferRoute:
                 cancel()  # does nothing for a request that has ended
         return answered.result() if answered.done() else None
 
-    def target(self, raw_path: bytes) -> Target | None:
-        """Which model a path names, None if it is not an infer path."""
-        target = self._targets.get(raw_path)
-        if target is None and (match := _PATH.fullmatch(raw_path)) is not None:
-            target = Target(unquote(match[1].decode("ascii")), match[2].decode() if match[2] else None)
-            if len(self._targets) < 4096:
-                self._targets[raw_path] = target
+    def target(self, url: bytes) -> Target | None:
+        """What a path and its query string name, None if it is not an infer path."""
+        target = self._targets.get(url)
+        if target is None:
+            path, _, query = url.partition(b"?")
+            if (match := _PATH.fullmatch(path)) is None:
+                return None
+            version = match[2].decode() if match[2] else None
+            target = Target(unquote(match[1].decode("ascii")), version, query.decode("latin-1"))
+            if not query and len(self._targets) < 4096:
+                self._targets[url] = target
         return target
 
     def begin(
@@ -142,6 +149,8 @@ class InferRoute:
             model = found = self._repository.get(target.model, target.version)
             request = self._decode(found, headers, chunks)
             request_id = request.id
+            if target.query:
+                request.parameters = with_query(request.parameters, target.query)
             check_outputs(found, request.outputs, request.binary_default)
             return self._service.submit(found, request.tensors, request.parameters, arrival_ns, finish)
         except Exception as error:
@@ -152,7 +161,7 @@ class InferRoute:
 
     def _reply(self, model: Model, request: DecodedRequest, headers: dict[bytes, bytes], outcome: Outcome) -> Reply:
         if isinstance(outcome, ServeError):
-            return self._failed(model, outcome)
+            return self._failed(model, _with_hint(outcome, model, request.tensors[0], headers))
         try:
             outputs = outputs_of(model, outcome, request.outputs, request.binary_default)
             named = model.name, str(model.version), request.id
@@ -220,7 +229,7 @@ class InferRoute:
         header_length = headers.get(wire.HEADER_LENGTH)
         if header_length is None:
             # Clients like curl send a file as it is. JSON always begins with a brace.
-            if model.serving.preprocess is not None and chunks and chunks[0].lstrip()[:1] != b"{":
+            if model.serving.preprocess is not None and not (chunks and chunks[0].lstrip()[:1] == b"{"):
                 return _raw_or_form(model, model.serving.preprocess, b"".join(chunks))
             return codec.decode_request(chunks, None)
         if not header_length.isdigit() or len(header_length) > LENGTH_DIGITS:
@@ -257,6 +266,18 @@ def _raw(model: Model, chunks: list[bytes], *, binary_outputs: bool) -> DecodedR
         shape = inputs[0].dims if model.signature.max_batch == 0 else (1, *inputs[0].dims)
         tensor = Tensor(inputs[0].name, inputs[0].datatype, shape, [memoryview(chunk) for chunk in chunks])
     return DecodedRequest([tensor], None, binary_outputs, None, None)
+
+
+def _with_hint(error: ServeError, model: Model, tensor: Tensor, headers: dict[bytes, bytes]) -> ServeError:
+    """Was it a file, damaged by `curl -d`? That says that it sends a form. A text it leaves whole, or nearly so."""
+    pipeline = model.serving.preprocess
+    is_form = headers.get(b"content-type") == b"application/x-www-form-urlencoded"
+    if error.fault is not Fault.INVALID or not is_form or pipeline is None or pipeline.text is not None:
+        return error
+    element = tensor.data[0] if tensor.data and isinstance(tensor.data, list) else None
+    if not isinstance(element, bytes) or not element or b"\n" in element:
+        return error
+    return invalid(f"{error.message}; curl -d drops line breaks and zero bytes, send files with --data-binary")
 
 
 def make_reply(parts: list[bytes | memoryview], header_length: int | None, accept: bytes | None) -> Reply:

@@ -63,7 +63,7 @@ class JobPreparer:
             for item in items:
                 await self.prepare(model, pipeline, [item])
         elif isinstance(error, BadInputError):
-            items[0].error = str(error)
+            items[0].error = str(error).replace(", element 0: ", ": ", 1)  # it was prepared alone, and has a number
         else:
             log.error("preprocessing failed", model=model.key, exc_info=error)
             items[0].error = "preprocessing failed; the server's log has the details"

@@ -9,7 +9,7 @@ from typing import Any
 from scheduler.driver import now_ns
 from scheduler.elastic import FOREVER_NS, Holding
 from server.job_pace import Casualties, Pace
-from server.job_store import Job, JobState
+from server.job_store import ItemError, Job, JobState
 
 INTERNAL_ERROR = "an internal error; the server's log has the details"
 
@@ -22,6 +22,14 @@ def within_ns(job: Job) -> float:
     """By the wall clock as it is now: one that is set right sets this right. Infinite without a deadline."""
     deadline_s = job.asked.deadline_s
     return float("inf") if deadline_s is None else (deadline_s - time.time()) * 1e9
+
+
+def late_s(job: Job, at_s: float) -> float | None:
+    """How long after its deadline it ended, or that has passed at that time of the wall clock; None where neither."""
+    if job.asked.deadline_s is None:
+        return None
+    ends_s = at_s if job.ended_s is None else job.ended_s
+    return round(max(ends_s - job.asked.deadline_s, 0.0), 1) or None
 
 
 def progress(
@@ -51,7 +59,31 @@ def demands(jobs: Iterable[Job]) -> list[tuple[str, float, float]]:
     return [(model, items, within_s) for model, (items, within_s) in found.items() if items]
 
 
-def too_many(job: Job, errors: Sequence[tuple[int, str]]) -> str:
+def too_many(job: Job, errors: Sequence[ItemError]) -> str:
     """Why it is stopped."""
-    shown = "; ".join(f"item {item}: {error}" for item, error in errors)
+    shown = "; ".join(map(str, errors))
     return f"{job.errors} items have errors, more than max_errors={job.asked.max_errors}; {shown}"
+
+
+def not_resumed(job: Job, max_errors: int) -> str:
+    """Why it cannot go on with that limit, and what to do; nothing where it can."""
+    if job.state not in (JobState.CANCELLED, JobState.STOPPED):
+        return f"job {job.id} is {job.state}; only what was stopped can be resumed"
+    if job.errors > max_errors:
+        more = f"{job.errors} items have errors, more than max_errors={max_errors}"
+        return f"job {job.id} would be stopped again at once: {more}; {_with_more_errors(job)}"
+    return ""
+
+
+def no_results(job: Job) -> str:
+    """Of a job that is not done: why, and what to do."""
+    far = f"job {job.id} is {job.state}, {job.done} of {job.asked.items} items done"
+    if job.state == JobState.STOPPED and job.errors > job.asked.max_errors:
+        return f"{far}, {job.errors} of them with errors; {_with_more_errors(job)}"
+    if job.state in (JobState.CANCELLED, JobState.STOPPED):
+        return f"{far}; migserve jobs resume {job.id} goes on to its results"
+    return f"{far}; there are results once all are"
+
+
+def _with_more_errors(job: Job) -> str:
+    return f"migserve jobs resume {job.id} --max-errors N goes on, with an N of {job.errors} or more"

@@ -30,7 +30,7 @@ from server.job_preparing import grouped, tensors_of_batch
 from server.job_progress import INTERNAL_ERROR, now_s, too_many
 from server.job_results import rows_of_all
 from server.job_shared import Shared
-from server.job_store import DiskFullError, Job, JobState, Ledger
+from server.job_store import DiskFullError, ItemError, Job, JobState, Ledger
 from server.job_window import Finished, Sent, Waiting, Window
 from server.repository import Model
 
@@ -147,9 +147,9 @@ class JobRun:
     def in_thread(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    async def first_errors(self, most: int) -> list[tuple[int, str]]:
+    async def first_errors(self, most: int) -> list[ItemError]:
         rows = await self.in_thread(lambda: list(self.ledger.rows(errors_only=True, limit=most)))
-        return [(row.item, row.error or "") for row in rows]
+        return [ItemError(row.item, row.error or "", row.name) for row in rows]
 
     @property
     def left(self) -> dict[Bucket, float]:

@@ -61,6 +61,17 @@ class Asked(msgspec.Struct, frozen=True):
     name: str = ""
 
 
+class ItemError(msgspec.Struct, frozen=True, array_like=True):
+    """What is wrong with an item; `name`: its file, or what its line calls it. Older releases kept none."""
+
+    item: int
+    error: str
+    name: str | None = None
+
+    def __str__(self) -> str:
+        return f"item {self.item}{f' ({self.name[:200]})' if self.name else ''}: {self.error}"
+
+
 class Job(msgspec.Struct):
     """One job, as it is on disk. Times are of the wall clock, in seconds since 1970.
 
@@ -75,7 +86,7 @@ class Job(msgspec.Struct):
     done: int = 0
     errors: int = 0
     ended_s: float | None = None
-    first_errors: list[tuple[int, str]] = []
+    first_errors: list[ItemError] = []
 
     @property
     def is_complete(self) -> bool:

@@ -24,10 +24,10 @@ from server.errors import Fault, ServeError
 from server.job_foresight import likely_left, open_reader, opened
 from server.job_pace import Casualties, Patience
 from server.job_preparing import JobPreparer
-from server.job_progress import INTERNAL_ERROR, demands, now_s, progress, within_ns
+from server.job_progress import INTERNAL_ERROR, demands, no_results, not_resumed, now_s, progress, within_ns
 from server.job_run import JobRun
 from server.job_shared import Shared
-from server.job_store import DiskFullError, Job, JobState, JobStore, Position, kept_or_refused
+from server.job_store import DiskFullError, ItemError, Job, JobState, JobStore, Position, kept_or_refused
 from server.job_supply import Supply, usable_model
 from server.repository import Repository
 from server.service import InferenceService
@@ -198,9 +198,9 @@ class Jobs:
         """Goes on with one that was cancelled, or stopped by its errors. Raises ServeError."""
         async with self._lock(job_id):
             job = self.get(job_id)
-            if job.state not in (JobState.CANCELLED, JobState.STOPPED):
-                raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}; only what was stopped can be resumed")
             most = job.asked.max_errors if max_errors is None else max_errors
+            if refusal := not_resumed(job, most):
+                raise ServeError(Fault.CONFLICT, refusal)
             asked = msgspec.structs.replace(job.asked, max_errors=most)
             with kept_or_refused():  # then it stays as it was
                 await self._let_go(job)
@@ -222,7 +222,7 @@ class Jobs:
             del self._jobs[job_id], self._changing[job_id]
             self._infeasible.discard(job_id)
 
-    async def first_errors(self, job: Job) -> list[tuple[int, str]]:
+    async def first_errors(self, job: Job) -> list[ItemError]:
         """The first items that went wrong."""
         run = self._runs.get(job.id)
         if run is not None and job.errors > len(job.first_errors) < ERRORS_SHOWN:
@@ -233,7 +233,7 @@ class Jobs:
         """The file of a job that is done. Raises ServeError."""
         job = self.get(job_id)
         if job.state != JobState.DONE:
-            raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}, {job.done} of {job.asked.items} items done")
+            raise ServeError(Fault.CONFLICT, no_results(job))
         for path in (self.store.results_path(job), self.store.folder(job.id) / "results.jsonl"):
             if path.exists():
                 return path

@@ -13,7 +13,8 @@ from starlette.requests import ClientDisconnect
 from server.app import refuse_web_pages
 from server.errors import invalid
 from server.job_intake import Intake, read_terms
-from server.job_store import Job
+from server.job_progress import late_s
+from server.job_store import ItemError, Job
 from server.jobs import Jobs
 
 _TYPES = {".jsonl": "application/x-ndjson"}
@@ -46,7 +47,8 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
     @routes.get("/v2/jobs/{job_id}/results")
     async def results(job_id: str) -> FileResponse:
         path = jobs.results(job_id)
-        return FileResponse(path, media_type=_TYPES.get(path.suffix, "application/octet-stream"))
+        media_type = _TYPES.get(path.suffix, "application/octet-stream")
+        return FileResponse(path, media_type=media_type, filename=f"{job_id}{path.suffix}")
 
     @routes.post("/v2/jobs/{job_id}/cancel")
     async def cancel(job_id: str) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
         "errors": job.errors,
         "created": _clock(job.created_s),
         "deadline": None if asked.deadline_s is None else _clock(asked.deadline_s),
+        "late_s": late_s(job, time.time()),
         **jobs.progress(job),
     }
     warnings = []
@@ -101,10 +104,15 @@ def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
 
 
 async def _shown(jobs: Jobs, job: Job) -> dict[str, Any]:
-    errors = [{"item": item, "error": error} for item, error in await jobs.first_errors(job)]
+    errors = [_error(each) for each in await jobs.first_errors(job)]
     asked = job.asked
     more = {"format": asked.format, "output": asked.output, "max_errors": asked.max_errors, "first_errors": errors}
     return {**_job(jobs, job), **more}
+
+
+def _error(error: ItemError) -> dict[str, Any]:
+    """As in the results."""
+    return {"item": error.item, **({"name": error.name} if error.name else {}), "error": error.error}
 
 
 def _clock(seconds: float) -> str:

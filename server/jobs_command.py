@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
 from server import progress
-from server.jobs_sending import CHUNK, FAILED, USAGE, CommandError, Wish, body_of, check_out
+from server.jobs_sending import CHUNK, FAILED, USAGE, CommandError, Wish, body_of, check_form, check_out
 from server.plan_command import complain
 
 T = TypeVar("T")
@@ -73,9 +74,8 @@ class Client:
         found: dict[str, Any] = json.loads(self.whole(self.open(method, path, body)))
         return found
 
-    def copy(self, path: str, to: IO[bytes]) -> None:
+    def copy(self, response: http.client.HTTPResponse, to: IO[bytes]) -> None:
         """A file of the daemon. Raises OSError where it cannot be written."""
-        response = self.open("GET", path)
         while part := self._part(response):
             to.write(part)
         if response.length:  # reading a part does not tell of an end that comes too early
@@ -128,7 +128,7 @@ def submit(client: Client, wish: Wish, *, wait: bool, out: Path | None, as_json:
         if as_json and not wait:
             print(json.dumps(job))
         else:
-            ends = f"; ends {_ends(job)}" if "ends_in_s" in job else ""
+            ends = f"; ends {_ends(job, datetime.now().astimezone())}" if "ends_in_s" in job else ""
             _say(f"job {job['id']}: {job['items']} items for {job['model']}{ends}")
             if "warning" in job:
                 _say(f"[yellow]{job['warning']}[/]")
@@ -139,7 +139,7 @@ def submit(client: Client, wish: Wish, *, wait: bool, out: Path | None, as_json:
 
 def show_all(client: Client, *, as_json: bool) -> int:
     def act() -> int:
-        jobs = client.jobs()
+        jobs, now = client.jobs(), datetime.now().astimezone()
         if as_json:
             print(json.dumps(jobs))
             return 0
@@ -153,8 +153,8 @@ def show_all(client: Client, *, as_json: bool) -> int:
                 job["state"],
                 f"{job['done']}/{job['items']}",
                 str(job["errors"]),
-                _short(job["deadline"]),
-                _ends(job),
+                _short(job["deadline"], now),
+                _ends(job, now),
                 str(len(job.get("slices", ())) or ""),
                 job["name"],
             )
@@ -166,15 +166,24 @@ def show_all(client: Client, *, as_json: bool) -> int:
     return told(act)
 
 
-def _ends(job: dict[str, Any]) -> str:
+def _ends(job: dict[str, Any], now: datetime) -> str:
     if job["state"] in ENDED or "ends_in_s" not in job:
-        return _short(job.get("ended"))
+        late = f", {_late(job)} late" if job["state"] in ENDED and job.get("late_s") else ""
+        return f"{_short(job.get('ended'), now)}{late}"
     return f"in {progress.clock(job['ends_in_s'])}{'' if job['in_time'] else ', late'}"
 
 
-def _short(clock: str | None) -> str:
-    """Without year and seconds."""
-    return clock[5:16].replace("T", " ") if clock else ""
+def _late(job: dict[str, Any]) -> str:
+    return progress.clock(max(job["late_s"], 1.0))
+
+
+def _short(clock: str | None, now: datetime) -> str:
+    """In local time, as deadlines are given; without the date where that is today's, without seconds where far off."""
+    if not clock:
+        return ""
+    at = datetime.fromisoformat(clock).astimezone()
+    near = abs(at - now) < timedelta(days=1)
+    return f"{at:%H:%M:%S}" if at.date() == now.date() else f"{at:%m-%d %H:%M:%S}" if near else f"{at:%m-%d %H:%M}"
 
 
 def show(client: Client, job: str, *, as_json: bool) -> int:
@@ -188,7 +197,7 @@ def show(client: Client, job: str, *, as_json: bool) -> int:
             shown = ", ".join(value) if isinstance(value, list) else value
             print(f"{name:12} {shown if shown is not None else ''}")
         for error in errors:
-            print(f"item {error['item']}: {error['error']}")
+            print(_error_of(error))
         return 0
 
     return told(act)
@@ -210,6 +219,7 @@ def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False)
         task = bar.add_task(job, total=None, note="")
         while True:
             found = _patiently(lambda: client.ask("GET", f"/v2/jobs/{job}"), bar.console)
+            check_form(out, found["output"], job)
             bar.update(task, total=found["items"], completed=found["done"], note=_note(found))
             if found["state"] in ENDED:
                 break
@@ -217,19 +227,31 @@ def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False)
     if as_json:
         print(json.dumps(found))
     if found["state"] != "done":
-        raise CommandError(f"job {job} is {found['state']}: {found.get('reason', '')}".rstrip(": "))
-    if found["errors"]:
-        _tell_errors(found)
+        raise CommandError(f"{_failed(found)}job {job} is {found['state']}: {found.get('reason', '')}".rstrip(": "))
+    if "reason" in found:
+        _say(f"[yellow]{escape(found['reason'])}[/]")
+    for each in found["first_errors"][:ERRORS_SHOWN]:
+        _say(escape(_error_of(each)))
     if out is not None:
         _patiently(lambda: _save(client, f"/v2/jobs/{job}", out), Console(stderr=True))
+    if found["errors"] or found.get("late_s"):
+        late = f" {_late(found)} after its deadline" if found.get("late_s") else ""
+        more = f"; migserve jobs show {job} has more of them" if found["errors"] > ERRORS_SHOWN else ""
+        _say(f"[yellow]{_failed(found)}job {job} is done{late}[/]{more}")
     return 0
 
 
-def _tell_errors(job: dict[str, Any]) -> None:
-    first = job["first_errors"][:ERRORS_SHOWN]
-    _say(f"[yellow]{job['errors']} of {job['items']} items have errors[/]; migserve jobs show {job['id']} has more")
-    for each in first:
-        _say(escape(f"item {each['item']}: {each['error']}"))
+def _failed(job: dict[str, Any]) -> str:
+    """The beginning of what is said last: a job of ten items that all failed is done, too."""
+    if not job["errors"]:
+        return ""
+    of = job["items"] if job["done"] == job["items"] else f"{job['done']} finished"
+    return f"{job['errors']} of {of} items failed; "
+
+
+def _error_of(error: dict[str, Any]) -> str:
+    name = f" ({error['name']})" if error.get("name") else ""
+    return f"item {error['item']}{name}: {error['error']}"
 
 
 def _patiently(act: Callable[[], T], console: Console) -> T:
@@ -270,11 +292,12 @@ def change(client: Client, job: str, verb: str, max_errors: int | None = None) -
 
 def results(client: Client, job: str, out: Path | None) -> int:
     def act() -> int:
+        check_out(out)
         path = client.path(job)
         if out is not None:
             _save(client, path, out)
         else:
-            client.copy(f"{path}/results", sys.stdout.buffer)
+            client.copy(client.open("GET", f"{path}/results"), sys.stdout.buffer)
             sys.stdout.flush()
         return 0
 
@@ -282,14 +305,16 @@ def results(client: Client, job: str, out: Path | None) -> int:
 
 
 def _save(client: Client, path: str, out: Path) -> None:
-    """As a whole or not at all."""
+    """As a whole or not at all. They may have another form than was asked for: see `jobs show`."""
+    response, job = client.open("GET", f"{path}/results"), path.rsplit("/", 1)[1]
+    check_form(out, Path(response.headers.get_filename() or "").suffix.removeprefix("."), job)
     unfinished = out.with_name(out.name + ".unfinished")
     try:
         with unfinished.open("wb") as file:
-            client.copy(f"{path}/results", file)
+            client.copy(response, file)
         unfinished.replace(out)
     except OSError as error:
-        again = f"migserve jobs results {path.rsplit('/', 1)[1]} --out FILE still gets the results"
+        again = f"migserve jobs results {job} --out FILE still gets the results"
         raise CommandError(f"{out} cannot be written: {error}; {again}") from error
     _say(f"results in {out}")
 
@@ -304,4 +329,5 @@ def remove(client: Client, job: str) -> int:
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, highlight=False).print(text)
+    """A line, however long."""
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)

@@ -62,16 +62,35 @@ class Wish:
         return "files" if self.inputs.is_dir() else FORMATS.get(self.inputs.suffix.lower())
 
     def _output(self, out: Path | None) -> str | None:
-        called = FORMATS.get(out.suffix.lower()) if out is not None else None
+        called = form_of(out)
         if called and self.output and called != self.output:
             raise CommandError(f"{out} is called as if it were {called}, and --output says {self.output}", USAGE)
         return self.output or called
+
+
+def form_of(out: Path | None) -> str | None:
+    """Of the results that a file is called by; None where its name has no suffix. Raises CommandError."""
+    if out is None or not out.suffix:
+        return None
+    form = FORMATS.get(out.suffix.lower())
+    if form is None:
+        raise CommandError(f"{out}: results are called {', '.join(FORMATS)}, nothing else is known", USAGE)
+    return form
+
+
+def check_form(out: Path | None, form: str, job: str) -> None:
+    """Whether the results of that form may be called so. Raises CommandError."""
+    if out is not None and form_of(out) not in (None, form):
+        suffix = next(suffix for suffix, known in FORMATS.items() if known == form)
+        shown = "JSON lines" if form == "jsonl" else form
+        raise CommandError(f"the results of job {job} are {shown}: call them {out.with_suffix(suffix)}", USAGE)
 
 
 def check_out(out: Path | None) -> None:
     """Before anything is sent. Raises CommandError."""
     if out is None:
         return
+    form_of(out)
     folder = out.absolute().parent
     if out.is_dir():
         raise CommandError(f"{out} is a folder, not a file for the results", USAGE)

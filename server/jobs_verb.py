@@ -31,7 +31,7 @@ def submit(
         Path | None, typer.Argument(help="JSON lines, .npz, .safetensors, or a folder of files; - is stdin.")
     ] = None,
     deadline: Annotated[
-        str | None, typer.Option(help="From now, such as 90s, 15m, 8h; or a time, such as 2026-11-21T06:00.")
+        str | None, typer.Option(help="From now, such as 90s (or 90), 15m, 8h; or a time, such as 2026-11-21T06:00.")
     ] = None,
     server_folder: Annotated[
         str | None, typer.Option(help="Instead of inputs: a folder below the daemon's --jobs-input-dir.")
@@ -77,7 +77,10 @@ def show(job: _Id, url: _Url = URL, json: _Json = False) -> None:
 
 @app.command()
 def wait(job: _Id, out: _OutOfWait = None, url: _Url = URL) -> None:
-    """Show its progress until it has ended. Ctrl-C ends the watching, not the job."""
+    """Show its progress until it has ended. Ctrl-C ends the watching, not the job.
+
+    The exit code is 0 once it is done, also after its deadline or with items that failed; 1 where it ends otherwise.
+    """
     from server import jobs_command as do
 
     raise typer.Exit(do.wait(do.Client(url), job, out))
@@ -94,7 +97,7 @@ def cancel(job: _Id, url: _Url = URL) -> None:
 @app.command()
 def resume(
     job: _Id,
-    max_errors: Annotated[int | None, typer.Option(min=0, help="A new limit.")] = None,
+    max_errors: Annotated[int | None, typer.Option(min=0, help="A new limit; needed where errors stopped it.")] = None,
     url: _Url = URL,
 ) -> None:
     """Go on with one that was cancelled, or stopped by its errors."""

@@ -19,11 +19,18 @@ from preprocess.pipeline import PipelineError, PipelineFile, checked
 from scheduler.channel import ModelSource
 from scheduler.lengths import ByLength, Lengths
 from scheduler.tensors import Signature
-from server import config_pbtxt
+from server import config_pbtxt, yaml_text
 from server.config_pbtxt import EMULATED, MODEL_FILES, ModelFileError
 
 # A month or so; what is more is a mistake.
 MAX_SLO_MS = 3e9
+# What pydantic would call a tuple.
+_EXPECTED = {
+    "size": "[height, width] in pixels",
+    "crop": "a number of pixels, or [height, width]",
+    "mean": "a list of one number for each channel",
+    "std": "a list of one number for each channel",
+}
 
 
 class LatencyTableFile(BaseModel):
@@ -169,7 +176,7 @@ def _max_batch(config: Any, backend: str) -> int | None:
 def _read_serving(folder: Path) -> ServingFile:
     path = folder / "serving.yaml"
     try:
-        data = yaml.safe_load(path.read_text()) or {}
+        data = yaml_text.load(path.read_text()) or {}
     except FileNotFoundError:
         return ServingFile()
     except yaml.MarkedYAMLError as error:
@@ -189,14 +196,16 @@ def _read_serving(folder: Path) -> ServingFile:
             serving.preprocess = serving.preprocess.placed(str(folder), longest)
         return serving
     except ValidationError as error:
-        reasons = "; ".join(_explain(each["loc"], each["type"], each["msg"]) for each in error.errors())
-        raise ModelFileError(f"{path}: {reasons}") from error
+        reasons = dict.fromkeys(_explain(each["loc"], each["type"], each["msg"]) for each in error.errors())
+        raise ModelFileError(f"{path}: {'; '.join(reasons)}") from error
 
 
 def _explain(loc: Sequence[int | str], kind: str, message: str) -> str:
     where = ".".join(map(str, loc))
     if kind != "extra_forbidden":
-        return f"{where}: {message}"
+        if len(loc) > 2 and loc[2] in _EXPECTED:
+            return f"{'.'.join(map(str, loc[:3]))}: expected {_EXPECTED[str(loc[2])]}"
+        return f"{where}: {message.removeprefix('Value error, ')}"
     known = _keys(loc[:-1])
     near = get_close_matches(str(loc[-1]), known, 1)
     return f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
@@ -269,11 +278,12 @@ def _latency(
 
 
 def _latency_origin(folder: Path, name: str, table: LatencyTableFile | None) -> str:
-    """Of a table of the model's own, which was read before; empty where no row says how it came about."""
+    """Of a table of the model's own, which was read before, those that are dispatched by; empty where none says."""
     if table is None or table.file is None:
         return ""
-    rows = [row for row in latency.read_measurements(folder / table.file) if row.model == (table.model or name)]
+    found = latency.read_measurements(folder / table.file)
+    rows = [row for row in found if row.model == (table.model or name) and row.processes == 1]
     if not any(row.source for row in rows):
         return ""
-    counted = Counter(row.source or "of unknown origin" for row in rows)
+    counted = Counter((row.source or "of unknown origin") + (f" on {row.gpu}" if row.gpu else "") for row in rows)
     return ", ".join(f"{count} {source}" for source, count in counted.most_common())

@@ -49,7 +49,7 @@ def _content(part: bytes, field: str) -> bytes:
     if name != field:
         raise invalid(
             f"the form's field {name[:NAME_CHARS]!r} is not the model's input; expected fields called {field!r} only, "
-            f"such as curl -F {field}=@file sends; parameters need a request in JSON"
+            f"such as curl -F {field}=@file sends; parameters go into the URL, such as ?slo_ms=50"
         )
     return content
 

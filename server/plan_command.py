@@ -216,7 +216,7 @@ def measured(table: Path | None, skip_suspects: bool, gpu: GpuModel) -> tuple[li
     found = latency.shipped_measurements() if table is None else latency.read_measurements(table)
     notes = []
     of_gpu = [each for each in found if each.gpu in ("", gpu.name)]
-    predicted = sum(each.source == "predicted" for each in of_gpu or found)
+    predicted = sum(latency.is_predicted(each.source) for each in of_gpu or found)
     if predicted:
         notes.append(f"{predicted} of {len(of_gpu or found)} points of the latency table are predicted, not measured.")
     kept, suspect = latency.without_suspects(of_gpu or found)

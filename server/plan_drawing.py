@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,12 +11,23 @@ from partitioner.nvml_types import Gpu
 from partitioner.plans import Plan, PlannedSlice
 from server.shapes import COLOURS, GRID_PX, IDLE, LEFT_PX, MARGIN_PX, ROW_PX, TOP_PX, Box, Label, Shape, save
 
+LINE_CHARS, LINE_PX = 120, 14
+
 
 def write(plan: Plan, gpu: GpuModel, path: Path) -> None:
     """Draws to a file, by its suffix. Raises ValueError for another suffix than .svg and .png, OSError."""
     shapes = list(draw(plan, gpu))
-    height = TOP_PX + ROW_PX * len(plan.gpus) + MARGIN_PX + 20 * (1 + len(_models(plan)) // 5)
+    height = _top_px(plan) + ROW_PX * len(plan.gpus) + MARGIN_PX + 20 * (1 + len(_models(plan)) // 5)
     save(shapes, height, path)
+
+
+def _warning(plan: Plan) -> list[str]:
+    return textwrap.wrap(" ".join(plan.warnings), LINE_CHARS)
+
+
+def _top_px(plan: Plan) -> int:
+    """There is room for a line of warning without it."""
+    return TOP_PX + LINE_PX * max(0, len(_warning(plan)) - 1)
 
 
 def draw(plan: Plan, gpu: GpuModel) -> Iterator[Shape]:
@@ -24,13 +36,14 @@ def draw(plan: Plan, gpu: GpuModel) -> Iterator[Shape]:
     colours = {model: COLOURS[index % len(COLOURS)] for index, model in enumerate(models)}
     title = f"{len(plan.gpus)} x {gpu.name}, {plan.gpcs} GPCs in use; the fluid bound is {plan.bound_gpus:.2f} GPUs"
     yield Label(MARGIN_PX, MARGIN_PX, title, 16, LEFT_PX + GRID_PX)
-    yield Label(MARGIN_PX, MARGIN_PX + 22, " ".join(plan.warnings), 12, LEFT_PX + GRID_PX)
+    for index, line in enumerate(_warning(plan)):
+        yield Label(MARGIN_PX, MARGIN_PX + 22 + LINE_PX * index, line, 12, LEFT_PX + GRID_PX)
     for row, slices in enumerate(plan.gpus):
-        y = TOP_PX + row * ROW_PX
+        y = _top_px(plan) + row * ROW_PX
         yield Label(MARGIN_PX, y + 16, f"GPU {row}", 13, LEFT_PX)
         for each in slices:
             yield from _slice(each, gpu, y, colours)
-    y = TOP_PX + len(plan.gpus) * ROW_PX + 8
+    y = _top_px(plan) + len(plan.gpus) * ROW_PX + 8
     for index, model in enumerate(models):
         x = LEFT_PX + index % 5 * GRID_PX / 5
         yield Box(x, y + index // 5 * 20, 12, 12, colours[model])

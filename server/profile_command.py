@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -27,7 +27,7 @@ from server.config_pbtxt import ModelFileError
 from server.gpus import StartError
 from server.model_files import read_model, versions_to_serve
 from server.plan_command import UsageError, complain, nearest
-from server.profile_file import PREDICTED, TableFile
+from server.profile_file import TableFile
 from server.profile_places import Machine
 
 IMPOSSIBLE, USAGE, INTERRUPTED = 1, 2, 130
@@ -282,7 +282,8 @@ class _Session:
 
     def end(self, path: Path) -> int:
         """Writes predictions, draws, and says what there is now."""
-        predicted = self._campaign.rest(self._source.name, self._machine.gpu, QUANTILE)
+        rest = self._campaign.rest(self._source.name, self._machine.gpu, QUANTILE)
+        predicted = [replace(row, source=latency.predicted_from(self._machine.source)) for row in rest]
         measured = self._campaign.measured
         for failure in self._failures:
             complain(failure, IMPOSSIBLE)
@@ -299,7 +300,7 @@ class _Session:
         if self._machine.source == latency.SHARES:
             console.print("shares of a GPU's SMs stood for its slices: an approximation, see docs/profiling.md")
         if predicted:
-            console.print(f"what was predicted says so in the column source: {PREDICTED}")
+            console.print(f"what was predicted says so in the column source: {latency.PREDICTED}")
             if len(measured) < FEW:
                 few = f"made from fewer than {FEW} points, it can be off by a factor of ten and more"
                 console.print(f"{few}; a larger --budget adds to these", style="yellow", soft_wrap=True)

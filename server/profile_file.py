@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from partitioner.latency import LatencyTableError, Measurement, read_measurements
+from partitioner.latency import PREDICTED, LatencyTableError, Measurement, basis, is_predicted, read_measurements
 from partitioner.performance import Point, point_of
 
 # What `partitioner/latency.py` reads, and what says how a row came to be. `within`: share of the median that it is
@@ -19,7 +19,6 @@ COLUMNS = (
     "energy_j", "sm_activity",
 )  # fmt: skip
 NEW_COLUMNS = 2
-PREDICTED = "predicted"
 
 
 class TableFile:
@@ -32,7 +31,8 @@ class TableFile:
         self._path, self._model, self._gpu = path, model, gpu
         if path.exists():
             self._repair()
-        others = {each.source for each in self._rows() if self._is_ours(each)} - {source}
+        mine = [each for each in self._rows() if (each.model, each.gpu) == (model, gpu)]
+        others = {basis(each.source) for each in mine} - {source, PREDICTED}
         if others:
             raise LatencyTableError(
                 f"{path} has rows of {model} on {gpu} that are {', '.join(sorted(others))}, not {source}: "
@@ -47,7 +47,7 @@ class TableFile:
         return read_measurements(self._path) if self._path.exists() else []
 
     def _is_ours(self, each: Measurement) -> bool:
-        return (each.model, each.gpu) == (self._model, self._gpu) and each.source != PREDICTED
+        return (each.model, each.gpu) == (self._model, self._gpu) and not is_predicted(each.source)
 
     def add(self, row: Measurement, how: Mapping[str, object]) -> None:
         """Appends a row; it is on the disk when this returns."""
@@ -71,7 +71,7 @@ class TableFile:
 
     def _is_old_prediction(self, line: str) -> bool:
         row = dict(zip(COLUMNS, next(csv.reader([line])), strict=False))
-        return (row.get("model"), row.get("gpu"), row.get("source")) == (self._model, self._gpu, PREDICTED)
+        return (row.get("model"), row.get("gpu")) == (self._model, self._gpu) and is_predicted(row.get("source") or "")
 
     def _repair(self) -> None:
         """Takes off a last line that was cut short. A file of another form is left alone."""

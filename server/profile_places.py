@@ -103,30 +103,34 @@ def _gauges(door: NvmlDoor, of: Slice, *, alone: bool) -> Gauges:
 
 
 def shares(door: NvmlDoor) -> Machine:
-    """Shares of the SMs and of the memory of a whole GPU, each for a slice that it could be cut into.
+    """Shares of the SMs and of the memory of a whole GPU that nobody uses, each for a slice that it could be cut into.
 
     An approximation: a slice has its part of the L2 cache and of the memory's bandwidth, too, which a share has all of.
     Closes the door. Raises StartError, NvmlError.
     """
     try:
         gpus, driver = door.gpus(), door.driver_version()
+        users = {gpu.uuid: door.processes(gpu.uuid) for gpu in gpus if not gpu.mig_enabled}
     finally:
         door.close()
     whole = [gpu for gpu in gpus if not gpu.mig_enabled]
     if not whole:
         raise StartError("every GPU is cut: leave --device out, which measures the slices themselves")
-    gpu = next((each for each in whole if each.model is not None), None)
-    if gpu is None or gpu.model is None:
-        raise StartError(f"nobody knows which slices a {whole[0].name} could be cut into: it has no MIG")
+    gpu = next((each for each in whole if not users[each.uuid]), None)
+    if gpu is None:
+        pids = ", ".join(map(str, users[whole[0].uuid]))
+        raise StartError(f"GPU {whole[0].index} is used by {pids}: what is measured beside others says nothing")
+    if gpu.model is None:
+        raise StartError(f"nobody knows which slices a {gpu.name} could be cut into: it has no MIG")
+    profiles = slice_profiles(gpu.model)
+    if unknown := [each.name for each in profiles if not each.sm_count]:
+        raise StartError(f"how many SMs {', '.join(unknown)} of a {gpu.name} have is not known: cut it to measure them")
     places = {
         each.name: Place(
             each.name, each.gpcs, Device(gpu.uuid, memory_mib=each.memory_mib, sm_count=each.sm_count), NO_GAUGES
         )
-        for each in slice_profiles(gpu.model)
-        if each.sm_count
+        for each in profiles
     }
-    if not places:
-        raise StartError(f"how many SMs a slice of a {gpu.name} has is not known: cut it, and measure the slices")
     return Machine(gpu.model.name, SHARES, driver, places)
 
 

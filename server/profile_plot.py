@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from partitioner.latency import Measurement
-from server.profile_file import PREDICTED
+from partitioner.latency import Measurement, is_predicted
 from server.shapes import COLOURS, GRID_PX, IDLE, INK, LEFT_PX, MARGIN_PX, TOP_PX, Box, Label, Shape, save
 
 HEIGHT_PX, DOT_PX = 360, 8
@@ -31,7 +30,7 @@ def draw(rows: Sequence[Measurement]) -> Iterator[Shape]:
         yield Label(MARGIN_PX, up.at(ms) - 3, f"{ms:g}", 12, LEFT_PX - MARGIN_PX)
     groups = _groups(rows)
     for row in rows:
-        size = DOT_PX / 2 if row.source == PREDICTED else DOT_PX
+        size = DOT_PX / 2 if is_predicted(row.source) else DOT_PX
         shift = (DOT_PX - size) / 2
         colour = COLOURS[groups.index(_group(row)) % len(COLOURS)]
         yield Box(across.at(row.batch) + shift, up.at(row.latency_ms) + shift, size, size, colour)

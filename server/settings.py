@@ -19,6 +19,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from server import yaml_text
+
 MIB = 1024 * 1024
 PREFIX = "MIGSERVE_"
 # Set by Kubernetes in every pod beside a service that is called migserve.
@@ -132,10 +134,11 @@ class Settings(BaseSettings):
         "What admin requests must bear. By default made anew, in the state folder's admin-token.",
         min_length=8,
     )
-    state_dir: Path = _setting(
-        Path("~/.local/state/migserve"),
+    state_dir: Path | None = _setting(
+        None,
         "gpus",
-        "Where batch jobs are kept, with their inputs and results; the token; and a re-cut while it lasts.",
+        "Where batch jobs are kept, with their inputs and results; the token; and a re-cut while it lasts. One daemon "
+        "has it to itself. Default: migserve in XDG_STATE_HOME, or in ~/.local/state.",
     )
 
     policy: Literal["pool", "elsa", "marginal", "preba", "static", "jsq", "fifs"] = _setting(
@@ -156,6 +159,14 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = _setting(
         "console", "operation", "console: lines for people. json: for machines."
     )
+
+    @property
+    def state_folder(self) -> Path:
+        """By default as the XDG Base Directory Specification has it: a relative XDG_STATE_HOME does not count."""
+        if self.state_dir is not None:
+            return self.state_dir.expanduser()
+        home = Path(os.environ.get("XDG_STATE_HOME", ""))
+        return (home if home.is_absolute() else Path("~/.local/state").expanduser()) / "migserve"
 
     @field_validator("arena_mib")
     @classmethod
@@ -217,7 +228,7 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 def _read(config: Path) -> dict[str, Any]:
     """What a settings file says; its values are not looked at yet."""
     try:
-        data = yaml.safe_load(config.read_text())
+        data = yaml_text.load(config.read_text())
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{config}{line} is not YAML: {error.problem}") from error

@@ -1,4 +1,4 @@
-"""What a request asks of the scheduler in its parameters. Pure.
+"""What a request asks of the scheduler in its parameters, or in those of its URL. Pure.
 
 Which names clients send without asking us: tritonclient and perf_analyzer priority, timeout, sequence_* and
 binary_data_output, and whatever their users add. What we do not know we ignore, as Triton does, but for names that
@@ -10,6 +10,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -93,6 +94,29 @@ def read_terms(
         # After a deadline nobody waits any more, so there is no late answer to it.
         _flag(parameters, "strict", model_strict or limit in (OF_REQUEST_DEADLINE, OF_CALL)),
     )
+
+
+def with_query(parameters: dict[str, Any] | None, query: str) -> dict[str, Any]:
+    """The parameters of a body, and those of its URL: a bare file or a form has no others. Raises ServeError."""
+    found = dict(parameters or {})
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=LOOKED_AT)
+    except ValueError:
+        raise invalid(f"the URL has more than {LOOKED_AT} parameters") from None
+    for name, text in pairs:
+        if name in found and name in _OURS.values():
+            raise invalid(f"parameter {name} is given twice; expected it once, in the URL or in the body")
+        found[name] = _value(text[:NAME_CHARS])
+    return found
+
+
+def _value(text: str) -> bool | int | float | str:
+    """A number, true or false as JSON has it; else the text, of which is said what was expected instead."""
+    try:
+        value = msgspec.json.decode(text, type=bool | int | float)
+    except msgspec.MsgspecError:
+        return text
+    return value
 
 
 def _check_names(parameters: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Spec: KServe open-inference-protocol, with Triton's binary tensor extension.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -12,6 +13,12 @@ import msgspec
 Parameters = dict[str, Any]
 
 _MAGIC = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG"}
+
+# Half of the pair by which JSON escapes a character beyond U+FFFF (RFC 8259, section 7).
+_LONE_SURROGATE = re.compile(
+    rb"(?<!\\)\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\)(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
 
 HEADER_LENGTH = b"inference-header-content-length"
 
@@ -75,6 +82,9 @@ def unreadable(body: bytes, error: Exception) -> str:
             return f"the body is a {what} image; only a model with `preprocess` in its serving.yaml takes images"
     if body.startswith(b"--"):
         return "the body seems to be a form; only a model with `preprocess` in its serving.yaml takes forms"
+    if lone := _LONE_SURROGATE.search(body):
+        what = f"{lone[0].decode()} at byte {lone.start()} is half of a surrogate pair, which stands for no character"
+        return f"the request's JSON cannot be read: {what}"
     return f"the request's JSON cannot be read: {error}"
 
 

@@ -110,11 +110,11 @@ class Served(Stage):
         self.http = InferRoute(no_app, repository, self.service, Metrics(), **limits)
         self.grpc = InferenceServicer(repository, self.service, Metrics(), no_app, "n", "v", log_requests=True)
 
-    def post(self, body: dict[str, Any] | list[Any] | bytes, model: str = "m") -> list[Reply]:
+    def post(self, body: dict[str, Any] | list[Any] | bytes, model: str = "m", query: str = "") -> list[Reply]:
         """The replies so far to one HTTP request."""
         replies: list[Reply] = []
         text = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.http.begin(Target(model, None), {}, [text], replies.append)
+        self.http.begin(Target(model, None, query), {}, [text], replies.append)
         return replies
 
 

@@ -64,9 +64,13 @@ def limit_threads(count: int) -> None:
 
 
 def behind_others() -> None:
-    """This thread, and those that it starts, run on but interrupt nobody when they wake: a core's cache stays warm."""
+    """This thread, and those that it starts, run on but interrupt nobody when they wake: a core's cache stays warm.
+
+    Who has started the daemon in another class than the usual one (`chrt`) knows why.
+    """
     with suppress(OSError):  # where it is forbidden
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def memory_mib(device: str) -> float | None:
@@ -83,9 +87,11 @@ def memory_mib(device: str) -> float | None:
 def limit_memory(device: str, mib: int) -> None:
     """What this process may take for its data, of the CUDA device's memory or of the machine's."""
     if device == "cuda":
-        import torch
-
-        if torch.cuda.is_available():  # else loading says so
+        try:
+            import torch
+        except ImportError:
+            return  # loading says so, as where torch sees no GPU
+        if torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(min(1.0, (mib << 20) / torch.cuda.mem_get_info()[1]))
     else:
         resource.setrlimit(resource.RLIMIT_DATA, (mib << 20, mib << 20))

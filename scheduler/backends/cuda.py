@@ -69,8 +69,8 @@ class CudaBackend(TorchBackend):
 def share_of_sms(count: int) -> Any:
     """A green context (CUDA driver API, 6.35), whose stream computes on so many SMs and no others, while it lives.
 
-    The driver gives what it can split off, on Hopper multiples of 8 and at times fewer than asked for, and torch does
-    not tell how many (pytorch#195378). Raises ModelLoadError.
+    The driver gives what it can split off, on Hopper multiples of 8: perhaps a few more than asked for, or fewer; torch
+    does not tell how many (pytorch#195378). Raises ModelLoadError.
     """
     try:
         from torch.cuda.green_contexts import GreenContext
@@ -79,8 +79,8 @@ def share_of_sms(count: int) -> Any:
         share.Stream()
     except (ImportError, AttributeError, RuntimeError) as error:
         raise ModelLoadError(
-            f"torch {torch.__version__} gives no share of {count} SMs: {error}; it takes torch 2.12 or later in its "
-            f"CUDA build, and a driver for CUDA 12.4 or later"
+            f"torch {torch.__version__} gives no share of {count} SMs: {error}; it takes torch 2.12 or later, "
+            f"built for CUDA 12.8 or later, and such a driver"
         ) from error
     return share
 

@@ -150,10 +150,22 @@ def test_what_is_no_sound_is_refused_with_the_reason(name: str) -> None:
     assert time.thread_time_ns() - begin_ns < 50e6
 
 
-@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFFFFF])
-def test_a_length_that_was_not_known_when_it_was_written_is_the_rest_of_the_file(size: int) -> None:
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000, 0x7FFFF000 // 6 * 6])
+def test_a_length_that_was_not_known_when_it_was_written_is_the_rest_of_the_file(size: int, subtype: str) -> None:
     """As programs that write to a pipe leave it."""
-    np.testing.assert_array_equal(read_clip(wav(SHORT, data_size=size), NEMO).values, read_clip(GOOD, NEMO).values)
+    good = sound_file(SHORT, subtype=subtype)
+    at = good.index(b"data") + 4
+    left_open = good[:at] + struct.pack("<I", size) + good[at + 4 :]
+    np.testing.assert_array_equal(read_clip(left_open, NEMO).values, read_clip(good, NEMO).values)
+
+
+def test_the_shortest_clip_is_one_frame_or_two_where_each_mel_is_normalised() -> None:
+    plain = NEMO.model_copy(update={"per_feature": False})
+    for steps, samples in ((NEMO, 320), (plain, 160)):
+        assert read_clip(wav(np.zeros((samples, 1))), steps).length == samples // 160
+        with pytest.raises(BadInputError, match=f"at least {samples // 16} ms are needed"):
+            read_clip(wav(np.zeros((samples - 1, 1))), steps)
 
 
 def test_clips_longer_than_the_model_takes_are_refused_not_cut() -> None:
@@ -191,7 +203,7 @@ def test_what_has_one_length_is_written_in_place_with_the_clips_own_length() -> 
 def test_what_is_longer_than_the_model_takes_is_refused() -> None:
     pipeline = PIPELINE.model_copy(update={"longest": 200})
     assert read_item(pipeline, wav(speech_like(2.0))).length == 200
-    with pytest.raises(BadInputError, match="a length of 330; at most 200 is taken"):
+    with pytest.raises(BadInputError, match=r"330 frames \(3\.3 s\); at most 200 frames \(2 s\) are taken"):
         read_item(pipeline, wav(speech_like(3.3)))
 
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 
+from preprocess import glance
 from preprocess.cost import CostModel, Effort
 
 
@@ -59,3 +62,33 @@ def test_pictures_that_are_all_alike_are_no_reason_to_lose_hold() -> None:
 
 def test_an_estimate_is_a_time_before_anything_is_learned() -> None:
     assert CostModel().estimate_ns(Effort("", 0, 0)) > 0
+
+
+HUGE = 0xFFFFFFFF
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", HUGE, HUGE), "PNG"),
+        (b"GIF89a" + struct.pack("<HH", 0xFFFF, 0xFFFF), "GIF"),
+        (b"RIFF1234WEBPVP8X" + b"\xff" * 20, "WEBP"),
+        (b"RIFF1234WEBPVP8L" + b"\xff" * 20, "WEBP"),
+        (b"RIFF1234ABCDVP8X" + b"\xff" * 20, ""),
+        (b"12341234WEBPVP8 " + b"\xff" * 20, ""),
+    ],
+)
+def test_a_picture_that_lies_about_its_size_holds_up_no_estimate(data: bytes, kind: str) -> None:
+    """Nor does it make formats up: costs are learned by format."""
+    assert glance.picture(data, 50_000_000) == Effort(kind, len(data), 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"RIFF".ljust(28, b"\0") + struct.pack("<I", 1) + bytes(200), "WAV"),
+        (b"fLaC".ljust(18, b"\0") + struct.pack(">Q", 1 << 44 | (1 << 36) - 1), "FLAC"),
+    ],
+)
+def test_a_clip_that_lies_about_its_length_holds_up_no_estimate(data: bytes, kind: str) -> None:
+    assert glance.clip(data, 120.0) == Effort(kind, len(data), 0)

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,6 +21,7 @@ from preprocess.devices import Target
 from preprocess.errors import BadInputError
 from preprocess.pipeline import PipelineError, PipelineFile
 from preprocess.pool import PreprocessPool
+from preprocess.process import Made
 from preprocess.steps import AudioSteps, ImageSteps
 from preprocess.tasks import StoppedError
 from preprocess.work import Local
@@ -254,12 +256,30 @@ def talks_nonsense(sock: socket.socket, *_: Any) -> None:
         sock.send(b"cos\nsystem\n(S'exit 1'\ntR.")
 
 
-def test_what_a_decoder_says_is_not_believed() -> None:
+def tells_of_stages_that_there_are_not(sock: socket.socket, *_: Any) -> None:
+    """Each would be a metric of its own, for ever."""
+    lies(sock, Made("", "", (3, 224, 224), 0, {"mine": 1}))
+
+
+def tells_of_a_length_that_cannot_be(sock: socket.socket, *_: Any) -> None:
+    lies(sock, Made("", "", (3, 224, 224), 1 << 40, {}))
+
+
+def lies(sock: socket.socket, made: Made) -> None:
+    sock.send(b"\xa0")
+    while sock.recv(1 << 17):
+        sock.send(msgspec.msgpack.encode(made))
+
+
+@pytest.mark.parametrize(
+    "decoder", [talks_nonsense, tells_of_stages_that_there_are_not, tells_of_a_length_that_cannot_be]
+)
+def test_what_a_decoder_says_is_not_believed(decoder: Callable[..., None]) -> None:
     async def story(pool: PreprocessPool) -> None:
         with pytest.raises(BadInputError, match="its decoder died of it twice"):
             await written(pool, JPEG)
 
-    told(story, 1, start=lambda target, *arguments: spawn.start_other(talks_nonsense, *arguments))
+    told(story, 1, start=lambda target, *arguments: spawn.start_other(decoder, *arguments))
 
 
 def test_a_picture_goes_straight_to_its_place_where_that_is_in_the_arena() -> None:

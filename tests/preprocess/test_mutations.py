@@ -12,6 +12,7 @@ import pytest
 from preprocess import glance
 from preprocess.clips import read_clip
 from preprocess.errors import BadInputError
+from preprocess.gate import MAX_PIXELS
 from preprocess.steps import AudioSteps, ImageSteps
 from tests.preprocess.pictures import encoded, photographs, prepared
 from tests.preprocess.sounds import sound_file, speech_like, wav
@@ -53,20 +54,22 @@ def survives(data: bytes, read: Callable[[bytes], object]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01"}])
 def test_jpegs(options: dict[str, object]) -> None:
-    survives(encoded(PICTURE, "JPEG", **options), lambda data: (glance.picture(data), prepared(data, IMAGE)))
+    survives(
+        encoded(PICTURE, "JPEG", **options), lambda data: (glance.picture(data, MAX_PIXELS), prepared(data, IMAGE))
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "1", "I;16"])
 def test_pngs(mode: str) -> None:
     data = encoded(PICTURE.convert("L").convert(mode) if mode == "I;16" else PICTURE.convert(mode))
-    survives(data, lambda data: (glance.picture(data), prepared(data, IMAGE)))
+    survives(data, lambda data: (glance.picture(data, MAX_PIXELS), prepared(data, IMAGE)))
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "GIF"])
 @pytest.mark.parametrize("frames", [1, 3])
 def test_webps_and_gifs(kind: str, frames: int) -> None:
     more = {"save_all": True, "append_images": [PICTURE.rotate(90 * turn) for turn in range(1, frames)]}
-    survives(encoded(PICTURE, kind, **more), lambda data: (glance.picture(data), prepared(data, IMAGE)))
+    survives(encoded(PICTURE, kind, **more), lambda data: (glance.picture(data, MAX_PIXELS), prepared(data, IMAGE)))
 
 
 @pytest.mark.parametrize(
@@ -82,4 +85,4 @@ def test_webps_and_gifs(kind: str, frames: int) -> None:
     ids=["PCM16", "float", "PCM24", "FLAC", "Ogg", "MP3"],
 )
 def test_sounds(data: bytes) -> None:
-    survives(data, lambda data: (glance.clip(data), read_clip(data, SOUND)))
+    survives(data, lambda data: (glance.clip(data, 120.0), read_clip(data, SOUND)))

@@ -24,6 +24,7 @@ def test_a_pipeline_that_fits() -> None:
         ({"x": ("FP32", (3, 8, 8))}, r"makes FP32 \[1, 8, 8\], input x is FP32 \[3, 8, 8\]"),
         ({"x": ("UINT8", (1, 8, 8))}, "input x is UINT8"),
         ({"x": ("FP32", (8, 8))}, "input x is FP32"),
+        ({"x": ("FP32", (4, 1, 8, 8))}, r"first axis is one of items, which must vary: .*torch\.export\.Dim"),
     ],
 )
 def test_a_pipeline_that_does_not_fit(inputs: dict[str, Any], message: str) -> None:

@@ -107,7 +107,9 @@ def test_a_counter_of_energy_that_cannot_be_right_gives_nothing(readings: list[f
 
 
 def test_without_cuda_shares_of_sms_say_what_they_take() -> None:
-    with pytest.raises(ModelLoadError, match=r"no share of 16 SMs: .* it takes torch 2.12 or later in its CUDA build"):
+    with pytest.raises(
+        ModelLoadError, match=r"no share of 16 SMs: .* it takes torch 2.12 or later, built for CUDA 12.8"
+    ):
         share_of_sms(16)
     device = Device("GPU-0", memory_mib=9984, sm_count=16)
     with Measurer(source("mlp"), device, 1) as measurer, pytest.raises(ModelLoadError, match="is a CPU build"):

@@ -36,6 +36,8 @@ def image(value: Any, shape: tuple[int, ...] = (1,), datatype: str = "BYTES") ->
 
 
 GOOD = affine()
+FORM = "application/x-www-form-urlencoded"
+DAMAGED = b"\x89PNG\r\n\x1a\n\0\0".translate(None, b"\r\n\0")
 CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     # what, model, body, headers, status, part of the error
     ("no JSON", "affine", b"{", {}, 400, "the request's JSON cannot be read"),
@@ -97,6 +99,16 @@ CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("an image that is text", "digits", b"not an image", {}, 400, "element 0: 12 bytes that are not a JPEG, PNG, WebP or GIF image"),
     ("an empty image", "digits", image([""]), {}, 400, "element 0: no bytes; expected a JPEG"),
     ("not base64", "digits", image(["***"]), {}, 400, "BYTES in JSON must be base64"),
+    ("one of several not base64", "digits", image(["AAAA", "AAA"], (2,)), {}, 400, "input image, element 1: BYTES in JSON must be base64: Incorrect padding"),
+    ("base64 with a prefix", "digits", image(["data:image/png;base64,AAAA"]), {}, 400, "element 0: BYTES in JSON must be base64: it begins with a data: prefix; send what follows"),
+    ("base64 in lines", "digits", image(["AAAA\nAAAA"]), {}, 400, "it has line breaks; leave them out, as base64 -w 0 does"),
+    ("base64 for URLs", "digits", image(["AA-_"]), {}, 400, "it is base64 for URLs; expected + and /"),
+    ("base64 beyond ASCII", "digits", image(["é"]), {}, 400, "element 0: BYTES in JSON must be base64: "),
+    ("half of a surrogate pair", "digits", b'{"inputs": [{"name": "\\ud800"}]}', {}, 400, "\\ud800 at byte 22 is half of a surrogate pair"),
+    ("the other half", "digits", b'{"inputs": [{"name": "a\\udc00"}]}', {}, 400, "\\udc00 at byte 23 is half of a surrogate pair"),
+    ("nothing as a file", "digits", b"", {}, 400, "input image, element 0: no bytes; expected a JPEG"),
+    ("a file that curl -d has damaged", "digits", DAMAGED, {"Content-Type": FORM}, 400, "WebP or GIF image; curl -d drops line breaks and zero bytes, send files with --data-binary"),
+    ("a sound that curl -d has cut off", "digits", b"RIFF$", {"Content-Type": FORM}, 400, "send files with --data-binary"),
     ("images too few", "digits", image([""], (2,)), {}, 400, "input image has 1 elements, shape [2] takes 2"),
     ("images too many", "digits", image([""] * 3), {}, 400, "input image has more than 1 elements, shape [1] takes 1"),
     ("images too many for the model", "digits", image(["***"], (65,)), {}, 400, "input image has 65 elements, a batch of 65 items; expected 1 to 64"),
@@ -147,6 +159,17 @@ def test_a_damaged_image_fails_and_its_neighbours_do_not(
         thread.join()
     assert answers.pop(3).status == 400
     assert all(answer.json["outputs"][0]["data"] == [3] for answer in answers.values())
+
+
+@pytest.mark.parametrize("content_type", [FORM, "image/png"])
+def test_a_damaged_file_that_curl_d_cannot_have_damaged_gets_no_hint(
+    content_type: str, damaged_images: dict[str, bytes], daemon: RunningDaemon
+) -> None:
+    """It has line breaks still, or came as what it is."""
+    damaged = damaged_images["truncated"] if content_type == FORM else DAMAGED
+    answer = infer(daemon.http, "digits", damaged, {"Content-Type": content_type})
+    assert answer.status == 400
+    assert "--data-binary" not in answer.error
 
 
 def test_one_bad_element_of_a_batch_is_named(daemon: RunningDaemon) -> None:

@@ -56,11 +56,22 @@ def test_an_empty_id_is_not_echoed(daemon: RunningDaemon) -> None:
     assert "id" not in infer(daemon.http, "affine", json_request(id="")).json
 
 
-def test_content_type_and_query_string_do_not_matter(daemon: RunningDaemon) -> None:
+def test_the_content_type_does_not_matter(daemon: RunningDaemon) -> None:
     body = json.dumps(json_request()).encode()
     for content_type in ("application/x-www-form-urlencoded", "text/plain", ""):
         headers = {"Content-Type": content_type}
-        assert request(daemon.http, "POST", "/v2/models/affine/infer?a=b", body, headers).status == 200
+        assert request(daemon.http, "POST", "/v2/models/affine/infer", body, headers).status == 200
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"], ids=["the short way", "ASGI"])
+def test_parameters_in_the_url_are_looked_at_on_both_ways(version: bytes, daemon: RunningDaemon) -> None:
+    body = json.dumps(json_request()).encode()
+    for query, status in ((b"?slo_ms=60000&strict=true", 200), (b"?a=b", 200), (b"?strict=maybe", 400)):
+        with connect(daemon.http) as sock:
+            sock.sendall(raw(body, path=b"/v2/models/affine/infer" + query, version=version))
+            (answer,) = read_answers(sock, 1)
+        assert answer.status == status
+    assert answer.error == "parameter strict must be true or false, not 'maybe'"
 
 
 def test_binary_in_and_out(daemon: RunningDaemon) -> None:

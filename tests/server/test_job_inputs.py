@@ -375,7 +375,7 @@ def test_results_that_are_cut_off_are_not_taken_for_all(tmp_path: Path) -> None:
         thread.start()
         client = jobs_command.Client(f"127.0.0.1:{server.server_port}")
         with (tmp_path / "out").open("wb") as file, pytest.raises(jobs_command.AwayError, match="10 bytes are missing"):
-            client.copy("/v2/jobs/a/results", file)
+            client.copy(client.open("GET", "/v2/jobs/a/results"), file)
         with pytest.raises(jobs_command.AwayError, match="broke off its answer"):
             client.ask("GET", "/v2/jobs/a")
         server.shutdown()

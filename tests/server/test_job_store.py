@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -19,7 +20,7 @@ from scheduler.driver import Answered, BatchOutputs, Share
 from scheduler.tensors import Signature, TensorSpec
 from server import job_results
 from server.job_results import rows_of
-from server.job_store import Asked, DiskFullError, Job, JobState, JobStore, Ledger, Position, Row
+from server.job_store import Asked, DiskFullError, ItemError, Job, JobState, JobStore, Ledger, Position, Row
 from server.job_tensors import read_safetensors
 
 Y = TensorSpec("y", "FP32", (2,))
@@ -78,7 +79,8 @@ def test_a_full_disk_leaves_the_ledger_as_it_was_and_room_lets_it_go_on(tmp_path
 def test_jobs_are_there_again_and_folders_of_none_are_swept(tmp_path: Path) -> None:
     store = JobStore(tmp_path / "jobs")
     asked = Asked("m", None, 5.0, "jsonl", "npz", 3, 10, Signature((Y,), (Y,), 8), "mine")
-    first, second = Job("a", asked, 2.0), Job("b", asked, 1.0, JobState.PAUSED, "why", 4, 1, None, [(3, "bad")])
+    errors = [ItemError(3, "bad", "a.jpg"), ItemError(5, "bad")]
+    first, second = Job("a", asked, 2.0), Job("b", asked, 1.0, JobState.PAUSED, "why", 4, 2, None, errors)
     for job in (first, second):
         store.folder(job.id).mkdir()
         store.save(job)
@@ -92,6 +94,12 @@ def test_jobs_are_there_again_and_folders_of_none_are_swept(tmp_path: Path) -> N
     assert again.all() == [second]
     assert not again.folder("a").exists()
     again.close()
+
+
+def test_errors_that_an_older_release_kept_without_names_can_be_read() -> None:
+    job = Job("a", Asked("m", None, None, "jsonl", "jsonl", 3, 10, Signature((Y,), (Y,), 8)), 1.0)
+    kept = msgspec.json.encode(job).replace(b'"first_errors":[]', b'"first_errors":[[3,"bad"]]')
+    assert msgspec.json.decode(kept, type=Job).first_errors == [ItemError(3, "bad")]
 
 
 def test_inputs_of_a_job_that_is_done_go_at_the_next_start_at_the_latest(tmp_path: Path) -> None:

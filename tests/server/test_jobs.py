@@ -214,9 +214,14 @@ def test_too_many_errors_stop_a_job_and_it_can_go_on_with_more(tmp_path: Path) -
         await until(lambda: job.ended_s is not None)
         assert job.state == JobState.STOPPED
         assert job.reason.startswith("2 items have errors, more than max_errors=1; item 0: the line is not JSON")
-        assert [item for item, _ in job.first_errors] == [0, 2]
-        with pytest.raises(ServeError, match="is stopped"):
+        assert [each.item for each in job.first_errors] == [0, 2]
+        advice = f"; migserve jobs resume {job.id} --max-errors N goes on, with an N of 2 or more"
+        with pytest.raises(ServeError, match=rf"is stopped, \d of 4 items done, 2 of them with errors{advice}"):
             told.jobs.results(job.id)
+        for too_few in (None, 1):
+            with pytest.raises(ServeError, match=f"again at once: 2 items have errors, more than max_errors=1{advice}"):
+                await told.jobs.resume(job.id, too_few)
+        assert job.state == JobState.STOPPED
         # The batch that ran when it was stopped ends for nobody.
         if told.stage.sent:
             await told.finish()
@@ -309,6 +314,8 @@ def test_cancelled_and_resumed_nothing_is_lost_and_nothing_doubled(tmp_path: Pat
         assert job.state == JobState.CANCELLED
         with pytest.raises(ServeError, match="cancelled already"):
             await told.jobs.cancel(job.id)
+        with pytest.raises(ServeError, match=f"cancelled, 8 of 40 items done; migserve jobs resume {job.id} goes on"):
+            told.jobs.results(job.id)
         await told.finish()  # it ran on, for nobody
         await told.jobs.resume(job.id)
         assert await told.all_done(job) == y(*(2.0 * value for value in range(40)))

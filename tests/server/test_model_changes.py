@@ -243,15 +243,18 @@ def test_the_latencies_that_were_measured_are_logged_shortly(tmp_path: Path) -> 
 
 def test_a_model_dispatched_by_predicted_latencies_says_so(tmp_path: Path) -> None:
     table = repositories.emulated(tmp_path / "m", 1) / "table.csv"
-    rows = ["m,1g.10gb,1,1,", "m,1g.10gb,2,2,predicted", "m,1g.10gb,8,6,predicted", "other,1g.10gb,8,6,predicted"]
-    table.write_text("\n".join(["model,mig_profile,batch,latency_ms,source", *rows]))
+    rows = ["m,1g.10gb,1,1", "m,1g.10gb,2,2,predicted", "m,1g.10gb,8,6,predicted", "m,1g.10gb,4,3,measured,A30-24GB"]
+    not_its_own = ["other,1g.10gb,8,6,predicted", "m,1g.10gb,8,6,measured,,2"]  # two processes: nothing goes by them
+    header = "model,mig_profile,batch,latency_ms,source,gpu,processes"
+    table.write_text("\n".join([header, *rows, *not_its_own]))
+    origin = "2 predicted, 1 of unknown origin, 1 measured on A30-24GB"
 
     async def story(place: Place) -> None:
         with capture_logs() as lines:
             await place.repository.load("m")
-        assert [line["latency_table"] for line in lines] == ["2 predicted, 1 of unknown origin"]
+        assert [line["latency_table"] for line in lines] == [origin]
         parameters = model_config(place.repository.get("m"))["parameters"]
-        assert parameters["latency_table"] == {"string_value": "2 predicted, 1 of unknown origin"}
+        assert parameters["latency_table"] == {"string_value": origin}
 
     at(tmp_path, story)
 

@@ -84,6 +84,10 @@ def test_an_emulated_model_needs_no_version_folder(tmp_path: Path) -> None:
     assert read_model(folder, 1, 1)[0].backend == "emulated"
 
 
+def pictures(steps: str) -> str:
+    return f"preprocess: {{input: a, output: b, image: {{{steps}}}}}"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -98,6 +102,19 @@ def test_an_emulated_model_needs_no_version_folder(tmp_path: Path) -> None:
         ("strict: sometimes", "serving.yaml: strict: Input should be a valid boolean"),
         ("splitt: false", "unknown key splitt; did you mean split?"),
         ("slo_ms: fast", "serving.yaml: slo_ms: Input should be a valid number"),
+        ("slo_ms: 5\nstrict: true\nslo_ms: 6", "serving.yaml, line 3 is not YAML: key slo_ms is given twice"),
+        (
+            "preprocess:\n  input: a\n  output: b\n  audio: {preset: whisper, mels: 80, mels: 128}",
+            "serving.yaml, line 4 is not YAML: key mels is given twice",
+        ),
+        (pictures("size: 32"), "serving.yaml: preprocess.image.size: expected [height, width] in pixels"),
+        (pictures("size: [8, 8, 8]"), "preprocess.image.size: expected [height, width] in pixels"),
+        (pictures("resize: 8, crop: [8]"), "preprocess.image.crop: expected a number of pixels, or [height, width]"),
+        (
+            pictures("size: [8, 8], mean: 0.5, std: [1]"),
+            "preprocess.image.mean: expected a list of one number for each channel",
+        ),
+        (pictures("resize: 4, crop: 8"), "serving.yaml: preprocess.image: crop 8 x 8 is larger"),
         ("- slo_ms: 5", "must hold settings by their names"),
         ("\0", "serving.yaml is not YAML: it is not text in UTF-8"),
     ],
@@ -106,3 +123,14 @@ def test_a_serving_file_that_makes_no_sense(text: str, message: str, tmp_path: P
     folder = repositories.emulated(tmp_path / "m", 1)
     (folder / "serving.yaml").write_text(text)
     assert message in error_of(folder)
+    assert error_of(folder).count("expected") <= 1
+
+
+def test_a_section_may_be_merged_into_another(tmp_path: Path) -> None:
+    """What it replaces of it is not given twice."""
+    folder = repositories.emulated(tmp_path / "m", 1)
+    text = "lengths: {<<: &common {longest: 9, length: n}, longest: 5}\n"
+    (folder / "serving.yaml").write_text(text)
+    _, serving, _ = read_model(folder, 1, 1)
+    assert serving.lengths is not None
+    assert (serving.lengths.longest, serving.lengths.length) == (5, "n")

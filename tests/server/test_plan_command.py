@@ -111,7 +111,9 @@ def test_a_latency_table_of_ones_own(tmp_path: Path, demand: Path) -> None:
         ("cpu-1,,measured", "a CPU"),
         ("1g.10gb,A100-80GB,emulated", "an emulated A100-80GB"),
         ("1g.10gb,A100-80GB,sm-shares", "shares of the SMs of a whole A100-80GB"),
+        ("1g.10gb,A100-80GB,predicted from sm-shares", "shares of the SMs of a whole A100-80GB"),
         ("1g.10gb,A100-80GB,measured", ""),
+        ("1g.10gb,A100-80GB,predicted", ""),
         ("1g.10gb,,", ""),
     ],
 )

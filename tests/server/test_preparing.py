@@ -154,6 +154,17 @@ def test_what_preprocessing_alone_makes_too_late_is_refused_before_it_is_begun(
     on(pictures, story)
 
 
+@pytest.mark.parametrize("body", [FILES[0], form(FILES), json_request(FILES)], ids=["bare", "form", "JSON"])
+def test_parameters_may_stand_in_the_url_whatever_the_body_is(body: Any) -> None:
+    async def story(stage: Served) -> None:
+        (reply,) = stage.post(body, query="slo_ms=0.01&strict=true")
+        assert (reply.status, b"slo_ms of the request is 0.01 ms" in reply.body) == (429, True)
+        assert stage.post(body, query="slo_ms=60000") == []
+        assert stage.driver.unfinished() == 1
+
+    on(pictures, story)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_what_preprocessing_alone_makes_late_is_served_late_unless_it_is_strict(strict: bool) -> None:
     """Due times count from the arrival: this one has passed before anything is begun."""
@@ -285,7 +296,9 @@ def test_a_clip_longer_than_the_model_takes_is_refused() -> None:
     async def story(stage: Served) -> None:
         outcomes = submit(stage, wav(speech_like(1.2)))
         await until(lambda: bool(outcomes))
-        assert "element 0: a length of 120; at most 100 is taken" in getattr(outcomes[0], "message", "")
+        assert "element 0: 120 frames (1.2 s); at most 100 frames (1 s) are taken" in getattr(
+            outcomes[0], "message", ""
+        )
         assert (stage.driver.unfinished(), stage.arena.used) == (0, 0)
 
     on(lambda: sounds(longest=100), story)

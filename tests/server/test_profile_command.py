@@ -56,7 +56,7 @@ def test_a_budget_measures_some_and_predicts_the_rest_and_can_be_raised(tmp_path
     assert "made from fewer" not in result.output
     first = rows(out)
     assert [row["source"] for row in first].count("emulated") == 3
-    assert [row["source"] for row in first].count("predicted") == 9
+    assert [row["source"] for row in first].count("predicted from emulated") == 9
     result = profile(*asked, "--budget", "5")
     assert result.exit_code == 0, result.output
     second = rows(out)
@@ -198,7 +198,13 @@ def test_what_was_measured_in_one_way_is_not_gone_on_with_in_another(tmp_path: P
     TableFile(path, "m", "A100", "measured").add(ROW, {"runs": 9})
     with pytest.raises(LatencyTableError, match="that are measured, not sm-shares: name another --out"):
         TableFile(path, "m", "A100", "sm-shares")
-    TableFile(path, "m", "H100", "sm-shares")
+    shares = TableFile(path, "m", "H100", "sm-shares")
+    shares.finish([Measurement("m", "1g.10gb", 1, 8, 1, 5.0, None, "H100", "predicted from sm-shares")], {})
+    with pytest.raises(LatencyTableError, match="that are sm-shares, not measured"):
+        TableFile(path, "m", "H100", "measured")
+    assert not shares.known()
+    shares.finish([], {})
+    assert [each.gpu for each in read_measurements(path)] == ["A100"]
 
 
 def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:

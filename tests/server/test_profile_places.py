@@ -74,3 +74,20 @@ def test_there_are_no_shares_of_what_is_cut() -> None:
     with pytest.raises(StartError, match="every GPU is cut"):
         profile_places.shares(opened)
     assert sim.calls[-1] == "nvmlShutdown"
+
+
+def test_shares_are_taken_of_a_gpu_that_nobody_uses() -> None:
+    gpus = parse_gpus("H100-80GBx2", "off")
+    held = {gpus[0].uuid: [4711]}
+    sim = SimulatedNvml(gpus, clients=lambda uuid: held.get(uuid, []))
+    machine = profile_places.shares(NvmlDoor(sim, simulated=True))
+    assert {place.device.uuid for place in machine.places.values()} == {gpus[1].uuid}
+    held[gpus[1].uuid] = [4712]
+    with pytest.raises(StartError, match="GPU 0 is used by pid 4711"):
+        profile_places.shares(NvmlDoor(sim, simulated=True))
+
+
+def test_slices_of_which_the_sms_are_not_known_are_no_shares() -> None:
+    _, opened = door("B200-180GB", "off")
+    with pytest.raises(StartError, match=r"how many SMs 3g.90gb, 4g.90gb, 7g.180gb of a .* is not known"):
+        profile_places.shares(opened)

@@ -138,7 +138,7 @@ REASONS = {
     "yaml": "slo_ms: Input should be a valid number",
     "keys": "unknown key slo; did you mean slo_ms?",
     "dims": "declares input x as FP32 [9], the model has FP32 [3]",
-    "slices": "no slice has one of the MIG profiles 9g.90gb",
+    "slices": "no slice has one of the MIG profiles 9g.90gb; there are 1g.10gb, 2g.20gb",
     "pipeline": "preprocess.image makes FP32 [3, 8, 8], input x is FP32 [3]",
     "table": "No such file",
     "script": "declare them in config.pbtxt",

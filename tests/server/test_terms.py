@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server import terms
 from server.errors import ServeError
-from server.terms import OF_CALL, OF_MODEL, OF_REQUEST_DEADLINE, OF_REQUEST_SLO, read_terms
+from server.terms import OF_CALL, OF_MODEL, OF_REQUEST_DEADLINE, OF_REQUEST_SLO, read_terms, with_query
 
 NOW = 1_000_000_000
 Given = dict[str, Any]
@@ -139,3 +139,43 @@ def test_any_parameters_at_all_are_taken_or_refused(parameters: Given) -> None:
 def test_of_a_great_many_names_only_the_first_are_compared() -> None:
     many = {f"name{number}": 1 for number in range(1000)} | {"slo": 5}
     assert read_terms(many, NOW, None) == terms.Terms(NOW)
+
+
+# ---- of the URL ----
+
+
+def test_parameters_of_the_url_are_added_to_those_of_the_body() -> None:
+    assert with_query(None, "slo_ms=50&strict=true") == {"slo_ms": 50, "strict": True}
+    assert with_query({"mine": "a", "strict": False}, "deadline%5Fms=1.5") == {
+        "mine": "a",
+        "strict": False,
+        "deadline_ms": 1.5,
+    }
+    assert read_terms(with_query(None, "a=b&a=c"), NOW, None) == terms.Terms(NOW), "a gateway's own"
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("slo=5", r"unknown parameter slo; did you mean slo_ms\?"),
+        ("slo_ms=5&slo_ms=6", "parameter slo_ms is given twice"),
+        ("priority=1", "parameter priority is given twice; expected it once, in the URL or in the body"),
+        ("slo_ms=fast", "parameter slo_ms must be a positive number of milliseconds, not 'fast'"),
+        ("slo_ms=" + "9" * 5000, "parameter slo_ms must be a positive number"),
+        ("slo_ms=", "parameter slo_ms must be a positive number of milliseconds, not ''"),
+        ("strict=1", "parameter strict must be true or false, not 1"),
+        ("strict", "parameter strict must be true or false, not ''"),
+        ("strict=null", "parameter strict must be true or false, not 'null'"),
+        ("timeout=1.5", "parameter timeout must be a whole number of at least 0, not 1.5"),
+        ("&".join(f"a{number}=1" for number in range(100)), "the URL has more than 32 parameters"),
+    ],
+)
+def test_what_is_wrong_in_the_url_is_named(query: str, message: str) -> None:
+    with pytest.raises(ServeError, match=message):
+        read_terms(with_query({"priority": 2}, query), NOW, None)
+
+
+@given(st.text())
+def test_any_query_at_all_is_taken_or_refused(query: str) -> None:
+    with contextlib.suppress(ServeError):
+        read_terms(with_query(None, query), NOW, None)

@@ -29,6 +29,12 @@ PRIVATE_MIB_PER_WORKER = 150
 OURS = {"COLUMNS": "200", "NO_COLOR": "1", "MIGSERVE_MODEL_REPOSITORY": str(MODELS), "MIGSERVE_ALLOW_ADMIN": "0"}
 
 
+@pytest.fixture(autouse=True)
+def _state_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have a daemon, too."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
 def migserve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own, as a shell starts it."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MIGSERVE_")}
@@ -167,6 +173,7 @@ def test_folders_of_models_in_environment_and_file_are_written_as_in_a_path(
         ("model_repository: []", "settings.yaml: model_repository []: "),
         ("allow_http: false\nallow_grpc: false", "nothing would be served: leave out --no-allow-http"),
         ("grpc_port: 1\nhttp_port: [", "settings.yaml, line 2 is not YAML: "),
+        ("grpc_port: 1\ngrpc_port: 2", "settings.yaml, line 2 is not YAML: key grpc_port is given twice"),
         ("- http_port: 1", "settings.yaml must hold settings by their names"),
         ("http_port", "settings.yaml must hold settings by their names"),
         ("\0", "settings.yaml is not YAML"),

@@ -180,6 +180,10 @@ def test_the_life_of_a_job(tmp_path: Path) -> None:
         series = request(daemon.metrics, "GET", "/metrics").body.decode()
         assert 'migserve_jobs{state="paused"} 1.0' in series
         assert f'migserve_job_items{{job_id="{job}",model="slow"}} 60.0' in series
+        # Nobody else takes it on meanwhile, nor the token.
+        other = RunningDaemon((*flags, "--state-dir", str(tmp_path / "state")))
+        assert other.wait() == 1
+        assert f"is in use by process {daemon.process.pid}, a daemon too" in "".join(other.text)
         request(daemon.http, "POST", "/v2/repository/models/slow/load")
         until_state(daemon, job, "running")
         # A drain lets it be gone on with after a restart; who waits for it sees its end all the same.
