@@ -11,8 +11,6 @@ What is wrong with one item is that item's error; what is wrong with all of them
 
 from __future__ import annotations
 
-import base64
-import binascii
 import itertools
 import math
 import os
@@ -27,6 +25,7 @@ import numpy as np
 from preprocess.pipeline import PipelineFile
 from scheduler.lengths import Lengths
 from scheduler.tensors import DATATYPES, Signature, TensorSpec
+from server import base64_text
 from server.job_store import Position, full_disk
 
 JSONL, FOLDER, NPZ, SAFETENSORS = "jsonl", "folder", "npz", "safetensors"
@@ -226,8 +225,8 @@ def _base64(value: object, name: str) -> bytes:
     if not isinstance(value, str):
         raise BadItemError(f"{name} must be a string, not {_shortly(value)}")
     try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return base64_text.decode(value)
+    except ValueError as error:
         raise BadItemError(f"{name} must be base64: {error}") from None
 
 
