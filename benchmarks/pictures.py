@@ -185,14 +185,17 @@ def main(
             daemon = servers.enter_context(running(*flags, *more))
             url = f"http://{daemon.http}/v2/models/small/infer"
             sides.append(Side(name, url, daemon.process.pid, script(folder, name, raw(picture))))
-        for name in PEERS:
-            if name not in missing:
+        failed: dict[str, str] = {}
+        for name in [each for each in PEERS if each not in missing]:
+            try:
                 peer = servers.enter_context(started(name, model, picture))
-                lua = script(folder, name, PEERS[name].post(picture))
-                sides.append(Side(name, peer.url, peer.pid, lua))
+            except AssertionError as error:
+                failed[name] = f"{error} (python -m benchmarks.peer_{name} says why; make peers, in the Makefile, too)"
+                continue
+            sides.append(Side(name, peer.url, peer.pid, script(folder, name, PEERS[name].post(picture))))
         idle = idle_cores(sides)
         busy = [side for side in sides if idle[side.name] > MOST_IDLE]
-        seen, failed = measure(sides, busy, rounds, seconds)
+        seen = measure(sides, busy, rounds, seconds, failed)
     console = Console(record=True, width=110)
     console.print(f"{os.cpu_count()} cores, wrk on the same; {rounds} rounds of {seconds} s; medians")
     console.print(f"load average of 15 min before: {loaded:.1f}: what is more than 0 was other work on these cores")
@@ -217,10 +220,9 @@ def idle_cores(sides: list[Side]) -> dict[str, float]:
     return {side.name: (cpu_of_tree_s(side.pid) - then) / IDLE_S for side, then in zip(sides, before, strict=True)}
 
 
-def measure(sides: list[Side], busy: list[Side], rounds: int, seconds: int) -> tuple[Seen, dict[str, str]]:
-    """All windows, and which side failed how. `busy`: those that are so when nothing is asked of them."""
+def measure(sides: list[Side], busy: list[Side], rounds: int, seconds: int, failed: dict[str, str]) -> Seen:
+    """All windows. `busy`: sides that are so when nothing is asked of them. Puts into `failed` which fails, and how."""
     seen: Seen = {}
-    failed: dict[str, str] = {}
     for round_number in range(rounds + 1):
         for connections in CONNECTIONS:
             for side in sides:
@@ -234,7 +236,7 @@ def measure(sides: list[Side], busy: list[Side], rounds: int, seconds: int) -> t
                     continue
                 if round_number:  # the first one warms up
                     seen.setdefault((side.name, connections), []).append(measured)
-    return {key: windows for key, windows in seen.items() if key[0] not in failed}, failed
+    return {key: windows for key, windows in seen.items() if key[0] not in failed}
 
 
 def script(folder: str, name: str, post: Post) -> str:
