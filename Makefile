@@ -12,7 +12,7 @@ GPU := $(wildcard /dev/nvidiactl)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH := $(if $(GPU),,-c constraints-cpu.txt $(shell curl -fsIm 3 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX)))
 
-.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-pictures bench-preba peers bench-policies bench-overload bench-predictor bench-jobs system-tools bench-gpu check-gpu clean
+.PHONY: help serve test check models test-models bench-overhead bench-preprocess bench-pictures bench-preba peers bench-policies bench-overload bench-predictor bench-jobs bench-jobs-real bench-buckets system-tools bench-gpu check-gpu clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -67,6 +67,12 @@ bench-predictor: $(VENV)/dev ## latency tables predicted from a tenth of their p
 
 bench-jobs: $(VENV)/dev ## a batch job beside online traffic, in the simulator
 	$(BIN)/python -m benchmarks.jobs $(ARGS)
+
+bench-jobs-real: $(VENV)/dev test-models ## a batch job in a real daemon: kill -9 of every worker and of the daemon; a million items
+	$(BIN)/python -m benchmarks.jobs_real $(ARGS)
+
+bench-buckets: $(VENV)/dev ## length buckets: exact edges beside fixed, quantiles and powers of two
+	$(BIN)/python -m benchmarks.buckets $(ARGS)
 
 bench-gpu: $(VENV)/dev ## preprocessing on a GPU: agreement, safety, speed; one JSON and one picture ("not measured" without one)
 	$(BIN)/python -m benchmarks.gpu_pictures $(ARGS)
