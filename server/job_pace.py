@@ -8,7 +8,7 @@ from collections import deque
 TAU_S = 10.0
 # Where slices wait for inputs more often than that, it is these that the end waits for.
 STARVED = 0.5
-# After a full disk a job waits so long, and twice as long after each time that is as bad, up to the other.
+# After an error of the disk a job waits so long, and twice as long after each time that is as bad, up to the other.
 FULL_S, MOST_FULL_S = 10.0, 300.0
 # Of a bucket's factor: so much of the last batch.
 WEIGHT = 0.2
@@ -60,7 +60,7 @@ class Casualties:
 
 
 class Patience:
-    """With a disk that is full, though it shows free room, by job: to try again costs what cannot be kept."""
+    """With a disk that takes nothing, though it shows free room, by job: to try again costs what cannot be kept."""
 
     def __init__(self) -> None:
         self._waits: dict[str, tuple[float, float, int]] = {}  # how long, until when, items that were kept before

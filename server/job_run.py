@@ -114,9 +114,8 @@ class JobRun:
 
     def _failed(self, error: BaseException) -> None:
         """Nothing may fail unseen: the job would wait for ever. It can go on from its ledger."""
-        if isinstance(error, DiskFullError):
+        if isinstance(error, DiskFullError | OSError | sqlite3.Error):  # SQLite has no name of its own for a quota
             self._patience.failed(self.job.id, self.job.done, now_s())
-        if isinstance(error, DiskFullError | OSError | sqlite3.Error):
             self._ends(JobState.PAUSED, f"the disk: {error}")
         else:
             log.error("a job failed", job=self.job.id, exc_info=error)

@@ -6,10 +6,12 @@ import asyncio
 import base64
 import io
 import json
+import resource
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -476,7 +478,37 @@ def test_a_disk_that_stays_full_though_it_shows_room_is_not_tried_again_at_once(
     on(tmp_path, story)
 
 
-def test_inputs_that_cannot_be_read_pause_it_until_they_can(tmp_path: Path) -> None:
+@contextmanager
+def no_file_beyond(nbytes: int) -> Iterator[None]:
+    """As over a quota: writes fail, with an error of their own that is not that of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_quota_is_not_tried_again_at_once_either(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit(*range(4000))
+        with capture_logs(), no_file_beyond(64 << 10):
+            while job.state == JobState.RUNNING:
+                await told.unless_over(job, told.finish())
+            told.drop_running()
+            for _ in range(4):
+                told.jobs._again.set()
+                await until(lambda: not told.jobs._again.is_set())
+                assert (job.state, job.reason) == (JobState.PAUSED, "the disk: disk I/O error")
+        await told.jobs.cancel(job.id)
+        await told.jobs.resume(job.id)
+        assert len(await told.all_done(job)) == 4000
+
+    on(tmp_path, story)
+
+
+def test_inputs_that_cannot_be_read_pause_it_until_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_pace, "FULL_S", 0.1)
     out = io.BytesIO()
     np.savez(out, x=np.arange(3000, dtype=np.float32).reshape(3000, 1))
 
