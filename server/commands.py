@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from server.settings import ConfigError, Settings, unknown_variables
 log = structlog.get_logger(__name__)
 
 UNAVAILABLE, USAGE = 1, 2
+# When all is stopped, for threads that still write.
+LAST_SECONDS = 1.0
 
 
 def serve(config: Path | None, flags: dict[str, Any]) -> int:
@@ -40,13 +43,22 @@ def serve(config: Path | None, flags: dict[str, Any]) -> int:
     show = _Show(chosen) if chosen.log_format == "console" else Progress()
 
     async def run() -> int:
-        with state_folder.held(chosen.state_folder):
-            return await Daemon(chosen, show).run()
+        state_folder.hold(chosen.state_folder)
+        code = await Daemon(chosen, show).run()
+        _end_within(LAST_SECONDS, code)
+        return code
 
     try:
         return uvloop.run(run())
     except StartError as error:
         return _complain(f"migserve cannot start: {error}", UNAVAILABLE)
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """A process waits for its threads, and a large job's results take minutes: a kill does what they write no harm."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def replay(journal: Path) -> int:

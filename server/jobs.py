@@ -107,7 +107,7 @@ class Jobs:
         # Side by side: one that is long at it, for it writes its results, keeps no other from putting down what it has.
         await asyncio.gather(*(run.stop() for run in self._runs.values()))
         self._runs.clear()
-        self._threads.shutdown()
+        await asyncio.to_thread(self._threads.shutdown)
         if self._store is not None:
             self._store.close()
 

@@ -6,10 +6,8 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 import structlog
 
@@ -18,16 +16,17 @@ from server.gpus import StartError
 log = structlog.get_logger(__name__)
 
 LOCK_FILE = "lock"
+PID_BYTES = 20
 # One that was just killed still holds it until its memory has been given back.
 PATIENCE_S = 2.0
 AGAIN_S = 0.02
 
 
-@contextmanager
-def held(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Until it is left, or the process ends, however it ends. Raises StartError, naming the process that holds it.
+def hold(folder: Path, patience_s: float = PATIENCE_S) -> int | None:
+    """Until the process ends, however it does, or the descriptor that is returned is closed.
 
-    A folder that cannot be written is nobody's: its daemon goes on with a warning, without jobs and token.
+    Nobody who serves closes it: a thread may write to the folder to the very end. A folder that cannot be written is
+    nobody's: its daemon goes on with a warning, without jobs and token. Raises StartError, naming who holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,28 +34,29 @@ def held(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
         lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         log.warning("the state folder cannot be written", folder=str(folder), reason=str(error))
-        yield
-        return
-    with os.fdopen(lock, "r+") as file:
-        _lock(file, folder, time.monotonic() + patience_s)
-        with suppress(OSError):  # on a full disk nobody learns the number
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-        yield
+        return None
+    try:
+        _lock(lock, folder, time.monotonic() + patience_s)
+    except StartError:
+        os.close(lock)
+        raise
+    with suppress(OSError):  # on a full disk nobody learns the number
+        os.truncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
+    return lock
 
 
-def _lock(file: IO[str], folder: Path, deadline_s: float) -> None:
+def _lock(lock: int, folder: Path, deadline_s: float) -> None:
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except OSError as error:
             if error.errno != errno.EWOULDBLOCK:  # a file system without locks
                 log.warning("the state folder cannot be locked", folder=str(folder), reason=str(error))
                 return
         if time.monotonic() >= deadline_s:
-            holder = f"process {pid}" if (pid := file.read()) else "another process"
+            holder = f"process {pid.decode()}" if (pid := os.read(lock, PID_BYTES)) else "another process"
             raise StartError(
                 f"the state folder {folder} is in use by {holder}, a daemon too; --state-dir names another one"
             )

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from server.gpus import StartError
 from server.settings import Settings
-from server.state_folder import held
+from server.state_folder import hold
 from tests.harness import REPOSITORY, ended
 
 # Holds it as a daemon does, with a process of the fork server's and one of its own, until it is killed.
@@ -21,14 +21,14 @@ HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
 from scheduler import spawn
-from server.state_folder import held
+from server.state_folder import hold
 
 if __name__ == "__main__":
     spawn.leave_torch_out()
-    with held(Path(sys.argv[1])):
-        own = subprocess.Popen(["sleep", "60"])
-        print(own.pid, spawn.start_other(time.sleep, 60).pid, flush=True)
-        time.sleep(60)
+    hold(Path(sys.argv[1]))
+    own = subprocess.Popen(["sleep", "60"])
+    print(own.pid, spawn.start_other(time.sleep, 60).pid, flush=True)
+    time.sleep(60)
 """
 
 
@@ -40,15 +40,15 @@ def test_it_has_one_daemon_and_is_free_at_once_where_that_is_killed_though_its_w
         left = [int(pid) for pid in holder.stdout.readline().split()]
         try:
             taken = f"{folder} is in use by process {holder.pid}, a daemon too; --state-dir names another one"
-            with pytest.raises(StartError, match=taken), held(folder, 0.0):
-                pass
+            with pytest.raises(StartError, match=taken):
+                hold(folder, 0.0)
             holder.kill()
             holder.wait()
-            with held(folder, 0.0):
-                assert [ended(pid) for pid in left] == [False, False]
-                assert (folder / "lock").read_text() == str(os.getpid())
-            with held(folder, 0.0):
-                pass  # once it is left it is free, too
+            lock = hold(folder, 0.0)
+            assert lock is not None
+            assert [ended(pid) for pid in left] == [False, False]
+            assert (folder / "lock").read_text() == str(os.getpid())
+            os.close(lock)
         finally:
             holder.kill()
             for pid in left:
@@ -57,8 +57,8 @@ def test_it_has_one_daemon_and_is_free_at_once_where_that_is_killed_though_its_w
 
 def test_one_that_cannot_be_written_keeps_nobody_from_serving(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with capture_logs() as logs, held(tmp_path / "file" / "state"):
-        pass
+    with capture_logs() as logs:
+        assert hold(tmp_path / "file" / "state") is None
     assert [line["event"] for line in logs] == ["the state folder cannot be written"]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -12,8 +14,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from server.gpus import StartError
+from server.job_store import UNFINISHED
+from server.state_folder import hold
 from tests import repositories
-from tests.harness import running, until
+from tests.harness import ended, running, until
+from tests.server.raw_http import request
 from tests.system.asking import Occupied, metric, post, ready, sixteen
 
 
@@ -86,6 +92,35 @@ def test_pictures_under_way_are_waited_for_and_cut_off_in_time(tmp_path: Path) -
     status, _, body = answers[0]
     assert (status, body["error"]) == (503, "the server is shutting down")
     assert "Traceback" not in "".join(daemon.text)
+
+
+def test_results_that_never_get_written_hold_it_up_no_longer_and_the_state_folder_is_its_own_to_the_end(
+    tmp_path: Path,
+) -> None:
+    state = tmp_path / "state"
+    repositories.emulated(tmp_path / "models" / "slow", 500)
+
+    def free() -> bool:
+        try:
+            lock = hold(state, 0.0)
+        except StartError:
+            return False
+        assert lock is not None
+        os.close(lock)
+        return True
+
+    flags = ("--model-repository", str(tmp_path / "models"), "--layout", "7g.80gb", "--state-dir", str(state))
+    with running(*flags, "--drain-delay-secs", "0", "--exit-timeout-secs", "1") as daemon:
+        job = json.loads(request(daemon.http, "POST", "/v2/jobs?model=slow", json.dumps([0] * 16).encode()).body)["id"]
+        os.mkfifo(state / "jobs" / job / f"results.jsonl{UNFINISHED}")  # as a disk that does not answer
+        until(lambda: json.loads(request(daemon.http, "GET", f"/v2/jobs/{job}").body)["done"], "all is computed")
+        begin = time.monotonic()
+        daemon.terminate()
+        daemon.wait_for("stopped")
+        assert ended(daemon.process.pid) or not free()
+        assert daemon.wait() == 0
+        assert time.monotonic() - begin < 8
+        assert free()
 
 
 def test_sigterm_while_starting_ends_it(demo_models: None) -> None:
