@@ -44,6 +44,7 @@ async def opened(
     ledger: Ledger = await in_thread(Ledger, folder)
     try:
         job.done, job.errors = ledger.counts
+        job.first_errors = await in_thread(ledger.first_errors) if job.errors else []
         if job.is_complete:
             return ledger, NothingLeft(job.asked.items)
         return ledger, await in_thread(open_reader, folder, ledger.position, model(), inputs_dir)

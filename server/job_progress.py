@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from scheduler.driver import now_ns
 from scheduler.elastic import FOREVER_NS, Holding
 from server.job_pace import Casualties, Pace
-from server.job_store import ItemError, Job, JobState
+from server.job_store import Job, JobState
 
 INTERNAL_ERROR = "an internal error; the server's log has the details"
 
@@ -59,9 +59,9 @@ def demands(jobs: Iterable[Job]) -> list[tuple[str, float, float]]:
     return [(model, items, within_s) for model, (items, within_s) in found.items() if items]
 
 
-def too_many(job: Job, errors: Sequence[ItemError]) -> str:
+def too_many(job: Job) -> str:
     """Why it is stopped."""
-    shown = "; ".join(map(str, errors))
+    shown = "; ".join(map(str, job.first_errors[:3]))
     return f"{job.errors} items have errors, more than max_errors={job.asked.max_errors}; {shown}"
 
 

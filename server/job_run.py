@@ -30,8 +30,8 @@ from server.job_preparing import grouped, tensors_of_batch
 from server.job_progress import INTERNAL_ERROR, now_s, too_many
 from server.job_results import rows_of_all
 from server.job_shared import Shared
-from server.job_store import DiskFullError, ItemError, Job, JobState, Ledger
-from server.job_window import Finished, Sent, Waiting, Window
+from server.job_store import DiskFullError, ItemError, Job, JobState, Ledger, Position, errors_of
+from server.job_window import Finished, Outcomes, Sent, Waiting, Window
 from server.repository import Model
 
 log = structlog.get_logger(__name__)
@@ -145,10 +145,6 @@ class JobRun:
 
     def in_thread(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         return asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
-
-    async def first_errors(self, most: int) -> list[ItemError]:
-        rows = await self.in_thread(lambda: list(self.ledger.rows(errors_only=True, limit=most)))
-        return [ItemError(row.item, row.error or "", row.name) for row in rows]
 
     @property
     def left(self) -> dict[Bucket, float]:
@@ -369,7 +365,7 @@ class JobRun:
             await self._put_down()
             self.feed_soon()  # there is room for what is made of more
             if self.job.errors > self.job.asked.max_errors:
-                self._ends(JobState.STOPPED, too_many(self.job, await self.first_errors(3)))
+                self._ends(JobState.STOPPED, too_many(self.job))
             elif self.job.done >= self.job.asked.items:
                 said = await self.in_thread(job_results.write_as_asked, self.ledger, self.job.asked)
                 self._ends(JobState.DONE, said)
@@ -380,9 +376,8 @@ class JobRun:
     async def _put_down(self) -> None:
         """What is finished, into the ledger."""
         finished = self._finished.take()
-        position = self._window.position()
         try:
-            counts = await self.in_thread(lambda: self.ledger.add(rows_of_all(finished, self.job.asked), position))
+            counts, wrong = await self.in_thread(self._kept, finished, self._window.position())
         except BaseException:
             self._finished.put_back(finished)
             raise
@@ -391,5 +386,11 @@ class JobRun:
         model = self.job.asked.model
         self._tally.update({(model, "ok"): counts[0] - self.job.done - failed, (model, "failed"): failed})
         self.job.done, self.job.errors = counts
+        self.job.went_wrong(wrong)
         self._window.put_down(self._finished.put_down(finished))
         self._room.set()
+
+    def _kept(self, finished: Outcomes, position: Position) -> tuple[tuple[int, int], list[ItemError]]:
+        """In a thread. Returns the ledger's counts, and what is wrong with these items."""
+        rows = rows_of_all(finished, self.job.asked)
+        return self.ledger.add(rows, position), errors_of(rows)

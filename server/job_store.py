@@ -26,6 +26,8 @@ from scheduler.tensors import Signature
 from server.errors import Fault, ServeError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# Of a job that are kept at hand: the first ones.
+ERRORS_SHOWN = 10
 # Of a file's name while it is being written.
 UNFINISHED = ".unfinished"
 
@@ -88,6 +90,11 @@ class Job(msgspec.Struct):
     ended_s: float | None = None
     first_errors: list[ItemError] = []
 
+    def went_wrong(self, errors: Iterable[ItemError]) -> None:
+        """With these items, too."""
+        found = {each.item: each for each in (*self.first_errors, *errors)}
+        self.first_errors = [found[item] for item in sorted(found)[:ERRORS_SHOWN]]
+
     @property
     def is_complete(self) -> bool:
         """Its results are to be written, which takes no model any more."""
@@ -101,6 +108,10 @@ class Row(msgspec.Struct, array_like=True):
     error: str | None
     value: bytes | None
     name: str | None = None
+
+
+def errors_of(rows: Iterable[Row]) -> list[ItemError]:
+    return [ItemError(row.item, row.error, row.name) for row in rows if row.error is not None]
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -281,6 +292,9 @@ class Ledger:
         )
         for values in cursor:  # one at a time: they may be large
             yield Row(*values)
+
+    def first_errors(self) -> list[ItemError]:
+        return errors_of(self.rows(errors_only=True, limit=ERRORS_SHOWN))
 
     def close(self) -> None:
         self._rows.close()

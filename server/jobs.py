@@ -27,7 +27,7 @@ from server.job_preparing import JobPreparer
 from server.job_progress import INTERNAL_ERROR, demands, no_results, not_resumed, now_s, progress, within_ns
 from server.job_run import JobRun
 from server.job_shared import Shared
-from server.job_store import DiskFullError, ItemError, Job, JobState, JobStore, Position, kept_or_refused
+from server.job_store import DiskFullError, Job, JobState, JobStore, Position, kept_or_refused
 from server.job_supply import Supply, usable_model
 from server.repository import Repository
 from server.service import InferenceService
@@ -39,7 +39,6 @@ THREADS = 4
 DECIDE_EVERY_S = 1.0
 ENDED = (JobState.DONE, JobState.CANCELLED, JobState.STOPPED)
 ID_BYTES = 5
-ERRORS_SHOWN = 10
 
 
 class Jobs:
@@ -222,13 +221,6 @@ class Jobs:
             del self._jobs[job_id], self._changing[job_id]
             self._infeasible.discard(job_id)
 
-    async def first_errors(self, job: Job) -> list[ItemError]:
-        """The first items that went wrong."""
-        run = self._runs.get(job.id)
-        if run is not None and job.errors > len(job.first_errors) < ERRORS_SHOWN:
-            job.first_errors = await run.first_errors(ERRORS_SHOWN)
-        return job.first_errors
-
     def results(self, job_id: str) -> Path:
         """The file of a job that is done. Raises ServeError."""
         job = self.get(job_id)
@@ -362,11 +354,7 @@ class Jobs:
         self._shared.patience.forget(job.id)
         run = self._runs.pop(job.id, None)
         if run is not None:
-            try:
-                if job.errors:
-                    job.first_errors = await run.first_errors(ERRORS_SHOWN)
-            finally:  # nobody else knows of it any more
-                await run.stop()
+            await run.stop()
         ended_s = time.time()
         await self._in_thread(self.store.save, msgspec.structs.replace(job, ended_s=ended_s))
         job.ended_s = ended_s  # not before: it is tried again where there was no room

@@ -34,7 +34,7 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
             job = await intake.take(terms, request.stream())
         except ClientDisconnect:
             raise invalid("the inputs were not sent to their end") from None
-        return JSONResponse(await _shown(jobs, job), 201)
+        return JSONResponse(_shown(jobs, job), 201)
 
     @routes.get("/v2/jobs")
     async def index() -> dict[str, Any]:
@@ -42,7 +42,7 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
 
     @routes.get("/v2/jobs/{job_id}")
     async def show(job_id: str) -> dict[str, Any]:
-        return await _shown(jobs, jobs.get(job_id))
+        return _shown(jobs, jobs.get(job_id))
 
     @routes.get("/v2/jobs/{job_id}/results")
     async def results(job_id: str) -> FileResponse:
@@ -52,14 +52,14 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
 
     @routes.post("/v2/jobs/{job_id}/cancel")
     async def cancel(job_id: str) -> dict[str, Any]:
-        return await _shown(jobs, await jobs.cancel(job_id))
+        return _shown(jobs, await jobs.cancel(job_id))
 
     @routes.post("/v2/jobs/{job_id}/resume")
     async def resume(job_id: str, request: Request) -> dict[str, Any]:
         max_errors = request.query_params.get("max_errors")
         if max_errors is not None and not (max_errors.isdecimal() and len(max_errors) < 16):
             raise invalid(f"max_errors must be a whole number, not {max_errors[:100]!r}")
-        return await _shown(jobs, await jobs.resume(job_id, None if max_errors is None else int(max_errors)))
+        return _shown(jobs, await jobs.resume(job_id, None if max_errors is None else int(max_errors)))
 
     @routes.delete("/v2/jobs/{job_id}")
     async def remove(job_id: str) -> dict[str, Any]:
@@ -103,8 +103,8 @@ def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
     return found
 
 
-async def _shown(jobs: Jobs, job: Job) -> dict[str, Any]:
-    errors = [_error(each) for each in await jobs.first_errors(job)]
+def _shown(jobs: Jobs, job: Job) -> dict[str, Any]:
+    errors = [_error(each) for each in job.first_errors]
     asked = job.asked
     more = {"format": asked.format, "output": asked.output, "max_errors": asked.max_errors, "first_errors": errors}
     return {**_job(jobs, job), **more}

@@ -846,12 +846,39 @@ def test_a_job_whose_ledger_cannot_be_read_any_more_is_let_go_of_all_the_same(tm
         job = await told.submit("a", 1)
         await until(lambda: job.errors == 1)
         told.jobs._runs[job.id].ledger.close()
-        with pytest.raises(ServeError, match="cannot be written"):
-            await told.jobs.cancel(job.id)
+        await told.jobs.cancel(job.id)
         await until(lambda: not threads_of(job))
-        await until(lambda: job.ended_s is not None)
+        assert job.ended_s is not None
 
     on(tmp_path, story)
+
+
+def test_the_first_errors_are_told_while_its_thread_is_busy_and_after_a_restart(tmp_path: Path) -> None:
+    ids = []
+
+    async def before(told: Story) -> None:
+        job = await told.submit(
+            *(f"bad {number}" for number in range(8)), 1, "bad 9", "bad 10", "bad 11", 2, max_errors=20
+        )
+        ids.append(job.id)
+        await until(lambda: job.errors == 11)
+        written = threading.Event()
+        told.jobs._runs[job.id].in_thread(written.wait)
+        await first_errors_of(told, job)
+        written.set()
+
+    async def first_errors_of(told: Story, job: Job) -> None:
+        async with asyncio.timeout(5):
+            found = json.loads(await shown(told, job))["first_errors"]
+        assert [each["item"] for each in found] == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10]
+
+    async def after(told: Story) -> None:
+        await first_errors_of(told, told.jobs.get(ids[0]))
+        await told.all_done(told.jobs.get(ids[0]))
+        await first_errors_of(told, told.jobs.get(ids[0]))
+
+    on(tmp_path, before)
+    on(tmp_path, after)
 
 
 def test_a_job_that_is_slow_to_stop_keeps_no_other_from_it(tmp_path: Path) -> None:
