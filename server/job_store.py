@@ -18,6 +18,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -187,10 +188,17 @@ class JobStore:
     def remove(self, job_id: str) -> None:
         """Its folder goes last: what is left of one that no row knows is swept at the next start.
 
-        Raises DiskFullError.
+        Unless there is no room: even to forget a row takes some, which its files then make. Raises DiskFullError.
         """
-        with full_disk():
-            self._jobs.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+        forget = partial(self._jobs.execute, "DELETE FROM jobs WHERE id = ?", (job_id,))
+        try:
+            forget()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+                raise
+            shutil.rmtree(self.folder(job_id), ignore_errors=True)
+            with full_disk():
+                forget()
         shutil.rmtree(self.folder(job_id), ignore_errors=True)
 
     def tidy(self, job: Job) -> None:

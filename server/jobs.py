@@ -215,7 +215,7 @@ class Jobs:
             job = self.get(job_id)
             if job.state not in ENDED:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}; cancel it first")
-            await self._let_go(job)
+            await self._run_let_go(job)
             with kept_or_refused():
                 await self._in_thread(self.store.remove, job_id)
             del self._jobs[job_id], self._changing[job_id]
@@ -350,17 +350,20 @@ class Jobs:
         """Of a job that has ended: its state goes to disk before what is not needed any more goes from there."""
         if job.ended_s is not None:
             return
-        self._foreseen.pop(job.id, None)
-        self._shared.patience.forget(job.id)
-        run = self._runs.pop(job.id, None)
-        if run is not None:
-            await run.stop()
+        await self._run_let_go(job)
         ended_s = time.time()
         await self._in_thread(self.store.save, msgspec.structs.replace(job, ended_s=ended_s))
         job.ended_s = ended_s  # not before: it is tried again where there was no room
         if job.state == JobState.DONE:
             await self._in_thread(self.store.tidy, job)
         log.info("job ended", job=job.id, state=job.state, done=job.done, errors=job.errors, reason=job.reason)
+
+    async def _run_let_go(self, job: Job) -> None:
+        self._foreseen.pop(job.id, None)
+        self._shared.patience.forget(job.id)
+        run = self._runs.pop(job.id, None)
+        if run is not None:
+            await run.stop()
 
     def _tell_infeasible(self, job_id: str) -> None:
         found = self.progress(self._jobs[job_id])

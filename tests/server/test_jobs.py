@@ -924,19 +924,36 @@ def test_a_resume_that_cannot_be_kept_leaves_it_as_it_was(tmp_path: Path) -> Non
     on(tmp_path, story)
 
 
+async def ended_without_room(told: Story) -> Job:
+    lines = [json.dumps({"unreadable": "e" * 500})] * 12
+    await told.submit(*lines, max_errors=0)  # the database has a page for it
+    await until(lambda: told.jobs.all()[0].ended_s is not None)
+    database = told.jobs.store._jobs
+    job = await told.submit(*lines, max_errors=0)
+    (pages,) = database.execute("PRAGMA page_count").fetchone()
+    database.execute(f"PRAGMA max_page_count={pages}")
+    await until(lambda: job.state == JobState.STOPPED)
+    await until(lambda: not threads_of(job))  # it is let go of, and could not be kept
+    return job
+
+
+def test_on_a_full_disk_a_job_can_be_removed_all_the_same(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await ended_without_room(told)
+        with pytest.raises(ServeError, match="the disk is full"):
+            await told.jobs.resume(job.id, 50)
+        await told.jobs.remove(job.id)
+        assert [each.id == job.id for each in told.jobs.store.all()] == [False]
+        assert not told.jobs.store.folder(job.id).exists()
+
+    on(tmp_path, story, pictures=True)
+
+
 def test_an_end_that_finds_no_room_on_the_disk_is_kept_once_there_is(tmp_path: Path) -> None:
     async def story(told: Story) -> None:
-        lines = [json.dumps({"unreadable": "e" * 500})] * 12
-        await told.submit(*lines, max_errors=0)  # the database has a page for it
-        await until(lambda: told.jobs.all()[0].ended_s is not None)
-        database = told.jobs.store._jobs
-        job = await told.submit(*lines, max_errors=0)
-        (pages,) = database.execute("PRAGMA page_count").fetchone()
-        database.execute(f"PRAGMA max_page_count={pages}")
-        await until(lambda: job.state == JobState.STOPPED)
-        await until(lambda: not threads_of(job))  # it is let go of, and could not be kept
+        await ended_without_room(told)
         assert [each.state for each in told.jobs.store.all()] == [JobState.STOPPED, JobState.RUNNING]
-        database.execute("PRAGMA max_page_count=1000000")
+        told.jobs.store._jobs.execute("PRAGMA max_page_count=1000000")
         await until(lambda: {each.state for each in told.jobs.store.all()} == {JobState.STOPPED})
 
     on(tmp_path, story, pictures=True)
