@@ -7,7 +7,7 @@ import datetime
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from io import RawIOBase
@@ -111,8 +111,12 @@ class Intake:
         self._jobs = jobs
         self._repository = repository
 
-    async def take(self, terms: Terms, body: AsyncIterator[bytes]) -> Job:
-        """Raises ServeError; then nothing is left of it. One that is kept as the server stops goes on after that."""
+    async def take(self, terms: Terms, body: AsyncIterator[bytes], gone: Callable[[], Awaitable[bool]]) -> Job:
+        """`gone`: whether its sender has, who would send it again. Raises ServeError; then nothing is left of it.
+
+        It is cancelled only as the server stops: what it was at in a thread may go on, and the next start finds the
+        job whole, or sweeps what there is of it.
+        """
         model = self._repository.get(terms.model, terms.version)
         if (terms.format == FILES or terms.folder is not None) and model.serving.preprocess is None:
             raise invalid(
@@ -143,26 +147,16 @@ class Intake:
             foreseen = await self._jobs.forecast(job)
             if terms.strict:
                 _check_deadline(job, foreseen)
-            await self._added(job, foreseen)
-        except BaseException:
-            if all(kept.id != job_id for kept in self._jobs.all()):
-                shutil.rmtree(folder, ignore_errors=True)
+            await self._jobs.add(job, foreseen)
+        except Exception:
+            shutil.rmtree(folder, ignore_errors=True)
             raise
-        return job
-
-    async def _added(self, job: Job, foreseen: Holding) -> None:
-        """Keeps it, or nothing of it where whoever sent it has gone: a row is written in a thread, which goes on."""
-        adding = asyncio.create_task(self._jobs.add(job, foreseen))
-        try:
-            await asyncio.shield(adding)
-        except asyncio.CancelledError:
-            await asyncio.wait([adding])
-            if adding.cancelled() or adding.exception() is not None:
-                raise
+        if await gone():  # asked when it is kept: not a moment before that is left out
             for forget in (self._jobs.cancel, self._jobs.remove):
                 with suppress(ServeError):  # it has ended already; or the server stops, and goes on with it later
                     await forget(job.id)
-            raise
+            raise invalid("whoever sent the inputs has gone")
+        return job
 
     async def _prepare(self, folder: Path, form: str, model: Model, files: str | None) -> int:
         """Returns how many items there are. Raises ServeError."""

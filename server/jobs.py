@@ -66,6 +66,7 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._runs: dict[str, JobRun] = {}
         self._changing: dict[str, asyncio.Lock] = {}
+        self._beginning = asyncio.Lock()
         self._again = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._store: JobStore | None = None
@@ -103,6 +104,8 @@ class Jobs:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        async with self._beginning:
+            pass  # what was just at it is stopped with the others
         # Side by side: one that is long at it, for it writes its results, keeps no other from putting down what it has.
         await asyncio.gather(*(run.stop() for run in self._runs.values()))
         self._runs.clear()
@@ -179,8 +182,7 @@ class Jobs:
         if foreseen is not None:
             self._foreseen[job.id] = foreseen
         log.info("job", job=job.id, model=job.asked.model, items=job.asked.items)
-        if not self._stopping:  # else after the next start
-            await self._begin(job)
+        await self._begin(job)
 
     async def cancel(self, job_id: str) -> Job:
         """What is finished stays, for `resume`. Raises ServeError."""
@@ -253,7 +255,9 @@ class Jobs:
     async def _begin(self, job: Job) -> None:
         """Runs it, or pauses it where that cannot be now; what nobody has thought of stops this job and no other."""
         try:
-            await self._begun(job)
+            async with self._beginning:
+                if not self._stopping:  # else after the next start
+                    await self._begun(job)
         except ServeError as error:
             job.state, job.reason = JobState.PAUSED, error.message
         except (OSError, DiskFullError, sqlite3.Error) as error:

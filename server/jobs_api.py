@@ -31,7 +31,7 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
         if request.headers.get("content-encoding", "identity") != "identity":
             raise invalid("the inputs of a job are taken as they are: send them without Content-Encoding")
         try:
-            job = await intake.take(terms, request.stream())
+            job = await intake.take(terms, request.stream(), request.is_disconnected)
         except ClientDisconnect:
             raise invalid("the inputs were not sent to their end") from None
         return JSONResponse(_shown(jobs, job), 201)

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,7 +30,9 @@ from scheduler.channel import Done, Failed
 from scheduler.lengths import Lengths
 from scheduler.tensors import TensorSpec
 from server import job_pace, job_results, job_window
+from server.app import create_app
 from server.errors import Fault, ServeError
+from server.http_protocol import HttpProtocol
 from server.job_intake import WRITE_BYTES, Intake, Terms, receive
 from server.job_metrics import JobMetrics
 from server.job_preparing import JobPreparer
@@ -37,6 +40,7 @@ from server.job_store import DiskFullError, Job, JobState, JobStore
 from server.job_supply import Supply
 from server.jobs import Jobs
 from server.jobs_api import router
+from server.listening import HttpServer, listen
 from server.repository import Model
 from server.settings import Settings
 from tests.served import Served, make_model, make_padded_model
@@ -90,7 +94,10 @@ class Story:
             for begin in range(0, len(body), 10):
                 yield body[begin : begin + 10]
 
-        return await self.intake.take(Terms(**asked), parts())
+        async def gone() -> bool:
+            return False
+
+        return await self.intake.take(Terms(**asked), parts(), gone)
 
     async def sent(self, number: int = 1) -> None:
         """So many batches more are on their way."""
@@ -959,32 +966,78 @@ def test_an_end_that_finds_no_room_on_the_disk_is_kept_once_there_is(tmp_path: P
     on(tmp_path, story, pictures=True)
 
 
+class SlowSaves:
+    """The row of a job is written when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        save = JobStore.save
+
+        def slowly(store: JobStore, job: Job) -> None:
+            self.begun.set()
+            self.go.wait(10)
+            save(store, job)
+
+        monkeypatch.setattr(JobStore, "save", slowly)
+
+
 def test_nothing_is_left_of_a_job_whose_sender_goes_as_it_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saves, goes = threading.Event(), threading.Event()
-    save = JobStore.save
-
-    def slowly(self: JobStore, job: Job) -> None:
-        saves.set()
-        goes.wait()
-        save(self, job)
-
     async def story(told: Story) -> None:
-        monkeypatch.setattr(JobStore, "save", slowly)
-        sending = asyncio.create_task(told.submit(*range(20)))
-        await until(saves.is_set)
-        sending.cancel()
-        asyncio.get_running_loop().call_soon(goes.set)
-        with pytest.raises(asyncio.CancelledError):
-            await sending
-        assert told.jobs.all() == []
+        saves = SlowSaves(monkeypatch)
+        app = create_app(router(told.jobs, told.intake))
+        answered = asyncio.Event()
+
+        async def telling(scope: Any, receive: Any, send: Any) -> None:
+            await app(scope, receive, send)
+            answered.set()
+
+        connections: list[HttpProtocol] = []
+
+        class Protocol(HttpProtocol):
+            def connection_lost(self, exc: Exception | None) -> None:
+                super().connection_lost(exc)
+                connections.append(self)
+
+        with listen("http", "127.0.0.1", 0) as sock:
+            config = uvicorn.Config(telling, http=Protocol, lifespan="off", log_config=None)
+            server = HttpServer(config)
+            serving = asyncio.create_task(server.serve(sockets=[sock]))
+            await server.listening.wait()
+            _, writer = await asyncio.open_connection(*sock.getsockname())
+            writer.write(b"POST /v2/jobs?model=m HTTP/1.1\r\nHost: m\r\nContent-Length: 7\r\n\r\n[1]\n[2]")
+            await until(saves.begun.is_set)
+            writer.close()
+            await until(lambda: connections)
+            saves.go.set()
+            await answered.wait()
+            server.should_exit = True
+            await serving
+        assert told.jobs.all() == told.jobs.store.all() == []
         assert not list(tmp_path.glob("*/"))  # noqa: ASYNC240
 
     on(tmp_path, story)
-    store = JobStore(tmp_path)
-    assert store.all() == []
-    store.close()
+
+
+def test_a_job_whose_sender_is_cancelled_as_its_row_is_written_is_whole_after_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stops(told: Story) -> None:
+        saves = SlowSaves(monkeypatch)
+        sending = asyncio.create_task(told.submit(*range(20)))
+        await until(saves.begun.is_set)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        saves.go.set()
+
+    async def after(told: Story) -> None:
+        (job,) = told.jobs.all()
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(20)))
+
+    on(tmp_path, stops)
+    on(tmp_path, after)
 
 
 def test_a_job_that_is_sent_as_the_server_stops_is_there_with_its_inputs_or_not_at_all(tmp_path: Path) -> None:
