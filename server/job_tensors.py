@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import lzma
 import math
 import os
@@ -82,6 +83,10 @@ def unpack_npz(path: Path, most_bytes: int) -> dict[str, RawTensor]:
                     shutil.copyfileobj(member, file, 1 << 20)
                 found[name.removesuffix(".npy")] = tensor = RawTensor(out.name, 0, datatype, shape)
                 _check_bytes(tensor, name, out.stat().st_size)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # that is what a place before the file's begin comes to
+            raise
+        raise invalid("the npz file cannot be read: it is damaged") from None
     # RuntimeError: it is encrypted. UnicodeDecodeError: of a name.
     except (*_BAD_ZIP, zlib.error, lzma.LZMAError, RuntimeError, EOFError, UnicodeDecodeError) as error:
         raise invalid(f"the npz file cannot be read: {error}") from None
@@ -178,8 +183,8 @@ class TensorReader:
         for file, tensor in zip(self._files, self._tensors, strict=True):
             size = tensor.row_bytes
             data = os.pread(file, count * size, tensor.offset + first * size)
-            if len(data) != count * size:
-                raise OSError(f"{tensor.file} has become shorter")
+            if len(data) < count * size:  # the file has become shorter
+                count = len(data) // size
             rows.append([data[n * size : (n + 1) * size] for n in range(count)])
         self._next += count
         dims = self._dims

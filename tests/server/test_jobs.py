@@ -10,7 +10,7 @@ import resource
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -514,42 +514,53 @@ def test_a_quota_is_not_tried_again_at_once_either(tmp_path: Path) -> None:
     on(tmp_path, story)
 
 
-def test_inputs_that_cannot_be_read_pause_it_until_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_pace, "FULL_S", 0.1)
-    out = io.BytesIO()
-    np.savez(out, x=np.arange(3000, dtype=np.float32).reshape(3000, 1))
-
+def test_inputs_that_cannot_be_read_pause_it_until_they_can(tmp_path: Path) -> None:
     async def story(told: Story) -> None:
-        job = await told.submit(out.getvalue())
-        path = told.jobs.store.folder(job.id) / "array-0"
-        whole = path.read_bytes()
-        path.write_bytes(whole[: 4 * 600])
+        job = await told.submit(*range(9))
+        told.repository.gone = "not loaded"
         await until(lambda: job.state == JobState.PAUSED)
-        assert "the disk: array-0 has become shorter" in job.reason
-        path.write_bytes(whole)
+        told.drop_running()
+        path = told.jobs.store.folder(job.id) / "input"
+        elsewhere = path.rename(path.with_name("elsewhere"))
+        told.repository.gone = ""
+        await until(lambda: "the disk: [Errno 2] No such file" in job.reason)
+        elsewhere.rename(path)
         await until(lambda: job.state == JobState.RUNNING)
-        assert await told.all_done(job) == y(*(2.0 * value for value in range(3000)))
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(9)))
 
     on(tmp_path, story)
 
 
-def test_lines_that_are_not_there_any_more_stop_it(tmp_path: Path) -> None:
+def numbers_as_npz(count: int) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, x=np.arange(count, dtype=np.float32).reshape(count, 1))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "file", "missing"), [(range(2000), "input", b"\n[1999]"), ((numbers_as_npz(2000),), "array-0", b"1234")]
+)
+def test_items_that_are_not_there_any_more_stop_it(
+    inputs: Sequence[Any], file: str, missing: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_window, "ITEMS", 1024)  # so many are read before
+
     async def story(told: Story) -> None:
-        job = await told.submit(*range(9000))
-        path = told.jobs.store.folder(job.id) / "input"
+        job = await told.submit(*inputs)
+        path = told.jobs.store.folder(job.id) / file
         whole = path.read_bytes()
-        path.write_bytes(whole[: -len(b"\n[8999]")])
+        path.write_bytes(whole[: -len(missing)])
         while job.state == JobState.RUNNING:
             await told.unless_over(job, told.finish())
         await until(lambda: job.ended_s is not None)
         assert (job.state, job.reason) == (
             JobState.STOPPED,
-            "the inputs have become shorter: 8999 of 9000 items are there",
+            "the inputs have become shorter: 1999 of 2000 items are there",
         )
         path.write_bytes(whole)
         told.drop_running()
         await told.jobs.resume(job.id)
-        assert await told.all_done(job) == y(*(2.0 * value for value in range(9000)))
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(2000)))
 
     on(tmp_path, story)
 
