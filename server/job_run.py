@@ -70,7 +70,8 @@ class JobRun:
         self.ledger = ledger
         self._reader = reader
         self._model = model
-        self._service, self._elastic, self._supply, self._preparer, self._casualties = shared[:5]
+        self._service, self._elastic, self._supply = shared.service, shared.elastic, shared.supply
+        self._preparer, self._casualties = shared.preparer, shared.casualties
         self._patience, self._tally = shared.patience, shared.tally
         # Its own, and one: what it does with its files is done one after the other.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"job-{job.id}")
