@@ -11,7 +11,6 @@ What is wrong with one item is that item's error; what is wrong with all of them
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import stat
@@ -20,13 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 
 from preprocess.pipeline import PipelineFile
 from scheduler.lengths import Lengths
-from scheduler.tensors import DATATYPES, Signature, TensorSpec
+from scheduler.tensors import Signature
 from server import base64_text
 from server.job_store import Position, full_disk
+from server.job_values import BadItemError, PipelineLines, names_of, parse_line, shortly, tensors_of, told
 
 JSONL, FOLDER, NPZ, SAFETENSORS = "jsonl", "folder", "npz", "safetensors"
 # JSON lines that our own client makes of the files of a folder.
@@ -41,8 +40,6 @@ ENCODED = (-1,)
 LISTING, TENSORS = "input", "tensors.json"
 # Rows of a tensor file that are read at once, about so many bytes.
 READ_BYTES = 4 * 1024 * 1024
-
-_decode = msgspec.json.Decoder().decode
 
 
 class Item(msgspec.Struct, gc=False):
@@ -94,10 +91,6 @@ class NothingLeft:
     def close(self) -> None: ...
 
 
-class BadItemError(ValueError):
-    """An item that cannot be run; the message says why."""
-
-
 # ---- JSON lines ----
 
 
@@ -118,7 +111,8 @@ class LineReader:
         self._file.seek(start.offset)
         self._number, self._offset = start.item, start.offset
         self._signature, self._pipeline, self._inputs_dir = signature, pipeline, inputs_dir
-        self._most_bytes = MAX_ITEM_BYTES if pipeline is not None else most_line_bytes(signature, lengths)
+        self._most_bytes = most_line_bytes(signature, lengths)
+        self._lines = PipelineLines(pipeline.input, signature) if pipeline is not None else None
 
     def read(self, count: int) -> list[Item]:
         items: list[Item] = []
@@ -151,25 +145,39 @@ class LineReader:
     def _item(self, line: bytes, offset: int) -> Item:
         item = Item(self._number, offset)
         try:
-            if len(line) > self._most_bytes:
-                raise BadItemError(f"the line is longer than {self._most_bytes} bytes")
-            value = parse_line(line)
-            if self._pipeline is None or self._is_ready(value):
-                item.parts, item.dims = tensors_of(value, self._signature, self._lengths)
-                item.bucket = item.dims
-            else:
-                item.name = name_of(value, self._pipeline.input)
-                item.parts, item.bucket = (element_of(value, self._pipeline, self._inputs_dir),), ENCODED
+            self._fill(item, line)
         except BadItemError as error:
             item.error = str(error)
         except RecursionError:
             item.error = "the line is nested too deeply"
         return item
 
+    def _fill(self, item: Item, line: bytes) -> None:
+        """Raises BadItemError."""
+        if len(line) > MAX_ITEM_BYTES:
+            raise BadItemError(f"the line is longer than {MAX_ITEM_BYTES} bytes")
+        value = self._lines.read(line) if self._lines is not None else None
+        if value is None:
+            self._check_length(line)
+            value = parse_line(line)
+            if self._pipeline is None or self._is_ready(value):
+                item.parts, item.dims = tensors_of(value, self._signature, self._lengths)
+                item.bucket = item.dims
+                return
+        assert self._pipeline is not None  # else there are tensors only
+        item.name = name_of(value, self._pipeline.input)
+        item.parts, item.bucket = (element_of(value, self._pipeline, self._inputs_dir),), ENCODED
+
+    def _check_length(self, line: bytes) -> None:
+        """Of one that has nothing for a pipeline. Raises BadItemError."""
+        if len(line) > self._most_bytes:
+            lacks = f", and has no {self._pipeline.input!r}" if self._pipeline is not None else ""
+            raise BadItemError(f"the line is longer than {self._most_bytes} bytes{lacks}")
+
     def _is_ready(self, value: object) -> bool:
         """Whether it needs no pipeline."""
         names = {spec.name for spec in self._signature.inputs}
-        return isinstance(value, dict) and bool(value) and set(value) <= names <= {*value, *_told(self._lengths)}
+        return isinstance(value, dict) and bool(value) and set(value) <= names <= {*value, *told(self._lengths)}
 
     def close(self) -> None:
         self._file.close()
@@ -185,16 +193,6 @@ def most_line_bytes(signature: Signature, lengths: Lengths | None) -> int:
     return min(max(CHARS_A_VALUE * values, LEAST_LINE_BYTES), MAX_ITEM_BYTES)
 
 
-def parse_line(line: bytes) -> Any:
-    """Raises BadItemError."""
-    try:
-        return _decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        lost = "; one value a line: curl -d loses the line ends, --data-binary keeps them"
-        hint = lost if "trailing characters" in str(error) else ""
-        raise BadItemError(f"the line is not JSON: {error}{hint}") from None
-
-
 def element_of(value: Any, pipeline: PipelineFile, inputs_dir: Path | None) -> bytes:
     """What a line has for a pipeline. Raises BadItemError."""
     if isinstance(value, dict):
@@ -203,14 +201,14 @@ def element_of(value: Any, pipeline: PipelineFile, inputs_dir: Path | None) -> b
         if "unreadable" in value:  # said by our own client
             raise BadItemError(str(value["unreadable"])[:500])
         if pipeline.input not in value and "bytes" not in value:
-            raise BadItemError(f"the line has no {pipeline.input!r}; it has {_names(value)}")
+            raise BadItemError(f"the line has no {pipeline.input!r}; it has {names_of(value)}")
         if pipeline.input not in value:  # a file that was sent along, by our own client
             return _base64(value["bytes"], "bytes")
         value = value[pipeline.input]
     if pipeline.text is None:
         return _base64(value, pipeline.input)
     if not isinstance(value, str):
-        raise BadItemError(f"{pipeline.input} must be a string, not {_shortly(value)}")
+        raise BadItemError(f"{pipeline.input} must be a string, not {shortly(value)}")
     return value.encode()
 
 
@@ -223,7 +221,7 @@ def name_of(value: Any, taken: str) -> str | None:
 
 def _base64(value: object, name: str) -> bytes:
     if not isinstance(value, str):
-        raise BadItemError(f"{name} must be a string, not {_shortly(value)}")
+        raise BadItemError(f"{name} must be a string, not {shortly(value)}")
     try:
         return base64_text.decode(value)
     except ValueError as error:
@@ -232,7 +230,7 @@ def _base64(value: object, name: str) -> bytes:
 
 def _read_file(name: object, inputs_dir: Path | None) -> bytes:
     if not isinstance(name, str):
-        raise BadItemError(f"file must be a path, not {_shortly(name)}")
+        raise BadItemError(f"file must be a path, not {shortly(name)}")
     if inputs_dir is None:
         raise BadItemError("files of the server are not read: it was started without --jobs-input-dir")
     path = below(inputs_dir, name)
@@ -264,88 +262,6 @@ def below(folder: Path, name: str) -> Path | None:
     except (OSError, ValueError, RuntimeError):
         return None
     return path if path.is_relative_to(folder.resolve()) else None
-
-
-def tensors_of(
-    value: Any, signature: Signature, lengths: Lengths | None = None
-) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
-    """The bytes of each input, and the sizes of the varying axes. Raises BadItemError.
-
-    Inputs that tell which part of an item is none may be left out, as in requests: all is there.
-    """
-    specs, told = signature.inputs, _told(lengths)
-    if not isinstance(value, dict):
-        own = [spec.name for spec in specs if spec.name not in told]
-        if len(own) != 1:
-            raise BadItemError(f"the line must be an object with {', '.join(spec.name for spec in specs)}")
-        value = {own[0]: value}
-    names = {spec.name for spec in specs}
-    if not set(value) <= names <= {*value, *told}:
-        raise BadItemError(f"expected {', '.join(spec.name for spec in specs)}; the line has {_names(value)}")
-    found = {spec.name: _tensor(value[spec.name], spec) for spec in specs if spec.name in value}
-    length = next((varying[0] for _, varying in found.values() if varying), 1)
-    for spec in specs:
-        if spec.name not in found:
-            dims = [length if dim == -1 else dim for dim in spec.dims]
-            of_all = length if lengths is not None and spec.name == lengths.length else 1
-            found[spec.name] = np.full(dims, of_all, np.int64).tobytes(), [length] * spec.dims.count(-1)
-    made = [found[spec.name] for spec in specs]
-    return tuple(data for data, _ in made), tuple(size for _, varying in made for size in varying)
-
-
-def _told(lengths: Lengths | None) -> set[str]:
-    """Inputs that say how long an item is."""
-    return {lengths.length, lengths.mask} - {""} if lengths is not None else set()
-
-
-def _tensor(value: object, spec: TensorSpec) -> tuple[bytes, list[int]]:
-    if spec.datatype == "BF16":
-        raise BadItemError(f"input {spec.name} is BF16, which JSON cannot carry; send a tensor file")
-    if _holds_text(value):  # numpy would give every element the room of the longest text
-        raise BadItemError(f"input {spec.name} must hold {spec.datatype}, not {_shortly(value)}")
-    try:
-        array = np.array(value)
-    except (ValueError, OverflowError) as error:
-        raise BadItemError(f"input {spec.name} is not an array: {error}") from None
-    dtype = np.dtype(DATATYPES[spec.datatype].numpy)
-    kinds = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
-    if array.dtype.kind not in kinds:
-        raise BadItemError(f"input {spec.name} must hold {spec.datatype}, not {_shortly(value)}")
-    if dtype.kind in "iu" and array.size:
-        limits = np.iinfo(dtype)
-        if int(array.min()) < limits.min or int(array.max()) > limits.max:
-            raise BadItemError(f"input {spec.name} has a value that does not fit {spec.datatype}")
-    varying = _varying(array, spec)
-    return array.astype(dtype).tobytes(), varying
-
-
-def _holds_text(value: object) -> bool:
-    if not isinstance(value, list):
-        return isinstance(value, str)
-    kinds = set(map(type, value))
-    return str in kinds or (list in kinds and any(_holds_text(each) for each in value))
-
-
-def _varying(array: np.ndarray, spec: TensorSpec) -> list[int]:
-    """The sizes of its -1 axes. A flat list will do where nothing varies."""
-    if -1 not in spec.dims and array.size == math.prod(spec.dims) and array.ndim in (1, len(spec.dims)):
-        if array.ndim == 1 or array.shape == spec.dims:
-            return []
-    elif len(array.shape) == len(spec.dims) and all(
-        want == size or (want == -1 and size > 0) for want, size in zip(spec.dims, array.shape, strict=True)
-    ):
-        return [size for want, size in zip(spec.dims, array.shape, strict=True) if want == -1]
-    raise BadItemError(f"input {spec.name} has shape {list(array.shape)}, expected {list(spec.dims)}")
-
-
-def _names(value: dict[str, object]) -> str:
-    shown = ", ".join(str(name)[:40] for name in itertools.islice(value, 8))
-    return shown or "nothing"
-
-
-def _shortly(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _is_item(line: bytes) -> bool:

@@ -1,0 +1,153 @@
+"""What a line of JSON has: tensors, by the model's inputs, or texts for its pipeline."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from scheduler.lengths import Lengths
+from scheduler.tensors import DATATYPES, Signature, TensorSpec
+
+_decode = msgspec.json.Decoder().decode
+# Of a value that is wrong.
+SHOWN_CHARS = 60
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxdict = 30
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 2 * SHOWN_CHARS
+# What an item for a pipeline may be made of, beside the pipeline's input; and what it may be called.
+SOURCES, NAME = ("file", "bytes", "unreadable"), "name"
+
+
+class BadItemError(ValueError):
+    """An item that cannot be run; the message says why."""
+
+
+def parse_line(line: bytes | msgspec.Raw, decode: Callable[[bytes | msgspec.Raw], Any] = _decode) -> Any:
+    """Raises BadItemError."""
+    try:
+        return decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        lost = "; one value a line: curl -d loses the line ends, --data-binary keeps them"
+        hint = lost if "trailing characters" in str(error) else ""
+        raise BadItemError(f"the line is not JSON: {error}{hint}") from None
+
+
+class PipelineLines:
+    """Reads lines for a pipeline. They may be long: no objects are made of lists, however many these hold."""
+
+    def __init__(self, pipeline_input: str, signature: Signature) -> None:
+        self._sources = {pipeline_input, *SOURCES}
+        self._inputs = {spec.name for spec in signature.inputs}
+        self._keys = [*self._sources, *{NAME} - self._sources]
+        fields = [(f"key_{n}", msgspec.Raw, msgspec.field(name=key, default=None)) for n, key in enumerate(self._keys)]
+        self._decode: Callable[[Any], Any] = msgspec.json.Decoder(msgspec.defstruct("Line", fields)).decode
+
+    def read(self, line: bytes) -> str | dict[str, str | msgspec.Raw] | None:
+        """What an item is made of, values that are no texts as Raw; None: nothing here is. Raises BadItemError."""
+        begin = line.lstrip()[:1]
+        if begin == b'"':
+            return str(parse_line(line))
+        if begin != b"{":
+            return None
+        raw = zip(self._keys, msgspec.structs.astuple(parse_line(line, self._decode)), strict=True)
+        found = {key: _text_or_raw(value) for key, value in raw if value is not None}
+        sources = self._sources & found.keys()
+        # An input of the model may be called as one of them.
+        return found if any(isinstance(found[key], str) or key not in self._inputs for key in sources) else None
+
+
+def _text_or_raw(raw: msgspec.Raw) -> str | msgspec.Raw:
+    return str(parse_line(raw)) if _begin_of(raw)[:1] == '"' else raw
+
+
+def tensors_of(
+    value: Any, signature: Signature, lengths: Lengths | None = None
+) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
+    """The bytes of each input, and the sizes of the varying axes. Raises BadItemError.
+
+    Inputs that tell which part of an item is none may be left out, as in requests: all is there.
+    """
+    specs, may_lack = signature.inputs, told(lengths)
+    if not isinstance(value, dict):
+        own = [spec.name for spec in specs if spec.name not in may_lack]
+        if len(own) != 1:
+            raise BadItemError(f"the line must be an object with {', '.join(spec.name for spec in specs)}")
+        value = {own[0]: value}
+    names = {spec.name for spec in specs}
+    if not set(value) <= names <= {*value, *may_lack}:
+        raise BadItemError(f"expected {', '.join(spec.name for spec in specs)}; the line has {names_of(value)}")
+    found = {spec.name: _tensor(value[spec.name], spec) for spec in specs if spec.name in value}
+    length = next((varying[0] for _, varying in found.values() if varying), 1)
+    for spec in specs:
+        if spec.name not in found:
+            dims = [length if dim == -1 else dim for dim in spec.dims]
+            of_all = length if lengths is not None and spec.name == lengths.length else 1
+            found[spec.name] = np.full(dims, of_all, np.int64).tobytes(), [length] * spec.dims.count(-1)
+    made = [found[spec.name] for spec in specs]
+    return tuple(data for data, _ in made), tuple(size for _, varying in made for size in varying)
+
+
+def told(lengths: Lengths | None) -> set[str]:
+    """Inputs that say how long an item is."""
+    return {lengths.length, lengths.mask} - {""} if lengths is not None else set()
+
+
+def _tensor(value: object, spec: TensorSpec) -> tuple[bytes, list[int]]:
+    if spec.datatype == "BF16":
+        raise BadItemError(f"input {spec.name} is BF16, which JSON cannot carry; send a tensor file")
+    if _holds_text(value):  # numpy would give every element the room of the longest text
+        raise BadItemError(f"input {spec.name} must hold {spec.datatype}, not {shortly(value)}")
+    try:
+        array = np.array(value)
+    except (ValueError, OverflowError) as error:
+        raise BadItemError(f"input {spec.name} is not an array: {error}") from None
+    dtype = np.dtype(DATATYPES[spec.datatype].numpy)
+    kinds = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
+    if array.dtype.kind not in kinds:
+        raise BadItemError(f"input {spec.name} must hold {spec.datatype}, not {shortly(value)}")
+    if dtype.kind in "iu" and array.size:
+        limits = np.iinfo(dtype)
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            raise BadItemError(f"input {spec.name} has a value that does not fit {spec.datatype}")
+    varying = _varying(array, spec)
+    return array.astype(dtype).tobytes(), varying
+
+
+def _holds_text(value: object) -> bool:
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    kinds = set(map(type, value))
+    return str in kinds or (list in kinds and any(_holds_text(each) for each in value))
+
+
+def _varying(array: np.ndarray, spec: TensorSpec) -> list[int]:
+    """The sizes of its -1 axes. A flat list will do where nothing varies."""
+    if -1 not in spec.dims and array.size == math.prod(spec.dims) and array.ndim in (1, len(spec.dims)):
+        if array.ndim == 1 or array.shape == spec.dims:
+            return []
+    elif len(array.shape) == len(spec.dims) and all(
+        want == size or (want == -1 and size > 0) for want, size in zip(spec.dims, array.shape, strict=True)
+    ):
+        return [size for want, size in zip(spec.dims, array.shape, strict=True) if want == -1]
+    raise BadItemError(f"input {spec.name} has shape {list(array.shape)}, expected {list(spec.dims)}")
+
+
+def names_of(value: dict[str, object]) -> str:
+    shown = ", ".join(str(name)[:40] for name in itertools.islice(value, 8))
+    return shown or "nothing"
+
+
+def shortly(value: object) -> str:
+    """The begin of it: neither a text nor a number of elements that is large is looked at to its end."""
+    text = _begin_of(value) if isinstance(value, msgspec.Raw) else _SHORT.repr(value)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+
+
+def _begin_of(raw: msgspec.Raw) -> str:
+    return bytes(memoryview(raw)[: SHOWN_CHARS + 1]).decode(errors="replace")
