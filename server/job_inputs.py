@@ -47,8 +47,8 @@ class Item(msgspec.Struct, gc=False):
 
     `dims`: the sizes of the varying axes, as they are in `parts`. `length`: its own, of a model that pads; 0: `dims`
     tell it. `bucket`: only items of the same share a batch; or ENCODED. `error`: what is wrong with it, if it cannot
-    be run. `offset`: where it begins in the file. `crashes`: workers that died of batches with it. `name`: its file,
-    or what its line calls it.
+    be run. `offset`: where it begins in the file. `crashes`: workers that died of batches with it. `alone`: it has
+    to run so, after a batch that failed. `name`: its file, or what its line calls it.
     """
 
     number: int
@@ -56,6 +56,7 @@ class Item(msgspec.Struct, gc=False):
     bucket: tuple[int, ...] = ()
     parts: tuple[bytes, ...] = ()
     error: str = ""
+    alone: bool = False
     crashes: int = 0
     name: str | None = None
     dims: tuple[int, ...] = ()

@@ -88,13 +88,14 @@ class Waiting:
 
     def put_back(self, items: Sequence[Item]) -> None:
         """A batch that did not run, to where it was."""
-        to = self.alone if items[0].crashes else self._of.setdefault(items[0].bucket, deque())
+        to = self.alone if items[0].alone else self._of.setdefault(items[0].bucket, deque())
         to.extendleft(reversed(items))
 
     def tried(self, items: Sequence[Item], error: str, *, crashed: bool) -> list[tuple[Item, str]]:
         """A batch that failed: one of them may be at fault, each has to show by itself. Returns whom not, and why."""
         given_up = []
         for item in items:
+            item.alone = True
             item.crashes += crashed
             if len(items) > 1 or (crashed and item.crashes < MOST_CRASHES):
                 self.alone.append(item)

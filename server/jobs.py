@@ -322,26 +322,26 @@ class Jobs:
         except Exception:  # the others do not wait for it
             log.exception("a job cannot go on now; it is tried again", job=job.id)
 
-    def _pause_if_needed(self, job: Job) -> None:
-        if job.is_complete:
-            return
-        try:
-            self._usable_model(job)
-            if not self._has_room():
-                raise ServeError(Fault.UNAVAILABLE, "the disk: there is too little room, see --jobs-min-free-mib")
-        except ServeError as error:
-            job.state, job.reason = JobState.PAUSED, error.message
-            log.warning("job paused", job=job.id, reason=job.reason)
-
-    async def _go_on(self, job: Job) -> None:
-        """If what paused it is over. It begins anew from what is on disk."""
+    def _obstacle(self, job: Job) -> str:
+        """Why it cannot run now; nothing where it can."""
         try:
             if not job.is_complete:
                 self._usable_model(job)
         except ServeError as error:
-            job.reason = error.message
-            return
-        if not self._has_room() or self._shared.patience.left_s(job.id, now_s()):
+            return error.message
+        return "" if self._has_room() else "the disk: there is too little room, see --jobs-min-free-mib"
+
+    def _pause_if_needed(self, job: Job) -> None:
+        if not job.is_complete and (obstacle := self._obstacle(job)):
+            job.state, job.reason = JobState.PAUSED, obstacle
+            log.warning("job paused", job=job.id, reason=job.reason)
+
+    async def _go_on(self, job: Job) -> None:
+        """If what paused it is over. It begins anew from what is on disk."""
+        if self._shared.patience.left_s(job.id, now_s()):
+            return  # for the reason that it has
+        if obstacle := self._obstacle(job):
+            job.reason = obstacle
             return
         run = self._runs.pop(job.id, None)
         if run is not None:

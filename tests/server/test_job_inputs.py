@@ -149,10 +149,10 @@ def test_a_long_line_for_a_pipeline_makes_nothing_of_lists_and_says_what_it_lack
     assert most_bytes < 32 << 20
 
 
-def test_tensors_are_known_from_a_text_where_the_model_calls_its_input_as_the_pipeline_does(tmp_path: Path) -> None:
+def test_tensors_are_known_from_a_text_where_a_model_calls_its_input_bytes(tmp_path: Path) -> None:
     path = tmp_path / "input"
-    path.write_text('{"image": [1,2,3,4]}\n{"image": "cG5n"}\n')
-    reader = LineReader(path, Position(), Signature((TensorSpec("image", "FP32", (4,)),), (), 8), PICTURE, None)
+    path.write_text('{"bytes": [1,2,3,4]}\n{"bytes": "cG5n"}\n')
+    reader = LineReader(path, Position(), Signature((TensorSpec("bytes", "FP32", (4,)),), (), 8), PICTURE, None)
     ready, encoded = reader.read(2)
     reader.close()
     assert (ready.parts, encoded.parts) == ((np.array([1, 2, 3, 4], np.float32).tobytes(),), (b"png",))
