@@ -261,8 +261,9 @@ class Isolated:
             self._waiting.appendleft(worker.task)
             worker.task = None
         if self._closed or all(each.lost for each in self._workers.values()):
+            told = error if self._closed else PipelineError(f"a preprocessing process does not start: {error}")
             while self._waiting:
-                _end(self._waiting.popleft(), error)
+                _end(self._waiting.popleft(), told)
         self._hand_out()
         if not self._closed:
             log.error("a preprocessing process does not start", reason=str(error))

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from preprocess.pipeline import PipelineError
 from server.errors import ServeError
 from server.job_inputs import ENCODED, LISTING, TENSORS, Item, LineReader, NothingLeft, Reader
 from server.job_preparing import JobPreparer, grouped
@@ -69,7 +70,7 @@ async def likely_left(
         async with asyncio.timeout(PATIENCE_S):
             first = await in_thread(threads, _first, open_it)
             ready = await _prepared(model, first, preparer)
-    except (TimeoutError, OSError, ServeError):
+    except (TimeoutError, OSError, ServeError, PipelineError):
         ready = []
     found = Counter(grouped(item, model.lengths, edges) for item in ready)
     if not found:

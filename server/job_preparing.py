@@ -12,7 +12,7 @@ import numpy as np
 import structlog
 
 from preprocess.errors import BadInputError
-from preprocess.pipeline import PipelineFile
+from preprocess.pipeline import PipelineError, PipelineFile
 from preprocess.pool import PoolFullError, PreprocessPool
 from scheduler.lengths import Lengths, stepped
 from scheduler.tensors import DATATYPES, TensorSpec
@@ -44,7 +44,7 @@ class JobPreparer:
         return max(self._pool.threads, min(MOST, int(self._pool.threads * GROUP_S / self._element_s)))
 
     async def prepare(self, model: Model, pipeline: PipelineFile, items: Sequence[Item]) -> None:
-        """Each becomes its tensors, or has an error."""
+        """Each becomes its tensors, or has an error. Raises PipelineError where nobody can be started to do it."""
         begin_s = time.monotonic()
         while True:
             try:
@@ -52,6 +52,8 @@ class JobPreparer:
             except PoolFullError:
                 await asyncio.sleep(AGAIN_S)
                 continue
+            except PipelineError:
+                raise
             except Exception as error:
                 await self._one_by_one(model, pipeline, items, error)
             break

@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from preprocess.pipeline import PipelineError
 from scheduler.answers import Answered
 from scheduler.driver import now_ns
 from scheduler.lengths import Lengths
@@ -115,9 +116,11 @@ class JobRun:
 
     def _failed(self, error: BaseException) -> None:
         """Nothing may fail unseen: the job would wait for ever. It can go on from its ledger."""
-        if isinstance(error, DiskFullError | OSError | sqlite3.Error):  # SQLite has no name of its own for a quota
+        # SQLite has no name of its own for a quota.
+        if isinstance(error, DiskFullError | OSError | sqlite3.Error | PipelineError):
             self._patience.failed(self.job.id, self.job.done, now_s())
-            self._ends(JobState.PAUSED, f"the disk: {error}")
+            what = "preprocessing" if isinstance(error, PipelineError) else "the disk"
+            self._ends(JobState.PAUSED, f"{what}: {error}")
         else:
             log.error("a job failed", job=self.job.id, exc_info=error)
             self._ends(JobState.STOPPED, INTERNAL_ERROR)

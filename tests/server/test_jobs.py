@@ -26,6 +26,7 @@ from PIL import Image
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
+from preprocess.pool import PreprocessPool
 from scheduler.channel import Done, Failed
 from scheduler.lengths import Lengths
 from scheduler.tensors import TensorSpec
@@ -67,9 +68,19 @@ class Story:
     """A stage with jobs, which live on in `folder`."""
 
     def __init__(
-        self, folder: Path, *, pictures: bool = False, model: Model | None = None, gone: str = "", **settings: Any
+        self,
+        folder: Path,
+        *,
+        pictures: bool = False,
+        model: Model | None = None,
+        gone: str = "",
+        decoder: str = "",
+        **settings: Any,
     ) -> None:
         self.stage = Served(model or make_model(pictures=pictures), 1 << 20)
+        if decoder:
+            self.stage.pool.close()
+            self.stage.pool = PreprocessPool(1, decoder)
         self.repository: Any = Repository(self.stage)
         self.repository.gone = gone
         self.settings = Settings(jobs_min_free_mib=0, **settings)
@@ -698,6 +709,27 @@ def test_pictures_go_through_the_pipeline_and_bad_ones_have_their_errors(tmp_pat
             await told.submit(folder="../..")
 
     on(tmp_path / "jobs", story, pictures=True, jobs_input_dir=files)
+
+
+def test_a_decoder_that_cannot_be_had_pauses_it_and_is_no_items_fault(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    Image.new("L", (1, 1), 51).save(out, "PNG")
+    line = json.dumps({"image": base64.b64encode(out.getvalue()).decode()})
+    ids = []
+
+    async def before(told: Story) -> None:
+        job = await told.submit(line, line)
+        ids.append(job.id)
+        await until(lambda: job.state == JobState.PAUSED)
+        assert job.reason.startswith("preprocessing: no decoder is called 'missing'")
+        assert job.done == 0
+
+    async def after(told: Story) -> None:
+        found = await told.all_done(told.jobs.get(ids[0]))
+        assert ["outputs" in row for row in found] == [True, True]
+
+    on(tmp_path, before, pictures=True, decoder="missing")
+    on(tmp_path, after, pictures=True)
 
 
 def test_who_comes_behind_a_late_job_is_told_when_it_ends_and_why(tmp_path: Path) -> None:
