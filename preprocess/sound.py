@@ -36,8 +36,8 @@ def decode(data: bytes, sample_rate: int, least_samples: int, most_samples: int)
     mono, rate = _by_numpy(data, most_seconds) if _is_wav(data) else _by_libsndfile(data, most_seconds)
     made = mono if rate == sample_rate else soxr.resample(mono, rate, sample_rate, quality="HQ")
     if len(made) < least_samples:
-        least_ms = 1e3 * least_samples / sample_rate
-        raise BadInputError(f"a sound of {len(mono) / rate * 1e3:.0f} ms; at least {least_ms:.0f} ms are needed")
+        ms, least_ms = round(1e3 * len(mono) / rate, 3), round(1e3 * least_samples / sample_rate, 3)
+        raise BadInputError(f"a sound of {ms:g} ms; at least {least_ms:g} ms are needed")
     # Resampling may make a sample more than the clip's length is.
     return np.ascontiguousarray(made[:most_samples], np.float32)
 

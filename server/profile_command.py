@@ -75,12 +75,13 @@ def _run(request: Request) -> int:
     except (UsageError, ModelFileError, StartError, NvmlError) as error:
         return complain(str(error), USAGE)
     try:
-        return _on(machine, request, source)
+        return measure_on(machine, request, source)
     finally:
         machine.close()
 
 
-def _on(machine: Machine, request: Request, source: ModelSource) -> int:
+def measure_on(machine: Machine, request: Request, source: ModelSource) -> int:
+    """All points, at the places of that machine; returns the exit code, see `run`."""
     try:
         path = request.out or Path(f"{source.name}.latency.csv")
         file = TableFile(path, source.name, machine.gpu, machine.source)
@@ -162,13 +163,22 @@ class _Session:
     def prepare(self) -> None:
         """Loads the model once, to see what it takes, and what was measured before."""
         try:
-            first = next(iter(self._places.values()))
-            self._signature = self._at(first.mig_profile, 1).load()
+            self._signature = self._load()
             self._points = list(self._grid(self._signature))
             self._campaign = self._new_campaign()
         except BaseException:
             self._close()
             raise
+
+    def _load(self) -> Signature:
+        """At the first place that has memory enough for it. Raises ModelLoadError, MemoryError."""
+        *others, last = self._places
+        for name in others:
+            try:
+                return self._at(name, 1).load()
+            except MemoryError:
+                continue  # of its points it is said that they are too large
+        return self._at(last, 1).load()
 
     def _grid(self, signature: Signature) -> Iterator[Point]:
         most = max(signature.max_batch, 1)

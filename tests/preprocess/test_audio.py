@@ -116,7 +116,7 @@ HOSTILE = {
     "nothing": (b"", "no bytes; expected a WAV, FLAC, Ogg or MP3 file"),
     "text": (b"hello", "5 bytes that are not a WAV, FLAC, Ogg or MP3 file"),
     "no samples": (wav(np.zeros((0, 1))), "a sound of 0 ms; at least 20 ms are needed"),
-    "less than two frames": (wav(np.zeros((319, 1))), "a sound of 20 ms; at least 20 ms"),
+    "less than two frames": (wav(np.zeros((319, 1))), "a sound of 19.938 ms; at least 20 ms"),
     "an hour": (wav(np.zeros((3600 * 1000, 1)), 1000), "a sound of 3600.0 s; at most 120 s are taken"),
     "an hour of FLAC": (sound_file(np.zeros((3600 * 8000, 1)), 8000, "FLAC"), "3600.0 s; at most 120 s are taken"),
     "an hour of Ogg": (sound_file(np.zeros((3600 * 8000, 1)), 8000, "OGG"), "3600.0 s; at most 120 s are taken"),

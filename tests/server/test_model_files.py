@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from server import yaml_text
 from server.config_pbtxt import ModelFileError
 from server.model_files import read_model, versions_to_serve
 from tests import repositories
@@ -124,6 +125,15 @@ def test_a_serving_file_that_makes_no_sense(text: str, message: str, tmp_path: P
     (folder / "serving.yaml").write_text(text)
     assert message in error_of(folder)
     assert error_of(folder).count("expected") <= 1
+
+
+def test_keys_that_only_look_alike_are_two() -> None:
+    assert yaml_text.load("1: x\n'1': y") == {1: "x", "1": "y"}
+
+
+def test_sections_may_be_merged_one_after_the_other() -> None:
+    text = "{x: &x {a: 1}, y: &y {b: 2}, z: {<<: *x, <<: *y, c: 3}}"
+    assert yaml_text.load(text)["z"] == {"a": 1, "b": 2, "c": 3}
 
 
 def test_a_section_may_be_merged_into_another(tmp_path: Path) -> None:

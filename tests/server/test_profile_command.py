@@ -14,8 +14,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from partitioner.latency import LatencyTableError, Measurement, read_csv, read_measurements
+from scheduler.measuring import Device, Effort
 from server.__main__ import app
+from server.model_files import read_model
+from server.profile_command import Request, measure_on
 from server.profile_file import TableFile
+from server.profile_places import Machine, Place
 from tests.harness import until
 
 MODELS = Path("build/demo-models")
@@ -102,6 +106,19 @@ def test_what_does_not_fit_into_memory_is_told_and_left_out(tmp_path: Path) -> N
     assert result.exit_code == 1
     assert "cannot be loaded" in result.output
     assert not out.exists()
+
+
+def test_a_place_that_is_too_small_for_the_model_is_left_out_and_the_others_measured(tmp_path: Path) -> None:
+    out = tmp_path / "table.csv"
+    small, large = Place("1g.5gb", 1, Device(None, 1, None, 16)), Place("7g.40gb", 7, Device(None, 1, None, None))
+    machine = Machine("A100-40GB", "measured", "", {"1g": small, "7g": large})
+    effort = Effort(seconds=0.02, within=0.5)
+    request = Request(
+        str(MODELS / "mlp"), MODELS, "cpu", "", (), (1,), (), (), None, None, 0.1, effort, None, out, None
+    )
+    source, *_ = read_model(MODELS / "mlp", 1, 0)
+    assert measure_on(machine, request, source) == 0
+    assert [row["mig_profile"] for row in rows(out)] == ["7g.40gb"]
 
 
 @pytest.mark.parametrize(
