@@ -151,6 +151,7 @@ class InferRoute:
             request_id = request.id
             if target.query:
                 request.parameters = with_query(request.parameters, target.query)
+                request.binary_default = codec.wants_binary(request.parameters, otherwise=request.binary_default)
             check_outputs(found, request.outputs, request.binary_default)
             return self._service.submit(found, request.tensors, request.parameters, arrival_ns, finish)
         except Exception as error:
