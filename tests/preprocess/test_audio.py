@@ -131,7 +131,11 @@ HOSTILE = {
     "many parts": (GOOD[:12] + b"LIST\0\0\0\0" * 1_000_000 + GOOD[12:], "more than 100 parts"),
     "a FLAC, cut off": (sound_file(speech_like(2.0), kind="FLAC")[:9000], "a sound that"),
     "a FLAC, its header only": (sound_file(SHORT, kind="FLAC")[:50], "a sound that"),
-    "an Ogg, cut off in its header": (sound_file(SHORT, kind="OGG")[:100], "a sound that cannot be read"),
+    "an Ogg, cut off in its header": (sound_file(SHORT, kind="OGG")[:100], "an Ogg file that is cut off"),
+    "an MP3, its first bytes": (
+        sound_file(SHORT, kind="MP3", subtype="MPEG_LAYER_III")[:60],
+        "a sound that cannot be read: its 60 bytes hold no MP3 frame that can be decoded",
+    ),
     "an MP3 of noise": (b"\xff\xfb" + bytes(5000), "a sound that"),
     "a sample that is no number": (nan(np.nan), "not finite"),
     "a sample that is infinite": (nan(np.inf), "not finite"),
