@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import structlog
 
+from preprocess import glance
 from preprocess.errors import BadInputError
 from preprocess.items import Item
 from preprocess.pipeline import PipelineFile
@@ -248,3 +249,15 @@ def _check_shape(tensor: Tensor) -> None:
         raise invalid(f"input {tensor.name} has datatype {tensor.datatype}, expected BYTES")
     if tensor.shape[1:] not in ((), (1,)):
         raise invalid(f"input {tensor.name} has shape {list(tensor.shape)}, expected [batch] or [batch, 1]")
+
+
+def holds_something(tensor: Tensor, pipeline: PipelineFile) -> bool:
+    """Is it more than what clients fill in that send every input of the metadata, as perf_analyzer does?
+
+    That is made of nothing or of random letters, which may be a text, but no picture and no sound.
+    """
+    try:
+        elements = codec.byte_elements(tensor, text=pipeline.text is not None)
+    except ServeError:
+        return False
+    return any(elements if pipeline.text is not None else map(glance.is_encoded, elements))

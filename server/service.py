@@ -22,7 +22,7 @@ from server import codec
 from server.codec import Checked, OutputChoice, OutputData, Tensor
 from server.errors import Fault, ServeError, from_refusal, invalid
 from server.lengths import completed, length_of
-from server.preparing import Preparer, allocate
+from server.preparing import Preparer, allocate, holds_something
 from server.preprocess_stats import PreprocessStats
 from server.repository import Model
 from server.terms import Terms, read_terms
@@ -77,6 +77,8 @@ class InferenceService:
                 return self._preparer.begin(model, pipeline, encoded, terms, accept, on_outcome)
             if not {tensor.name for tensor in tensors} & {spec.name for spec in model.signature.inputs}:
                 raise _neither(model, pipeline.input, tensors)
+            if encoded is not None and holds_something(encoded, pipeline):
+                raise _both(encoded, tensors)
         if model.lengths is not None:
             tensors = completed(model.signature, model.lengths, tensors)
         checked = codec.check_inputs(model.signature, tensors)
@@ -154,7 +156,7 @@ class InferenceService:
 
 
 def _split(tensors: list[Tensor], encoded_name: str) -> tuple[list[Tensor], Tensor | None]:
-    """The ready tensors, and the one for the pipeline. Ready ones win: clients that fill in every input send both."""
+    """The ready tensors, and the one for the pipeline."""
     ready = [tensor for tensor in tensors if tensor.name != encoded_name]
     return ready, next((tensor for tensor in tensors if tensor.name == encoded_name), None)
 
@@ -162,6 +164,13 @@ def _split(tensors: list[Tensor], encoded_name: str) -> tuple[list[Tensor], Tens
 def _neither(model: Model, encoded_name: str, tensors: list[Tensor]) -> ServeError:
     ready, got = (", ".join(each.name for each in some) for some in (model.signature.inputs, tensors))
     return invalid(f"expected input {encoded_name}, encoded, or the ready tensors [{ready}], got [{got}]")
+
+
+def _both(encoded: Tensor, tensors: list[Tensor]) -> ServeError:
+    ready = ", ".join(each.name for each in tensors)
+    return invalid(
+        f"got both input {encoded.name}, encoded, and the ready tensors [{ready}]; expected one or the other"
+    )
 
 
 def check_outputs(model: Model, choice: list[OutputChoice] | None, binary: bool) -> None:
