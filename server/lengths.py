@@ -13,7 +13,7 @@ from scheduler import buckets
 from scheduler.driver import Driver
 from scheduler.fleet import Fleet
 from scheduler.lengths import Lengths, stepped
-from scheduler.tensors import Signature
+from scheduler.tensors import Signature, TensorSpec
 from server.codec import Checked, Tensor
 from server.errors import invalid
 
@@ -37,6 +37,17 @@ def length_of(lengths: Lengths | None, checked: Checked) -> int:
     if length > lengths.longest:
         raise invalid(f"a length of {length}; at most {lengths.longest} is taken")
     return length
+
+
+def check_told(spec: TensorSpec, memory: memoryview, length: int) -> None:
+    """The values of the INT64 input that tells how much of each item is there. Raises ServeError.
+
+    With others a model would take padding for content, or give an answer that no item has.
+    """
+    for item, value in enumerate(memory.cast("q").tolist()):
+        if not 1 <= value <= length:
+            what = f"input {spec.name} is {value} for item {item}, which has a length of {length}"
+            raise invalid(f"{what}; expected 1 to {length}")
 
 
 def completed(signature: Signature, lengths: Lengths, tensors: list[Tensor]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from scheduler.tensors import DATATYPES, TensorSpec
 from server import codec
 from server.codec import Checked, OutputChoice, OutputData, Tensor
 from server.errors import Fault, ServeError, from_refusal, invalid
-from server.lengths import completed, length_of
+from server.lengths import check_told, completed, length_of
 from server.preparing import Preparer, allocate, holds_something
 from server.preprocess_stats import PreprocessStats
 from server.repository import Model
@@ -83,7 +83,7 @@ class InferenceService:
             tensors = completed(model.signature, model.lengths, tensors)
         checked = codec.check_inputs(model.signature, tensors)
         length = length_of(model.lengths, checked)
-        offset = self._place(model, checked)
+        offset = self._place(model, checked, length)
         pending = self._accept(model, terms, on_outcome, worker_id, checked, length)
         self._driver.start(pending, offset)
         return partial(self._driver.cancel, pending)
@@ -141,14 +141,16 @@ class InferenceService:
 
         return self._driver.accept(request, terms.arrival_ns, on_end)
 
-    def _place(self, model: Model, checked: Checked) -> int:
-        """Inputs into the arena. Returns the offset of their slot."""
+    def _place(self, model: Model, checked: Checked, length: int) -> int:
+        """Inputs into the arena. Returns the offset of their slot. Raises ServeError."""
         slot = model.layout.slot(checked.items, checked.dims)
         offset = allocate(self._arena, slot.nbytes)
         try:
             for tensor, spec, place in zip(checked.tensors, model.signature.inputs, slot.places, strict=True):
-                begin = offset + place.offset
-                codec.write_tensor(tensor, spec, place.shape, self._arena.memory[begin : begin + place.nbytes])
+                memory = self._arena.memory[offset + place.offset :][: place.nbytes]
+                codec.write_tensor(tensor, spec, place.shape, memory)
+                if model.lengths is not None and spec.name == model.lengths.length:
+                    check_told(spec, memory, length)
         except BaseException:
             self._arena.free(offset)
             raise
