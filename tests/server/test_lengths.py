@@ -66,9 +66,14 @@ def test_how_long_an_item_is_may_be_left_out() -> None:
     ("body", "message"),
     [
         (request(21, n=21), b"a length of 21; at most 20 is taken"),
-        (request(21), b"expected inputs [n, x], got [x]"),
-        (request(3, shape=[0, 3]), b"expected inputs [n, x], got [x]"),
-        (request(3, shape=[3]), b"expected inputs [n, x], got [x]"),
+        (request(21), b"a length of 21; at most 20 is taken"),
+        (request(3, shape=[0, 3]), b"input x has shape [0, 3], a batch of 0 items; expected 1 to 8"),
+        (request(1, shape=[9, 1]), b"input x has shape [9, 1], a batch of 9 items; expected 1 to 8"),
+        (request(3, shape=[3]), b"input x has shape [3], expected [-1, -1]; the batch dimension is missing"),
+        (request(3, shape=[1, 1, 3]), b"input x has shape [1, 1, 3], expected [-1, -1]"),
+        (request(0, shape=[1, 0]), b"input x has shape [1, 0], expected [1, -1] (-1: any size from 1 on)"),
+        (request(1, shape=[1, 2**40]), b"input x has shape [1, 1099511627776], expected [1, -1]"),
+        ({"inputs": [request(3)["inputs"][0] | {"name": "y"}]}, b"expected inputs [x], got [y]"),
     ],
 )
 def test_what_cannot_be_padded_is_refused(body: dict[str, Any], message: bytes) -> None:
