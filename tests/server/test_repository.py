@@ -135,7 +135,7 @@ REASONS = {
     "config": "config.pbtxt",
     "batch": "sets max_batch_size 1000, the model was exported for 64",
     "names": "declares input x as INT8 [3], the model has FP32 [3]",
-    "yaml": "slo_ms: Input should be a valid number",
+    "yaml": "slo_ms: expected a number",
     "keys": "unknown key slo; did you mean slo_ms?",
     "dims": "declares input x as FP32 [9], the model has FP32 [3]",
     "slices": "no slice has one of the MIG profiles 9g.90gb; there are 1g.10gb, 2g.20gb",
@@ -145,7 +145,7 @@ REASONS = {
     "emulated": "needs a latency_table in serving.yaml",
     "rate": "items_per_s must be more than 0",
     "latin": "codec can't decode",
-    "endless": "slo_ms: Input should be less than",
+    "endless": "slo_ms: expected less than 3000000000",
     "policy": "version_policy asks for 7; there are 1",
     "folder": "Is a directory",
 }
