@@ -311,6 +311,7 @@ class _Session:
             return complain("nothing could be measured", IMPOSSIBLE)
         self._file.finish(predicted, {})
         console = picture.console()
+        console.print(profile_plot.summary(measured))
         console.print(f"{path}: {len(measured)} points measured, {len(predicted)} predicted", soft_wrap=True)
         if self._too_large:
             console.print(f"too large for memory: {', '.join(map(_words, self._too_large))} and what is larger")
