@@ -100,7 +100,9 @@ class Client:
         found = [each["id"] for each in self.jobs() if each["id"].startswith(job)]
         if len(found) > 1 and job not in found:
             raise CommandError(f"several jobs begin with {job}: {', '.join(found)}", USAGE)
-        return f"/v2/jobs/{quote(job if job in found or not found else found[0], safe='')}"
+        if not found:
+            raise CommandError(f"unknown job {job!r}; migserve jobs list shows those there are")
+        return f"/v2/jobs/{quote(job if job in found else found[0], safe='')}"
 
 
 def _error(body: bytes) -> str:
@@ -233,7 +235,8 @@ def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False)
     if as_json:
         print(json.dumps(found))
     if found["state"] != "done":
-        raise CommandError(f"{_failed(found)}job {job} is {found['state']}: {found.get('reason', '')}".rstrip(": "))
+        ended = f"{_failed(found)}job {job} is {found['state']}: {found.get('reason', '')}".rstrip(": ")
+        raise CommandError(f"{ended}; {_going_on(found)}")
     if "reason" in found:
         _say(f"[yellow]{escape(found['reason'])}[/]")
     for each in found["first_errors"][:ERRORS_SHOWN]:
@@ -245,6 +248,12 @@ def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False)
         more = f"; migserve jobs show {job} has more of them" if found["errors"] > ERRORS_SHOWN else ""
         _say(f"[yellow]{_failed(found)}job {job} is done{late}[/]{more}")
     return 0
+
+
+def _going_on(job: dict[str, Any]) -> str:
+    """With one that has ended without results."""
+    limit = " --max-errors N" if "max_errors" in job.get("reason", "") else ""
+    return f"migserve jobs resume {job['id']}{limit} goes on with it"
 
 
 def _failed(job: dict[str, Any]) -> str:
@@ -334,7 +343,10 @@ def _save(client: Client, path: str, out: Path, *, or_beside: bool = False) -> N
 
 def remove(client: Client, job: str) -> int:
     def act() -> int:
-        found = client.ask("DELETE", client.path(job))
+        path = client.path(job)
+        if path != f"/v2/jobs/{job}":  # what cannot be undone is not guessed
+            raise CommandError(f"to remove job {path.rsplit('/', 1)[1]}, give its whole id", USAGE)
+        found = client.ask("DELETE", path)
         _say(f"job {found['removed']} is removed")
         return 0
 

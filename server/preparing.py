@@ -161,7 +161,8 @@ class _Preparation:
             if over_ns > 0:
                 self._stats.failed(self._model.id, "unreachable" if terms.strict else "overloaded")
                 reason = Reason.SLO_UNREACHABLE if terms.strict else Reason.OVERLOADED
-                raise from_refusal(reason, over_ns / 1e9, "", self._model.name, terms.limit, terms.limit_ms)
+                of = " of its preprocessing alone"
+                raise from_refusal(reason, over_ns / 1e9, of, self._model.name, terms.limit, terms.limit_ms)
         return elements
 
     def _read(self, job: asyncio.Future[list[Item]]) -> None:

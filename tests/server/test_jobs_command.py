@@ -188,6 +188,23 @@ def test_how_many_items_failed_is_said_first_in_the_last_line(tmp_path: Path) ->
             waited = await command("wait", job.id)
             last = rf"1 of \d+( finished)? items failed; job {job.id} is stopped: "
             assert (waited.exit_code, bool(re.match(last, waited.stderr.splitlines()[-1]))) == (1, True), waited.stderr
+            assert waited.stderr.endswith(f"; migserve jobs resume {job.id} --max-errors N goes on with it\n")
+
+    on(tmp_path / "jobs", story)
+
+
+def test_one_is_removed_by_its_whole_id_only(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        async with command_line(told) as command:
+            job = await told.submit(1)
+            await told.all_done(job)
+            assert (await command("show", job.id[:4])).exit_code == 0
+            removed = await command("remove", job.id[:4])
+            assert (removed.exit_code, removed.stderr) == (2, f"to remove job {job.id}, give its whole id\n")
+            assert (await command("remove", job.id)).exit_code == 0
+            unknown = await command("show", job.id)
+            said = f"unknown job '{job.id}'; migserve jobs list shows those there are\n"
+            assert (unknown.exit_code, unknown.stderr) == (1, said)
 
     on(tmp_path / "jobs", story)
 

@@ -135,6 +135,8 @@ def test_a_place_that_is_too_small_for_the_model_is_left_out_and_the_others_meas
         (["mlp", "--device", "cpu", "--lengths", "8"], "no axis that varies"),
         (["mlp", "--device", "cpu", "--budget", "some"], "--budget is a number"),
         (["mlp", "--device", "cpu", "--budget", "200%"], "--budget is a number"),
+        (["mlp", "--device", "cpu", "--plot", "x.pdf"], "cannot draw to x.pdf: the name must end in .svg or .png"),
+        (["mlp", "--device", "cpu", "--plot", "nowhere/x.svg"], "No such folder: nowhere"),
     ],
 )
 def test_what_cannot_be_is_said(arguments: list[str], says: str, tmp_path: Path) -> None:
@@ -142,6 +144,12 @@ def test_what_cannot_be_is_said(arguments: list[str], says: str, tmp_path: Path)
     assert result.exit_code == 2
     assert says in " ".join(result.output.split())
     assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(("out", "says"), [("nowhere/t.csv", "No such folder"), (".", "Is a folder")])
+def test_a_table_that_cannot_be_written_is_said_before_anything_is_measured(out: str, says: str) -> None:
+    result = profile("mlp", *QUICK, "--device", "cpu", "--out", out)
+    assert (result.exit_code, says in result.output) == (2, True)
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a driver")

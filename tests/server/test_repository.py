@@ -363,6 +363,19 @@ def test_strict_readiness_waits_for_every_model(tmp_path: Path) -> None:
         assert request(daemon.http, "GET", "/v2/models/good/ready").status == 200
 
 
+def test_a_model_that_comes_later_and_cannot_be_loaded_takes_nothing_out_of_rotation(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "good", 1)
+    with running("--model-repository", str(tmp_path), "--layout", "7g.80gb") as daemon:
+        late = repositories.emulated(tmp_path / "late", 1)
+        good = (late / "serving.yaml").read_text()
+        (late / "serving.yaml").write_text("slo_mss: 1")
+        assert request(daemon.http, "POST", "/v2/repository/models/late/load").status == 400
+        assert request(daemon.http, "GET", "/v2/health/ready").status == 200
+        (late / "serving.yaml").write_text(good)
+        assert request(daemon.http, "POST", "/v2/repository/models/late/load").status == 200
+        assert request(daemon.http, "GET", "/v2/health/ready").status == 200
+
+
 def test_workers_without_torch_load_a_torch_model_that_comes_later(tmp_path: Path) -> None:
     """A start is quick where every model is emulated: torch is left out until it is needed."""
     repositories.emulated(tmp_path / "emulated", 1)
