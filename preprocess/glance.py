@@ -12,6 +12,16 @@ from preprocess.cost import Effort
 # A picture's size is behind fewer segments, as cameras and programs write them.
 MAX_SEGMENTS = 24
 _SOF = (0xC0, 0xC1, 0xC2)
+# What pictures and sounds begin with; the last are those of MP3 without a tag before it.
+_BEGINNINGS = (
+    *(b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"fLaC", b"OggS", b"ID3"),
+    *(b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2"),
+)
+
+
+def is_encoded(data: bytes) -> bool:
+    """Whether it begins as a picture or a sound."""
+    return data.startswith(_BEGINNINGS)
 
 
 def picture(data: bytes, max_pixels: int) -> Effort:

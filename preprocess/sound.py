@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from preprocess import wav
+from preprocess import ogg, wav
 from preprocess.errors import BadInputError
 
 EXPECTED = "a WAV, FLAC, Ogg or MP3 file"
@@ -36,8 +36,8 @@ def decode(data: bytes, sample_rate: int, least_samples: int, most_samples: int)
     mono, rate = _by_numpy(data, most_seconds) if _is_wav(data) else _by_libsndfile(data, most_seconds)
     made = mono if rate == sample_rate else soxr.resample(mono, rate, sample_rate, quality="HQ")
     if len(made) < least_samples:
-        least_ms = 1e3 * least_samples / sample_rate
-        raise BadInputError(f"a sound of {len(mono) / rate * 1e3:.0f} ms; at least {least_ms:.0f} ms are needed")
+        ms, least_ms = round(1e3 * len(mono) / rate, 3), round(1e3 * least_samples / sample_rate, 3)
+        raise BadInputError(f"a sound of {ms:g} ms; at least {least_ms:g} ms are needed")
     # Resampling may make a sample more than the clip's length is.
     return np.ascontiguousarray(made[:most_samples], np.float32)
 
@@ -77,6 +77,8 @@ def _by_libsndfile(data: bytes, most_seconds: float) -> tuple[Samples, int]:
     """Through a file in memory: libsndfile reads it without the GIL, which callbacks to Python would hold."""
     if not _is_known(data):
         raise BadInputError(f"{len(data)} bytes that are not {EXPECTED}")
+    if data.startswith(b"OggS"):
+        ogg.check(data, most_seconds)
     file = os.memfd_create("sound", os.MFD_CLOEXEC)
     try:
         os.truncate(file, len(data))
@@ -89,7 +91,7 @@ def _by_libsndfile(data: bytes, most_seconds: float) -> tuple[Samples, int]:
             rate: int = sound.samplerate
             announced: int = sound.frames
     except (soundfile.SoundFileError, RuntimeError) as error:
-        raise BadInputError(f"a sound that cannot be read: {error}") from None
+        raise BadInputError(f"a sound that cannot be read: {_reason(error, len(data))}") from None
     finally:
         os.close(file)
     if len(mono) < announced:
@@ -97,6 +99,12 @@ def _by_libsndfile(data: bytes, most_seconds: float) -> tuple[Samples, int]:
     if not np.abs(mono).max(initial=0) <= LOUDEST:
         raise BadInputError(f"a sound with samples that are not finite, or over {LOUDEST:g} times full scale")
     return mono, rate
+
+
+def _reason(error: Exception, nbytes: int) -> str:
+    """Without the file's name, which is our own; and libsndfile does not say the truth of what is not MP3."""
+    message: str = getattr(error, "error_string", str(error))
+    return f"its {nbytes} bytes hold no MP3 frame that can be decoded" if "possibly a pipe" in message else message
 
 
 def _blocks(sound: soundfile.SoundFile, most_frames: int) -> Iterator[Samples]:

@@ -61,7 +61,8 @@ class Autopilot:
         self._begin()
         self._failed: dict[str, list[str]] = {}  # the target that could not be reached, by GPU
         self._retry_at_s = 0.0
-        self.view = View({}, None, "no traffic seen yet")
+        off = "traffic is not watched: --replan propose thinks about layouts, --replan auto changes them, too"
+        self.view = View({}, None, off if settings.replan == "off" else "no traffic seen yet")
 
     def _begin(self) -> None:
         self._started_s = time.monotonic()

@@ -100,11 +100,16 @@ def decode_request(chunks: Sequence[bytes], header_length: int | None) -> Decode
     if end != size:
         raise invalid(f"unexpected additional input data: the inputs end at byte {end}, the body has {size}")
     parameters = request.parameters
-    binary_default = bool(parameters and _flag(parameters, "binary_data_output", "the request's"))
+    binary_default = wants_binary(parameters, otherwise=False)
     outputs = None
     if request.outputs:
         outputs = [_output_choice(output, binary_default) for output in request.outputs]
     return DecodedRequest(tensors, outputs, binary_default, parameters, request.id)
+
+
+def wants_binary(parameters: wire.Parameters | None, *, otherwise: bool) -> bool:
+    """Of outputs that do not say it themselves. Raises ServeError."""
+    return _flag(parameters or {}, "binary_data_output", "the request's", otherwise)
 
 
 def _tensor(entry: wire.InferInput, chunks: Sequence[bytes], begin: int, size: int) -> tuple[Tensor, int]:
@@ -160,12 +165,12 @@ def _output_choice(output: wire.RequestedOutput, binary_default: bool) -> Output
         if parameters.get(name):
             raise ServeError(Fault.UNSUPPORTED, f"output {output.name}: {what} is not supported")
     owner = f"output {output.name}'s"
-    binary = _flag(parameters, "binary_data", owner) if "binary_data" in parameters else binary_default
+    binary = _flag(parameters, "binary_data", owner, binary_default)
     return OutputChoice(output.name, binary)
 
 
-def _flag(parameters: wire.Parameters, name: str, owner: str) -> bool:
-    value = parameters.get(name, False)
+def _flag(parameters: wire.Parameters, name: str, owner: str, otherwise: bool) -> bool:
+    value = parameters.get(name, otherwise)
     if type(value) is not bool:
         raise invalid(f"{owner} parameter {name} must be true or false, not {value!r}")
     return value

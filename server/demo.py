@@ -39,7 +39,11 @@ def make_models(out: Path, more: Sequence[str] = ()) -> int:
             console.print(f"there is no demo model {name}; more there are: {', '.join(MORE)}", highlight=False)
             return 1
         makers.setdefault(name, partial(_make_one_of_more, name))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        console.print(f"cannot make the folder {out}: {error.strerror}", highlight=False, soft_wrap=True)
+        return 1
     missing = {name: make for name, make in makers.items() if not (out / name).exists()}
     failed = False
     with Progress(console=console, transient=True) as bar:

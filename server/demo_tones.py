@@ -29,7 +29,7 @@ Clip = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def clip(kind: str, seconds: float, rng: np.random.Generator) -> Clip:
-    """A clip within -1..1, with some noise behind what is to be heard."""
+    """A clip within -1..1, with next to no noise or some behind what is to be heard."""
     t = np.arange(int(seconds * RATE)) / RATE
     low = rng.uniform(150, 1500)
     match kind:
@@ -43,7 +43,7 @@ def clip(kind: str, seconds: float, rng: np.random.Generator) -> Clip:
             sound = np.sin(2 * np.pi * low * t) * (np.sin(2 * np.pi * rng.uniform(3, 6) * t) > 0)
         case _:
             sound = rng.standard_normal(len(t)) / 3
-    made = rng.uniform(0.1, 0.8) * (sound + rng.uniform(0.001, 0.02) * rng.standard_normal(len(t)))
+    made = rng.uniform(0.1, 0.8) * (sound + 10 ** rng.uniform(-5, -1.7) * rng.standard_normal(len(t)))
     return made.clip(-1, 1).astype(np.float32)
 
 
@@ -109,6 +109,7 @@ def make(folder: Path) -> str:
         "  audio: {preset: nemo-80, per_feature: false, max_seconds: 30}\n"
         "# Clips of different lengths share batches, filled up with zeros that `frames` tells from sound.\n"
         f"lengths: {{longest: {LONGEST_FRAMES}, buckets: 5}}\n"
+        f"# The output `kind`: {', '.join(f'{number} {kind}' for number, kind in enumerate(KINDS))}.\n"
     )
     (folder / "sweep.wav").write_bytes(wav(clip("sweep", 3.0, np.random.default_rng(5))))
     return f"a small CNN, {right:.1%} of {HELD_OUT} held-out clips right"

@@ -67,14 +67,16 @@ def from_refusal(
             return ServeError(Fault.REFUSED, message, reason=reason, retry_after_s=retry_after_s)
         case Reason.SLO_UNREACHABLE:
             message = (
-                f"model {model} cannot answer in time: {limit} is {round(limit_ms, 4):g} ms, the estimate is "
-                f"{limit_ms + retry_after_s * 1e3:.1f} ms; try again later, or send strict: false to be answered late"
+                f"model {model} cannot answer in time: {limit} is {round(limit_ms, 4):g} ms, the estimate{detail} is "
+                f"{limit_ms + retry_after_s * 1e3:.1f} ms; try again later, allow more, or send strict: false to be "
+                f"answered late"
             )
             return ServeError(Fault.REFUSED, message, reason=reason, retry_after_s=retry_after_s)
         case Reason.OVERLOADED:
             message = (
                 f"model {model} cannot answer even in ten times what it may take: {limit} is {round(limit_ms, 4):g} "
-                f"ms, the estimate is {10 * limit_ms + retry_after_s * 1e3:.1f} ms; try again later, or allow more"
+                f"ms, the estimate{detail} is {10 * limit_ms + retry_after_s * 1e3:.1f} ms; try again later, or allow "
+                f"more"
             )
             return ServeError(Fault.REFUSED, message, reason=reason, retry_after_s=retry_after_s)
         case Reason.EXPIRED:

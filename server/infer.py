@@ -151,6 +151,7 @@ class InferRoute:
             request_id = request.id
             if target.query:
                 request.parameters = with_query(request.parameters, target.query)
+                request.binary_default = codec.wants_binary(request.parameters, otherwise=request.binary_default)
             check_outputs(found, request.outputs, request.binary_default)
             return self._service.submit(found, request.tensors, request.parameters, arrival_ns, finish)
         except Exception as error:
@@ -250,7 +251,7 @@ def _raw_or_form(model: Model, pipeline: PipelineFile, body: bytes) -> DecodedRe
     """Files in a form are an item each; any other body is one file. Raises ServeError."""
     if not multipart.is_form(body):
         return _raw(model, [body], binary_outputs=False)
-    elements = multipart.files(body, pipeline.input)
+    elements = multipart.files(body, pipeline.input, texts=pipeline.text is not None)
     return DecodedRequest([Tensor(pipeline.input, "BYTES", (len(elements),), elements)], None, False, None, None)
 
 

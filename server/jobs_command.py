@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 INTERRUPTED = 130
 TIMEOUT_S = 60.0
+# What was sent is looked through before it is answered: a tensor file is unpacked.
+LOOKED_THROUGH_S = 3600.0
 LOOK_EVERY_S = 0.5
 # A daemon that is started anew loads its models first.
 PATIENCE_S = 300.0
@@ -55,6 +57,8 @@ class Client:
             # A refusal may come, and the connection be closed, while the inputs are still being sent.
             with suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, path, body, {"Connection": "close"})
+                if body is not None:
+                    connection.sock.settimeout(LOOKED_THROUGH_S)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             raise AwayError(f"{self.url} cannot be reached: {error}; --url or MIGSERVE_URL say where it is") from error
@@ -96,7 +100,9 @@ class Client:
         found = [each["id"] for each in self.jobs() if each["id"].startswith(job)]
         if len(found) > 1 and job not in found:
             raise CommandError(f"several jobs begin with {job}: {', '.join(found)}", USAGE)
-        return f"/v2/jobs/{quote(job if job in found or not found else found[0], safe='')}"
+        if not found:
+            raise CommandError(f"unknown job {job!r}; migserve jobs list shows those there are")
+        return f"/v2/jobs/{quote(job if job in found else found[0], safe='')}"
 
 
 def _error(body: bytes) -> str:
@@ -181,7 +187,9 @@ def _short(clock: str | None, now: datetime) -> str:
     """In local time, as deadlines are given; without the date where that is today's, without seconds where far off."""
     if not clock:
         return ""
-    at = datetime.fromisoformat(clock).astimezone()
+    at = datetime.fromisoformat(clock)
+    with suppress(OverflowError):  # at the end of all years
+        at = at.astimezone()
     near = abs(at - now) < timedelta(days=1)
     return f"{at:%H:%M:%S}" if at.date() == now.date() else f"{at:%m-%d %H:%M:%S}" if near else f"{at:%m-%d %H:%M}"
 
@@ -227,18 +235,25 @@ def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False)
     if as_json:
         print(json.dumps(found))
     if found["state"] != "done":
-        raise CommandError(f"{_failed(found)}job {job} is {found['state']}: {found.get('reason', '')}".rstrip(": "))
+        ended = f"{_failed(found)}job {job} is {found['state']}: {found.get('reason', '')}".rstrip(": ")
+        raise CommandError(f"{ended}; {_going_on(found)}")
     if "reason" in found:
         _say(f"[yellow]{escape(found['reason'])}[/]")
     for each in found["first_errors"][:ERRORS_SHOWN]:
         _say(escape(_error_of(each)))
     if out is not None:
-        _patiently(lambda: _save(client, f"/v2/jobs/{job}", out), Console(stderr=True))
+        _patiently(lambda: _save(client, f"/v2/jobs/{job}", out, or_beside=True), Console(stderr=True))
     if found["errors"] or found.get("late_s"):
         late = f" {_late(found)} after its deadline" if found.get("late_s") else ""
         more = f"; migserve jobs show {job} has more of them" if found["errors"] > ERRORS_SHOWN else ""
         _say(f"[yellow]{_failed(found)}job {job} is done{late}[/]{more}")
     return 0
+
+
+def _going_on(job: dict[str, Any]) -> str:
+    """With one that has ended without results."""
+    limit = " --max-errors N" if "max_errors" in job.get("reason", "") else ""
+    return f"migserve jobs resume {job['id']}{limit} goes on with it"
 
 
 def _failed(job: dict[str, Any]) -> str:
@@ -304,10 +319,17 @@ def results(client: Client, job: str, out: Path | None) -> int:
     return told(act)
 
 
-def _save(client: Client, path: str, out: Path) -> None:
-    """As a whole or not at all. They may have another form than was asked for: see `jobs show`."""
+def _save(client: Client, path: str, out: Path, *, or_beside: bool = False) -> None:
+    """As a whole or not at all.
+
+    They may have another form than was asked for (`jobs show` has why). `or_beside`: then they go into a file beside
+    `out`, with that suffix as well.
+    """
     response, job = client.open("GET", f"{path}/results"), path.rsplit("/", 1)[1]
-    check_form(out, Path(response.headers.get_filename() or "").suffix.removeprefix("."), job)
+    suffix = Path(response.headers.get_filename() or "").suffix
+    if or_beside and out.suffix and suffix != out.suffix.lower():
+        out = out.with_name(out.name + suffix)
+    check_form(out, suffix.removeprefix("."), job)
     unfinished = out.with_name(out.name + ".unfinished")
     try:
         with unfinished.open("wb") as file:
@@ -321,7 +343,10 @@ def _save(client: Client, path: str, out: Path) -> None:
 
 def remove(client: Client, job: str) -> int:
     def act() -> int:
-        found = client.ask("DELETE", client.path(job))
+        path = client.path(job)
+        if path != f"/v2/jobs/{job}":  # what cannot be undone is not guessed
+            raise CommandError(f"to remove job {path.rsplit('/', 1)[1]}, give its whole id", USAGE)
+        found = client.ask("DELETE", path)
         _say(f"job {found['removed']} is removed")
         return 0
 

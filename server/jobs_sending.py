@@ -80,8 +80,8 @@ def form_of(out: Path | None) -> str | None:
 
 def check_form(out: Path | None, form: str, job: str) -> None:
     """Whether the results of that form may be called so. Raises CommandError."""
-    if out is not None and form_of(out) not in (None, form):
-        suffix = next(suffix for suffix, known in FORMATS.items() if known == form)
+    suffix = next((suffix for suffix, known in FORMATS.items() if known == form), None)
+    if out is not None and suffix is not None and form_of(out) not in (None, form):
         shown = "JSON lines" if form == "jsonl" else form
         raise CommandError(f"the results of job {job} are {shown}: call them {out.with_suffix(suffix)}", USAGE)
 
@@ -124,8 +124,13 @@ def folder_lines(folder: Path) -> Iterator[bytes]:
     """Its files, by name, as JSON lines; what cannot be read becomes an item with that error."""
     for path in sorted(each for each in folder.rglob("*") if not each.is_dir()):
         name = os.fsencode(path.relative_to(folder)).decode(errors="replace")  # in JSON it must be UTF-8
-        try:
-            item = {"bytes": base64.b64encode(path.read_bytes()).decode()}
-        except OSError as error:
-            item = {"unreadable": f"{name} cannot be read: {error.strerror}"}
-        yield json.dumps({"name": name, **item}).encode() + b"\n"
+        yield json.dumps({"name": name, **_content(path, name)}).encode() + b"\n"
+
+
+def _content(path: Path, name: str) -> dict[str, str]:
+    if path.exists() and not path.is_file():  # to read a pipe might take for ever
+        return {"unreadable": f"{name} is not a file"}
+    try:
+        return {"bytes": base64.b64encode(path.read_bytes()).decode()}
+    except OSError as error:
+        return {"unreadable": f"{name} cannot be read: {error.strerror}"}

@@ -64,7 +64,11 @@ def show(machine: Machine, *, as_json: bool, out: Path | None = None) -> int:
     elif as_json:
         print(json.dumps({"gpus": [_as_data(gpu) for gpu in gpus]}, indent=2))
     else:
-        picture.console().print(picture.layout(gpus, lambda where: [_gpcs(where), where.device_uuid]))
+        console = picture.console()
+        console.print(picture.layout(gpus, lambda where: [_gpcs(where), where.device_uuid]))
+        if any(gpu.simulated for gpu in gpus) and machine.simulation_state is None:
+            told = "A simulation of its own: a running daemon tells of its layout at localhost:8003/admin/layout"
+            console.print(told, style="yellow", soft_wrap=True)
     door.close()
     return OK
 
@@ -175,7 +179,7 @@ def _wanted(wish: Wish, gpus: Sequence[Gpu]) -> dict[int, Target]:
             "say what you wish: either --file (and --config), or layouts such as 3g.40gb+3g.40gb or 0=7g.80gb"
         )
     if wish.file is not None:
-        _, entries = select(parse(wish.file.read_text()), wish.config)
+        _, entries = select(parse(_read(wish.file)), wish.config)
         return targets(entries, [Device(gpu.index, gpu.pci_device_id, gpu.pci_subsystem_id, gpu.model) for gpu in gpus])
     found: dict[int, Target] = {}
     for layout in wish.layouts:
@@ -186,6 +190,13 @@ def _wanted(wish: Wish, gpus: Sequence[Gpu]) -> dict[int, Target]:
         for gpu in chosen:
             found[gpu.index] = _parsed(names, gpu)
     return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _parsed(names: str, gpu: Gpu) -> Target:

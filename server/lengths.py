@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+import msgspec
 import numpy as np
 import structlog
 
@@ -13,7 +14,8 @@ from scheduler import buckets
 from scheduler.driver import Driver
 from scheduler.fleet import Fleet
 from scheduler.lengths import Lengths, stepped
-from scheduler.tensors import Signature
+from scheduler.tensors import Signature, TensorSpec
+from server import codec
 from server.codec import Checked, Tensor
 from server.errors import invalid
 
@@ -39,21 +41,31 @@ def length_of(lengths: Lengths | None, checked: Checked) -> int:
     return length
 
 
+def check_told(spec: TensorSpec, memory: memoryview, length: int) -> None:
+    """The values of the INT64 input that tells how much of each item is there. Raises ServeError.
+
+    With others a model would take padding for content, or give an answer that no item has.
+    """
+    for item, value in enumerate(memory.cast("q").tolist()):
+        if not 1 <= value <= length:
+            what = f"input {spec.name} is {value} for item {item}, which has a length of {length}"
+            raise invalid(f"{what}; expected 1 to {length}")
+
+
 def completed(signature: Signature, lengths: Lengths, tensors: list[Tensor]) -> list[Tensor]:
-    """With those inputs that tell which part of an item is none, where a client has left them out: all is there."""
+    """With those inputs that tell which part of an item is none, where a client has left them out: all is there.
+
+    Raises ServeError for what is wrong with the others: it must not be said that these are missing, which may be.
+    """
     names = {tensor.name for tensor in tensors}
     missing = [spec for spec in signature.inputs if spec.name in {lengths.length, lengths.mask} - names]
-    if not missing:
+    given = tuple(spec for spec in signature.inputs if spec not in missing)
+    if not missing or not any(-1 in spec.dims for spec in given):
         return tensors
-    varying = {spec.name: 1 + spec.dims.index(-1) for spec in signature.inputs if -1 in spec.dims}
-    told = next((tensor for tensor in tensors if len(tensor.shape) > varying.get(tensor.name, len(tensor.shape))), None)
-    if told is None:
-        return tensors  # refused as they are
-    items, length = told.shape[0], told.shape[varying[told.name]]
+    checked = codec.check_inputs(msgspec.structs.replace(signature, inputs=given), tensors)
+    length = length_of(lengths, checked)
     for spec in missing:
-        shape = (items, *(length if dim == -1 else dim for dim in spec.dims))
-        if not 0 < items * length <= items * lengths.longest or items > signature.max_batch:
-            return tensors
+        shape = (checked.items, *(length if dim == -1 else dim for dim in spec.dims))
         value = length if spec.name == lengths.length else 1
         data = memoryview(np.full(shape, value, np.int64).tobytes())
         tensors = [*tensors, Tensor(spec.name, "INT64", shape, [data])]

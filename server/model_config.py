@@ -22,7 +22,7 @@ def model_metadata(model: Model, versions: list[str]) -> dict[str, Any]:
 def model_config(model: Model) -> dict[str, Any]:
     """GET /v2/models/{model}/config: Triton's ModelConfig, what is true of this model. Dims without the batch axis.
 
-    A pipeline's BYTES input is optional: it stands for the ready tensor, which wins where a request carries both.
+    A pipeline's BYTES input is optional: it stands for the ready tensor.
     """
     signature = model.signature
     optional = [

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +19,7 @@ from preprocess.pipeline import PipelineError, PipelineFile, checked
 from scheduler.channel import ModelSource
 from scheduler.lengths import ByLength, Lengths
 from scheduler.tensors import Signature
-from server import config_pbtxt, yaml_text
+from server import config_pbtxt, wrong_values, yaml_text
 from server.config_pbtxt import EMULATED, MODEL_FILES, ModelFileError
 
 # A month or so; what is more is a mistake.
@@ -30,6 +30,7 @@ _EXPECTED = {
     "crop": "a number of pixels, or [height, width]",
     "mean": "a list of one number for each channel",
     "std": "a list of one number for each channel",
+    "buckets": "how many lengths, or a list of them",
 }
 
 
@@ -39,7 +40,7 @@ class LatencyTableFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     file: Path | None = None
-    measured: str | None = Field(None, pattern="^a100$")
+    measured: Literal["a100"] | None = None
     model: str | None = None
 
 
@@ -196,16 +197,20 @@ def _read_serving(folder: Path) -> ServingFile:
             serving.preprocess = serving.preprocess.placed(str(folder), longest)
         return serving
     except ValidationError as error:
-        reasons = dict.fromkeys(_explain(each["loc"], each["type"], each["msg"]) for each in error.errors())
+        reasons = dict.fromkeys(map(_explain, error.errors()))
         raise ModelFileError(f"{path}: {'; '.join(reasons)}") from error
 
 
-def _explain(loc: Sequence[int | str], kind: str, message: str) -> str:
+def _explain(error: Mapping[str, Any]) -> str:
+    loc = error["loc"]
     where = ".".join(map(str, loc))
-    if kind != "extra_forbidden":
-        if len(loc) > 2 and loc[2] in _EXPECTED:
-            return f"{'.'.join(map(str, loc[:3]))}: expected {_EXPECTED[str(loc[2])]}"
-        return f"{where}: {message.removeprefix('Value error, ')}"
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    if error["type"] != "extra_forbidden":
+        special = next((index for index, name in enumerate(loc) if name in _EXPECTED), None)
+        if special is not None:
+            return f"{'.'.join(map(str, loc[: special + 1]))}: expected {_EXPECTED[loc[special]]}"
+        return f"{where}: {wrong_values.said(error)}" if where else wrong_values.said(error)
     known = _keys(loc[:-1])
     near = get_close_matches(str(loc[-1]), known, 1)
     return f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")

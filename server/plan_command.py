@@ -26,6 +26,7 @@ from partitioner.optimal import Choices
 from partitioner.plans import DemandError, ModelDemand, Plan, PlanError
 from partitioner.programme import InfeasibleError
 from server import picture, plan_drawing, progress
+from server.out_file import trouble_with_drawing
 
 IMPOSSIBLE, USAGE = 1, 2
 PLANNERS = ("optimal", "paris")
@@ -55,6 +56,8 @@ class UsageError(ValueError):
 
 def run(request: Request) -> int:
     """Plans; returns the exit code: 0, 1 if nothing can meet the demand, 2 for what cannot be read or is unknown."""
+    if request.out is not None and (trouble := trouble_with_drawing(request.out)):
+        return complain(f"cannot draw to {request.out}: {trouble}", USAGE)
     try:
         plan, gpu = _plan(request)
     except (UsageError, DemandError, LatencyTableError) as error:
@@ -113,6 +116,8 @@ def _of_scenario(
         if len(names) > 1:
             raise UsageError(f"{origin} has several scenarios: pick one with --scenario, of {', '.join(names)}")
         return rows
+    if names == [""]:
+        raise UsageError(f"{origin} has no column scenario: leave out --scenario")
     if scenario not in names:
         raise UsageError(f"{origin} has no scenario {scenario!r}; {nearest(scenario, names)}")
     return [(line, row) for line, row in rows if row.get("scenario") == scenario]

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import structlog
 
+from preprocess import glance
 from preprocess.errors import BadInputError
 from preprocess.items import Item
 from preprocess.pipeline import PipelineFile
@@ -160,7 +161,8 @@ class _Preparation:
             if over_ns > 0:
                 self._stats.failed(self._model.id, "unreachable" if terms.strict else "overloaded")
                 reason = Reason.SLO_UNREACHABLE if terms.strict else Reason.OVERLOADED
-                raise from_refusal(reason, over_ns / 1e9, "", self._model.name, terms.limit, terms.limit_ms)
+                of = " of its preprocessing alone"
+                raise from_refusal(reason, over_ns / 1e9, of, self._model.name, terms.limit, terms.limit_ms)
         return elements
 
     def _read(self, job: asyncio.Future[list[Item]]) -> None:
@@ -248,3 +250,15 @@ def _check_shape(tensor: Tensor) -> None:
         raise invalid(f"input {tensor.name} has datatype {tensor.datatype}, expected BYTES")
     if tensor.shape[1:] not in ((), (1,)):
         raise invalid(f"input {tensor.name} has shape {list(tensor.shape)}, expected [batch] or [batch, 1]")
+
+
+def holds_something(tensor: Tensor, pipeline: PipelineFile) -> bool:
+    """Is it more than what clients fill in that send every input of the metadata, as perf_analyzer does?
+
+    That is made of nothing or of random letters, which may be a text, but no picture and no sound.
+    """
+    try:
+        elements = codec.byte_elements(tensor, text=pipeline.text is not None)
+    except ServeError:
+        return False
+    return any(elements if pipeline.text is not None else map(glance.is_encoded, elements))

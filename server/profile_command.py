@@ -26,6 +26,7 @@ from server import picture, profile_places, profile_plot, progress
 from server.config_pbtxt import ModelFileError
 from server.gpus import StartError
 from server.model_files import read_model, versions_to_serve
+from server.out_file import trouble_with, trouble_with_drawing
 from server.plan_command import UsageError, complain, nearest
 from server.profile_file import TableFile
 from server.profile_places import Machine
@@ -75,14 +76,16 @@ def _run(request: Request) -> int:
     except (UsageError, ModelFileError, StartError, NvmlError) as error:
         return complain(str(error), USAGE)
     try:
-        return _on(machine, request, source)
+        return measure_on(machine, request, source)
     finally:
         machine.close()
 
 
-def _on(machine: Machine, request: Request, source: ModelSource) -> int:
+def measure_on(machine: Machine, request: Request, source: ModelSource) -> int:
+    """All points, at the places of that machine; returns the exit code, see `run`."""
     try:
         path = request.out or Path(f"{source.name}.latency.csv")
+        _check_writable(path, request.plot)
         file = TableFile(path, source.name, machine.gpu, machine.source)
         session = _Session(request, source, machine, file)
         session.prepare()
@@ -98,6 +101,14 @@ def _on(machine: Machine, request: Request, source: ModelSource) -> int:
         return session.end(path)
     except (OSError, ValueError) as error:
         return complain(f"cannot write: {error}", USAGE)
+
+
+def _check_writable(table: Path, plot: Path | None) -> None:
+    """Raises UsageError."""
+    if trouble := trouble_with(table):
+        raise UsageError(f"cannot write {table}: {trouble}")
+    if plot is not None and (trouble := trouble_with_drawing(plot)):
+        raise UsageError(f"cannot draw to {plot}: {trouble}")
 
 
 def _source(request: Request) -> ModelSource:
@@ -162,13 +173,22 @@ class _Session:
     def prepare(self) -> None:
         """Loads the model once, to see what it takes, and what was measured before."""
         try:
-            first = next(iter(self._places.values()))
-            self._signature = self._at(first.mig_profile, 1).load()
+            self._signature = self._load()
             self._points = list(self._grid(self._signature))
             self._campaign = self._new_campaign()
         except BaseException:
             self._close()
             raise
+
+    def _load(self) -> Signature:
+        """At the first place that has memory enough for it. Raises ModelLoadError, MemoryError."""
+        *others, last = self._places
+        for name in others:
+            try:
+                return self._at(name, 1).load()
+            except MemoryError:
+                continue  # of its points it is said that they are too large
+        return self._at(last, 1).load()
 
     def _grid(self, signature: Signature) -> Iterator[Point]:
         most = max(signature.max_batch, 1)
@@ -291,6 +311,7 @@ class _Session:
             return complain("nothing could be measured", IMPOSSIBLE)
         self._file.finish(predicted, {})
         console = picture.console()
+        console.print(profile_plot.summary(measured))
         console.print(f"{path}: {len(measured)} points measured, {len(predicted)} predicted", soft_wrap=True)
         if self._too_large:
             console.print(f"too large for memory: {', '.join(map(_words, self._too_large))} and what is larger")

@@ -1,15 +1,34 @@
-"""A latency table as a picture: ms by batch, both in doublings, a colour for each slice and number of processes."""
+"""A latency table as a picture: ms by batch, both in doublings, a colour for each slice and number of processes; and
+in a few lines, for the terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from rich.table import Table
+
 from partitioner.latency import Measurement, is_predicted
+from partitioner.performance import Point
 from server.shapes import COLOURS, GRID_PX, IDLE, INK, LEFT_PX, MARGIN_PX, TOP_PX, Box, Label, Shape, save
 
 HEIGHT_PX, DOT_PX = 360, 8
+
+
+def summary(ms_of: Mapping[Point, float]) -> Table:
+    """What was measured, a line for each slice, length and number of processes: its smallest batch, and its best."""
+    table = Table("slice", "length", "processes", "smallest batch", "ms", "most items/s", "by batches of", "ms")
+    groups: dict[Point, dict[int, float]] = defaultdict(dict)
+    for point, ms in ms_of.items():
+        groups[point._replace(batch=0)][point.batch] = ms
+    for group, by_batch in groups.items():
+        smallest, best = min(by_batch), max(by_batch, key=lambda batch: batch / by_batch[batch])
+        rate = f"{group.processes * best / by_batch[best] * 1e3:,.0f}"
+        named = group.mig_profile, str(group.seq_len or ""), str(group.processes)
+        table.add_row(*named, str(smallest), f"{by_batch[smallest]:.2f}", rate, str(best), f"{by_batch[best]:.2f}")
+    return table
 
 
 def write(rows: Sequence[Measurement], path: Path) -> None:

@@ -21,8 +21,8 @@ from scheduler.tensors import DATATYPES, TensorSpec
 from server import codec
 from server.codec import Checked, OutputChoice, OutputData, Tensor
 from server.errors import Fault, ServeError, from_refusal, invalid
-from server.lengths import completed, length_of
-from server.preparing import Preparer, allocate
+from server.lengths import check_told, completed, length_of
+from server.preparing import Preparer, allocate, holds_something
 from server.preprocess_stats import PreprocessStats
 from server.repository import Model
 from server.terms import Terms, read_terms
@@ -77,11 +77,13 @@ class InferenceService:
                 return self._preparer.begin(model, pipeline, encoded, terms, accept, on_outcome)
             if not {tensor.name for tensor in tensors} & {spec.name for spec in model.signature.inputs}:
                 raise _neither(model, pipeline.input, tensors)
+            if encoded is not None and holds_something(encoded, pipeline):
+                raise _both(encoded, tensors)
         if model.lengths is not None:
             tensors = completed(model.signature, model.lengths, tensors)
         checked = codec.check_inputs(model.signature, tensors)
         length = length_of(model.lengths, checked)
-        offset = self._place(model, checked)
+        offset = self._place(model, checked, length)
         pending = self._accept(model, terms, on_outcome, worker_id, checked, length)
         self._driver.start(pending, offset)
         return partial(self._driver.cancel, pending)
@@ -139,14 +141,16 @@ class InferenceService:
 
         return self._driver.accept(request, terms.arrival_ns, on_end)
 
-    def _place(self, model: Model, checked: Checked) -> int:
-        """Inputs into the arena. Returns the offset of their slot."""
+    def _place(self, model: Model, checked: Checked, length: int) -> int:
+        """Inputs into the arena. Returns the offset of their slot. Raises ServeError."""
         slot = model.layout.slot(checked.items, checked.dims)
         offset = allocate(self._arena, slot.nbytes)
         try:
             for tensor, spec, place in zip(checked.tensors, model.signature.inputs, slot.places, strict=True):
-                begin = offset + place.offset
-                codec.write_tensor(tensor, spec, place.shape, self._arena.memory[begin : begin + place.nbytes])
+                memory = self._arena.memory[offset + place.offset :][: place.nbytes]
+                codec.write_tensor(tensor, spec, place.shape, memory)
+                if model.lengths is not None and spec.name == model.lengths.length:
+                    check_told(spec, memory, length)
         except BaseException:
             self._arena.free(offset)
             raise
@@ -154,7 +158,7 @@ class InferenceService:
 
 
 def _split(tensors: list[Tensor], encoded_name: str) -> tuple[list[Tensor], Tensor | None]:
-    """The ready tensors, and the one for the pipeline. Ready ones win: clients that fill in every input send both."""
+    """The ready tensors, and the one for the pipeline."""
     ready = [tensor for tensor in tensors if tensor.name != encoded_name]
     return ready, next((tensor for tensor in tensors if tensor.name == encoded_name), None)
 
@@ -162,6 +166,13 @@ def _split(tensors: list[Tensor], encoded_name: str) -> tuple[list[Tensor], Tens
 def _neither(model: Model, encoded_name: str, tensors: list[Tensor]) -> ServeError:
     ready, got = (", ".join(each.name for each in some) for some in (model.signature.inputs, tensors))
     return invalid(f"expected input {encoded_name}, encoded, or the ready tensors [{ready}], got [{got}]")
+
+
+def _both(encoded: Tensor, tensors: list[Tensor]) -> ServeError:
+    ready = ", ".join(each.name for each in tensors)
+    return invalid(
+        f"got both input {encoded.name}, encoded, and the ready tensors [{ready}]; expected one or the other"
+    )
 
 
 def check_outputs(model: Model, choice: list[OutputChoice] | None, binary: bool) -> None:

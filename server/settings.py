@@ -19,7 +19,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from server import yaml_text
+from server import wrong_values, yaml_text
 
 MIB = 1024 * 1024
 PREFIX = "MIGSERVE_"
@@ -253,7 +253,7 @@ def _nearest(name: str, known: Collection[str], prefix: str = "") -> str:
 
 def _explain(error: Mapping[str, Any], given: Mapping[str, Any], config: Path | None) -> str:
     """One line: where the value was given, the value, and what is wrong with it."""
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = wrong_values.said(error)
     if not error["loc"]:
         return message
     name = str(error["loc"][0])

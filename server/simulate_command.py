@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from scheduler.policies.named import POLICIES
 from scheduler.report import Report
 from scheduler.workload import TraceError
 from server import picture, progress, simulate_report
+from server.out_file import trouble_with
 from server.plan_command import IMPOSSIBLE, USAGE, UsageError, complain
 from server.simulate_outcome import Outcome, above_bound, to_json
 from server.simulate_report import Detail
@@ -99,17 +99,8 @@ def _check(request: Request) -> None:
         raise UsageError("--find-max counts a rate only if every query is answered: leave out --strict")
     if request.out is not None and request.out.suffix not in (".html", ".htm"):
         raise UsageError(f"--out {request.out}: the report is a page, its name must end in .html")
-    if request.out is not None and (trouble := _unwritable(request.out)):
+    if request.out is not None and (trouble := trouble_with(request.out)):
         raise UsageError(f"cannot write the report {request.out}: {trouble}")
-
-
-def _unwritable(path: Path) -> str:
-    """Why a file cannot be written, as far as can be seen before; empty where nothing speaks against it."""
-    if not path.parent.is_dir():
-        return f"No such folder: {path.parent}"
-    if path.is_dir():
-        return "Is a folder"
-    return "" if os.access(path if path.exists() else path.parent, os.W_OK) else "Permission denied"
 
 
 # ---- simulating ----

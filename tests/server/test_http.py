@@ -74,6 +74,13 @@ def test_parameters_in_the_url_are_looked_at_on_both_ways(version: bytes, daemon
     assert answer.error == "parameter strict must be true or false, not 'maybe'"
 
 
+def test_binary_outputs_may_be_asked_for_in_the_url(daemon: RunningDaemon) -> None:
+    body = json.dumps(json_request()).encode()
+    for wanted, kind in (("true", "application/octet-stream"), ("false", "application/json")):
+        answer = request(daemon.http, "POST", f"/v2/models/affine/infer?binary_data_output={wanted}", body)
+        assert (answer.status, answer.headers["content-type"]) == (200, kind)
+
+
 def test_binary_in_and_out(daemon: RunningDaemon) -> None:
     body, headers = binary_request(parameters={"binary_data_output": True})
     answer = infer(daemon.http, "affine", body, headers)

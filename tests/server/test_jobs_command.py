@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from scheduler.tensors import TensorSpec
 from server.__main__ import app
 from server.app import create_app
 from server.jobs_api import router
+from server.jobs_sending import folder_lines
 from server.listening import HttpServer, listen
 from tests.served import make_padded_model
 from tests.server.test_jobs import Story, on, until
@@ -76,7 +79,7 @@ def test_results_go_into_no_file_that_is_called_otherwise(tmp_path: Path) -> Non
     on(tmp_path / "jobs", story)
 
 
-def test_results_that_no_array_could_hold_go_into_no_file_that_is_called_so(tmp_path: Path) -> None:
+def test_results_that_no_array_could_hold_go_into_a_file_beside_the_one_that_is_called_so(tmp_path: Path) -> None:
     model = make_padded_model(Lengths(20, (20,), length="n"), TensorSpec("y", "FP32", (-1,)))
 
     async def story(told: Story) -> None:
@@ -90,15 +93,25 @@ def test_results_that_no_array_could_hold_go_into_no_file_that_is_called_so(tmp_
             told.stage.driver.batch_done(0, done, memoryview(out.tobytes()))
             await until(lambda: job.ended_s is not None)
             asked = await command("wait", job.id, "--out", str(tmp_path / "r.npz"))
-            assert asked.exit_code == 2
+            assert asked.exit_code == 0
             assert "the results are JSON lines, since output y has shape" in asked.stderr
-            assert asked.stderr.endswith(f"are JSON lines: call them {tmp_path}/r.jsonl\n")
-            assert not list(tmp_path.glob("r.*"))  # noqa: ASYNC240
-            assert (await command("results", job.id, "--out", str(tmp_path / "r.jsonl"))).exit_code == 0
-            first = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[0])
+            assert asked.stderr.endswith(f"results in {tmp_path}/r.npz.jsonl\n")
+            assert [each.name for each in tmp_path.glob("r.*")] == ["r.npz.jsonl"]  # noqa: ASYNC240
+            first = json.loads((tmp_path / "r.npz.jsonl").read_text().splitlines()[0])
             assert first == {"item": 0, "outputs": {"y": [0.0, 0.0]}}
+            asked = await command("results", job.id, "--out", str(tmp_path / "s.npz"))
+            assert asked.exit_code == 2
+            assert asked.stderr.endswith(f"are JSON lines: call them {tmp_path}/s.jsonl\n")
 
     on(tmp_path / "jobs", story, model=model)
+
+
+def test_of_a_folder_only_files_are_read(tmp_path: Path) -> None:
+    """Who reads a pipe waits until somebody writes into it."""
+    os.mkfifo(tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"x")
+    items = [json.loads(line) for line in folder_lines(tmp_path)]
+    assert items == [{"name": "a", "unreadable": "a is not a file"}, {"name": "b", "bytes": "eA=="}]
 
 
 def test_that_a_job_missed_its_deadline_is_seen_once_it_is_done(tmp_path: Path) -> None:
@@ -175,6 +188,23 @@ def test_how_many_items_failed_is_said_first_in_the_last_line(tmp_path: Path) ->
             waited = await command("wait", job.id)
             last = rf"1 of \d+( finished)? items failed; job {job.id} is stopped: "
             assert (waited.exit_code, bool(re.match(last, waited.stderr.splitlines()[-1]))) == (1, True), waited.stderr
+            assert waited.stderr.endswith(f"; migserve jobs resume {job.id} --max-errors N goes on with it\n")
+
+    on(tmp_path / "jobs", story)
+
+
+def test_one_is_removed_by_its_whole_id_only(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        async with command_line(told) as command:
+            job = await told.submit(1)
+            await told.all_done(job)
+            assert (await command("show", job.id[:4])).exit_code == 0
+            removed = await command("remove", job.id[:4])
+            assert (removed.exit_code, removed.stderr) == (2, f"to remove job {job.id}, give its whole id\n")
+            assert (await command("remove", job.id)).exit_code == 0
+            unknown = await command("show", job.id)
+            said = f"unknown job '{job.id}'; migserve jobs list shows those there are\n"
+            assert (unknown.exit_code, unknown.stderr) == (1, said)
 
     on(tmp_path / "jobs", story)
 
@@ -194,6 +224,9 @@ def test_the_list_has_local_times_with_seconds_where_they_are_near(
                 today = local("%j", now_s + after_s) == local("%j", now_s)
                 form = "%H:%M:%S" if today else "%m-%d %H:%M:%S" if after_s < 86400 else "%m-%d %H:%M"
                 wanted.append(local(form, now_s + after_s))
+            no_local_time = datetime(9999, 12, 31, 23, 30, tzinfo=UTC)
+            await told.all_done(await told.submit(1, deadline_s=no_local_time.timestamp()))
+            wanted.append("12-31 23:30")
             rows = (await command("list")).stdout.splitlines()
             column = next(row for row in rows if row.startswith("id ")).index("deadline")
             rows = [row[column:] for row in rows if re.match("[0-9a-f]{10} ", row)]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from scheduler.channel import Done
 from scheduler.lengths import Lengths
-from scheduler.tensors import TensorSpec
+from scheduler.tensors import InputLayout, TensorSpec
+from server.codec import Tensor
 from server.config_pbtxt import ModelFileError
+from server.errors import ServeError
 from server.model_files import read_model
 from tests.served import Served, make_padded_model, on
 from tests.stage import KEY
@@ -61,9 +66,14 @@ def test_how_long_an_item_is_may_be_left_out() -> None:
     ("body", "message"),
     [
         (request(21, n=21), b"a length of 21; at most 20 is taken"),
-        (request(21), b"expected inputs [n, x], got [x]"),
-        (request(3, shape=[0, 3]), b"expected inputs [n, x], got [x]"),
-        (request(3, shape=[3]), b"expected inputs [n, x], got [x]"),
+        (request(21), b"a length of 21; at most 20 is taken"),
+        (request(3, shape=[0, 3]), b"input x has shape [0, 3], a batch of 0 items; expected 1 to 8"),
+        (request(1, shape=[9, 1]), b"input x has shape [9, 1], a batch of 9 items; expected 1 to 8"),
+        (request(3, shape=[3]), b"input x has shape [3], expected [-1, -1]; the batch dimension is missing"),
+        (request(3, shape=[1, 1, 3]), b"input x has shape [1, 1, 3], expected [-1, -1]"),
+        (request(0, shape=[1, 0]), b"input x has shape [1, 0], expected [1, -1] (-1: any size from 1 on)"),
+        (request(1, shape=[1, 2**40]), b"input x has shape [1, 1099511627776], expected [1, -1]"),
+        ({"inputs": [request(3)["inputs"][0] | {"name": "y"}]}, b"expected inputs [x], got [y]"),
     ],
 )
 def test_what_cannot_be_padded_is_refused(body: dict[str, Any], message: bytes) -> None:
@@ -72,6 +82,55 @@ def test_what_cannot_be_padded_is_refused(body: dict[str, Any], message: bytes) 
         assert (reply.status, message in reply.body) == (400, True)
 
     on(stage, story)
+
+
+@pytest.mark.parametrize("n", [7, 4, 0, -1, 2**62])
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_length_that_its_item_does_not_have_is_refused(n: int, binary: bool) -> None:
+    async def story(served: Served) -> None:
+        if binary:
+            tensors = [
+                Tensor("x", "FP32", (2, 3), [memoryview(bytes(24))]),
+                Tensor("n", "INT64", (2,), [memoryview(struct.pack("<2q", 3, n))]),
+            ]
+            with pytest.raises(
+                ServeError, match=f"input n is {n} for item 1, which has a length of 3; expected 1 to 3"
+            ):
+                served.service.submit(served.model, tensors, None, 0, print)
+        else:
+            (reply,) = served.post(request(3, n=n))
+            message = b"input n is %d for item 0, which has a length of 3; expected 1 to 3" % n
+            assert (reply.status, message in reply.body) == (400, True)
+        assert (served.driver.unfinished(), served.arena.used) == (0, 0)
+
+    on(stage, story)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_an_item_may_be_padded_by_its_client(n: int) -> None:
+    async def story(served: Served) -> None:
+        assert served.post(request(3, n=n)) == []
+        assert [batch.lengths for batch in served.sent] == [[3]]
+
+    on(stage, story)
+
+
+@pytest.mark.parametrize("shape", [[1, 2], [1, 4], [1], [2, 3], [1, 3, 1]])
+def test_a_mask_of_another_shape_is_refused(shape: list[int]) -> None:
+    def masked() -> Served:
+        model = make_padded_model(Lengths(20, mask="mask"), SUM)
+        inputs = (TensorSpec("mask", "INT64", (-1,)), *model.signature.inputs[1:])
+        model.signature = msgspec.structs.replace(model.signature, inputs=inputs)
+        model.layout = InputLayout(model.signature)
+        return Served(model)
+
+    async def story(served: Served) -> None:
+        mask = {"name": "mask", "datatype": "INT64", "shape": shape, "data": [1] * math.prod(shape)}
+        (reply,) = served.post({"inputs": [*request(3)["inputs"], mask]})
+        assert reply.status == 400
+        assert served.post({"inputs": [*request(3)["inputs"], mask | {"shape": [1, 3], "data": [1, 1, 0]}]}) == []
+
+    on(masked, story)
 
 
 def test_an_output_that_varies_is_cut_to_its_own_length() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from server import yaml_text
 from server.config_pbtxt import ModelFileError
 from server.model_files import read_model, versions_to_serve
 from tests import repositories
@@ -99,14 +100,34 @@ def pictures(steps: str) -> str:
             "unknown key preprocess.image.mod; did you mean mode?",
         ),
         ("slo_ms: 5\nmig_profiles: [", "serving.yaml, line 2 is not YAML: "),
-        ("strict: sometimes", "serving.yaml: strict: Input should be a valid boolean"),
+        ("strict: sometimes", "serving.yaml: strict: expected true or false"),
         ("splitt: false", "unknown key splitt; did you mean split?"),
-        ("slo_ms: fast", "serving.yaml: slo_ms: Input should be a valid number"),
+        ("slo_ms: fast", "serving.yaml: slo_ms: expected a number"),
         ("slo_ms: 5\nstrict: true\nslo_ms: 6", "serving.yaml, line 3 is not YAML: key slo_ms is given twice"),
         (
             "preprocess:\n  input: a\n  output: b\n  audio: {preset: whisper, mels: 80, mels: 128}",
             "serving.yaml, line 4 is not YAML: key mels is given twice",
         ),
+        ("preprocess: 5", "serving.yaml: preprocess: expected a section"),
+        ("latency_table: t.csv", "serving.yaml: latency_table: expected a section"),
+        ("preprocess: {input: a, image: {size: [8, 8]}}", "serving.yaml: preprocess.output is missing"),
+        ("preprocess: {}", "serving.yaml: preprocess.input is missing; preprocess.output is missing"),
+        ("preprocess: {input: 5, output: b, image: {size: [8, 8]}}", "preprocess.input: expected text"),
+        (pictures("size: [8, 8], exif: maybe"), "preprocess.image.exif: expected true or false"),
+        (pictures("size: [8, 8], max_pixels: 1.5"), "preprocess.image.max_pixels: expected a whole number"),
+        (pictures("size: [8, 8], max_pixels: 0"), "preprocess.image.max_pixels: expected 1 or more"),
+        (pictures("size: [8, 8], mode: grey"), "preprocess.image.mode: expected 'L' or 'RGB'"),
+        (
+            "preprocess: {input: a, output: b, audio: {seconds: 4000}}",
+            "preprocess.audio.seconds: expected 3600 at most",
+        ),
+        ("slo_ms: 0", "serving.yaml: slo_ms: expected more than 0"),
+        ("mig_profiles: 1g.10gb", "serving.yaml: mig_profiles: expected a list"),
+        ("mig_profiles: [1]", "serving.yaml: mig_profiles.0: expected text"),
+        ("latency_table: {measured: h100}", "serving.yaml: latency_table.measured: expected 'a100'"),
+        ("latency_table: {file: 5}", "latency_table.file: expected the name of a file or folder"),
+        ("lengths: {longest: 4, buckets: many}", "serving.yaml: lengths.buckets: expected how many lengths, or a list"),
+        ("5: 3", "serving.yaml: 5: expected keys that are text"),
         (pictures("size: 32"), "serving.yaml: preprocess.image.size: expected [height, width] in pixels"),
         (pictures("size: [8, 8, 8]"), "preprocess.image.size: expected [height, width] in pixels"),
         (pictures("resize: 8, crop: [8]"), "preprocess.image.crop: expected a number of pixels, or [height, width]"),
@@ -124,6 +145,15 @@ def test_a_serving_file_that_makes_no_sense(text: str, message: str, tmp_path: P
     (folder / "serving.yaml").write_text(text)
     assert message in error_of(folder)
     assert error_of(folder).count("expected") <= 1
+
+
+def test_keys_that_only_look_alike_are_two() -> None:
+    assert yaml_text.load("1: x\n'1': y") == {1: "x", "1": "y"}
+
+
+def test_sections_may_be_merged_one_after_the_other() -> None:
+    text = "{x: &x {a: 1}, y: &y {b: 2}, z: {<<: *x, <<: *y, c: 3}}"
+    assert yaml_text.load(text)["z"] == {"a": 1, "b": 2, "c": 3}
 
 
 def test_a_section_may_be_merged_into_another(tmp_path: Path) -> None:

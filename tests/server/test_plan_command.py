@@ -18,7 +18,7 @@ from partitioner.catalog import GPU_MODELS
 from partitioner.geometry import parse_layout
 from partitioner.plans import DemandError, plan_from_json
 from server.__main__ import app
-from server.plan_command import read_demand
+from server.plan_command import UsageError, read_demand
 
 DEMAND = "model,rate_per_s,slo_ms\nresnet50,300,100\nbert,20,2000\n"
 
@@ -155,6 +155,13 @@ def test_broken_demands_are_refused_naming_the_line(tmp_path: Path, text: str, m
         read_demand(path, None)
 
 
+def test_a_demand_without_scenarios_has_none_to_pick(tmp_path: Path) -> None:
+    path = tmp_path / "demand.csv"
+    path.write_text("model,rate_per_s,slo_ms\nm,1,100\n")
+    with pytest.raises(UsageError, match="has no column scenario: leave out --scenario"):
+        read_demand(path, "S9")
+
+
 def test_items_of_queries_are_read(tmp_path: Path) -> None:
     path = tmp_path / "demand.csv"
     path.write_text("model,rate_per_s,slo_ms,items\nm,1,2,1:3 4:1\nn,1,2,\n")
@@ -171,6 +178,8 @@ def test_items_of_queries_are_read(tmp_path: Path) -> None:
         ([], 2, "several scenarios: pick one with --scenario, of S1, S2"),
         (["--scenario", "S9"], 2, "no scenario 'S9'; did you mean"),
         (["--scenario", "S1", "--latency-table", "nowhere.csv"], 2, "No such file"),
+        (["--scenario", "S1", "--out", "plan.pdf"], 2, "cannot draw to plan.pdf: the name must end in .svg or .png"),
+        (["--scenario", "S1", "--out", "nowhere/plan.svg"], 2, "cannot draw to .*: No such folder: nowhere"),
         (["--scenario", "S5", "--gpus", "3"], 1, "3 GPUs of A100-80GB serve .* would do. What binds is"),
     ],
 )

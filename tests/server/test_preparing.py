@@ -85,6 +85,14 @@ def test_a_form_with_a_file_under_another_name_is_refused_as_a_whole() -> None:
     on(pictures, story)
 
 
+def test_a_form_with_a_name_in_place_of_its_file_is_refused_with_the_way_to_send_it() -> None:
+    async def story(stage: Served) -> None:
+        (reply,) = stage.post(form([b"cat.jpg"]).replace(b'; filename="a.png"', b""))
+        assert (reply.status, b"an @ before its name: -F image=@cat.jpg" in reply.body) == (400, True)
+
+    on(pictures, story)
+
+
 def test_a_bare_file_is_one_element() -> None:
     async def story(stage: Served) -> None:
         stage.post(FILES[1])

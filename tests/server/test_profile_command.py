@@ -14,8 +14,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from partitioner.latency import LatencyTableError, Measurement, read_csv, read_measurements
+from scheduler.measuring import Device, Effort
 from server.__main__ import app
+from server.model_files import read_model
+from server.profile_command import Request, measure_on
 from server.profile_file import TableFile
+from server.profile_places import Machine, Place
 from tests.harness import until
 
 MODELS = Path("build/demo-models")
@@ -104,6 +108,19 @@ def test_what_does_not_fit_into_memory_is_told_and_left_out(tmp_path: Path) -> N
     assert not out.exists()
 
 
+def test_a_place_that_is_too_small_for_the_model_is_left_out_and_the_others_measured(tmp_path: Path) -> None:
+    out = tmp_path / "table.csv"
+    small, large = Place("1g.5gb", 1, Device(None, 1, None, 16)), Place("7g.40gb", 7, Device(None, 1, None, None))
+    machine = Machine("A100-40GB", "measured", "", {"1g": small, "7g": large})
+    effort = Effort(seconds=0.02, within=0.5)
+    request = Request(
+        str(MODELS / "mlp"), MODELS, "cpu", "", (), (1,), (), (), None, None, 0.1, effort, None, out, None
+    )
+    source, *_ = read_model(MODELS / "mlp", 1, 0)
+    assert measure_on(machine, request, source) == 0
+    assert [row["mig_profile"] for row in rows(out)] == ["7g.40gb"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -118,6 +135,8 @@ def test_what_does_not_fit_into_memory_is_told_and_left_out(tmp_path: Path) -> N
         (["mlp", "--device", "cpu", "--lengths", "8"], "no axis that varies"),
         (["mlp", "--device", "cpu", "--budget", "some"], "--budget is a number"),
         (["mlp", "--device", "cpu", "--budget", "200%"], "--budget is a number"),
+        (["mlp", "--device", "cpu", "--plot", "x.pdf"], "cannot draw to x.pdf: the name must end in .svg or .png"),
+        (["mlp", "--device", "cpu", "--plot", "nowhere/x.svg"], "No such folder: nowhere"),
     ],
 )
 def test_what_cannot_be_is_said(arguments: list[str], says: str, tmp_path: Path) -> None:
@@ -125,6 +144,12 @@ def test_what_cannot_be_is_said(arguments: list[str], says: str, tmp_path: Path)
     assert result.exit_code == 2
     assert says in " ".join(result.output.split())
     assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(("out", "says"), [("nowhere/t.csv", "No such folder"), (".", "Is a folder")])
+def test_a_table_that_cannot_be_written_is_said_before_anything_is_measured(out: str, says: str) -> None:
+    result = profile("mlp", *QUICK, "--device", "cpu", "--out", out)
+    assert (result.exit_code, says in result.output) == (2, True)
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a driver")

@@ -135,7 +135,7 @@ REASONS = {
     "config": "config.pbtxt",
     "batch": "sets max_batch_size 1000, the model was exported for 64",
     "names": "declares input x as INT8 [3], the model has FP32 [3]",
-    "yaml": "slo_ms: Input should be a valid number",
+    "yaml": "slo_ms: expected a number",
     "keys": "unknown key slo; did you mean slo_ms?",
     "dims": "declares input x as FP32 [9], the model has FP32 [3]",
     "slices": "no slice has one of the MIG profiles 9g.90gb; there are 1g.10gb, 2g.20gb",
@@ -145,7 +145,7 @@ REASONS = {
     "emulated": "needs a latency_table in serving.yaml",
     "rate": "items_per_s must be more than 0",
     "latin": "codec can't decode",
-    "endless": "slo_ms: Input should be less than",
+    "endless": "slo_ms: expected less than 3000000000",
     "policy": "version_policy asks for 7; there are 1",
     "folder": "Is a directory",
 }
@@ -361,6 +361,19 @@ def test_strict_readiness_waits_for_every_model(tmp_path: Path) -> None:
         assert answer.status == 503
         assert "model bad" in answer.error
         assert request(daemon.http, "GET", "/v2/models/good/ready").status == 200
+
+
+def test_a_model_that_comes_later_and_cannot_be_loaded_takes_nothing_out_of_rotation(tmp_path: Path) -> None:
+    repositories.emulated(tmp_path / "good", 1)
+    with running("--model-repository", str(tmp_path), "--layout", "7g.80gb") as daemon:
+        late = repositories.emulated(tmp_path / "late", 1)
+        good = (late / "serving.yaml").read_text()
+        (late / "serving.yaml").write_text("slo_mss: 1")
+        assert request(daemon.http, "POST", "/v2/repository/models/late/load").status == 400
+        assert request(daemon.http, "GET", "/v2/health/ready").status == 200
+        (late / "serving.yaml").write_text(good)
+        assert request(daemon.http, "POST", "/v2/repository/models/late/load").status == 200
+        assert request(daemon.http, "GET", "/v2/health/ready").status == 200
 
 
 def test_workers_without_torch_load_a_torch_model_that_comes_later(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_daemon_that_cannot_start_says_what_to_do(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["serve", "--http-port", "99999"], 2, "--http-port 99999: Input should be less than or equal to 65535"),
+        (["serve", "--http-port", "99999"], 2, "--http-port 99999: expected 65535 at most"),
         (["serve", "--arena-mib", "100"], 2, "--arena-mib 100: must be a power of two"),
         (["serve", "--config", "nowhere.yaml"], 2, "--config nowhere.yaml cannot be read: No such file"),
         (["serve", "--no-allow-http", "--no-allow-grpc"], 2, "nothing would be served"),
@@ -168,7 +168,7 @@ def test_folders_of_models_in_environment_and_file_are_written_as_in_a_path(
     [
         ("http-port: 1", "settings.yaml: unknown key http-port; did you mean http_port?"),
         ("http_prot: 1\nqqq: 1", "unknown key http_prot; did you mean http_port?\n"),
-        ("http_port: x", "settings.yaml: http_port 'x': Input should be a valid integer"),
+        ("http_port: x", "settings.yaml: http_port 'x': expected a whole number"),
         ("arena_mib: 100", "settings.yaml: arena_mib 100: must be a power of two"),
         ("model_repository: []", "settings.yaml: model_repository []: "),
         ("allow_http: false\nallow_grpc: false", "nothing would be served: leave out --no-allow-http"),
