@@ -13,7 +13,7 @@ import structlog
 from preprocess import glance
 from preprocess.errors import BadInputError
 from preprocess.items import Item
-from preprocess.pipeline import PipelineFile
+from preprocess.pipeline import PipelineError, PipelineFile
 from preprocess.pool import Job, PoolFullError, PreprocessPool
 from scheduler.arena import Arena, ArenaFullError
 from scheduler.domain import LATEST
@@ -218,7 +218,10 @@ class _Preparation:
         self._stats.failed(self._model.id, "bad_input" if bad else "internal")
         if not bad:
             log.error("preprocessing failed", model=self._model.key, exc_info=error)
-        self._on_error(invalid(str(error)) if bad else internal())
+        if isinstance(error, PipelineError):
+            self._on_error(ServeError(Fault.UNAVAILABLE, str(error), reason="unavailable"))
+        else:
+            self._on_error(invalid(str(error)) if bad else internal())
 
     def _pool_full(self, error: PoolFullError) -> ServeError:
         self._stats.failed(self._model.id, "pool_full")

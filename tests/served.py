@@ -98,11 +98,17 @@ class Served(Stage):
     """A stage with all that stands before the driver."""
 
     def __init__(
-        self, model: Model, arena_bytes: int = 1 << 16, cut_to: int | None = None, *, threads: int = 1
+        self,
+        model: Model,
+        arena_bytes: int = 1 << 16,
+        cut_to: int | None = None,
+        *,
+        threads: int = 1,
+        decoder: str = "cpu",
     ) -> None:
         super().__init__(arena_bytes, cut_to)
         self.model = model
-        self.pool = PreprocessPool(threads)
+        self.pool = PreprocessPool(threads, decoder)
         self.service = InferenceService(self.driver, self.arena, self.pool)
         repository: Any = OneModel(model)
         no_app: Any = None

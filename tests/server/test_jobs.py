@@ -26,7 +26,6 @@ from PIL import Image
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from preprocess.pool import PreprocessPool
 from scheduler.channel import Done, Failed
 from scheduler.lengths import Lengths
 from scheduler.tensors import TensorSpec
@@ -74,13 +73,10 @@ class Story:
         pictures: bool = False,
         model: Model | None = None,
         gone: str = "",
-        decoder: str = "",
+        decoder: str = "cpu",
         **settings: Any,
     ) -> None:
-        self.stage = Served(model or make_model(pictures=pictures), 1 << 20)
-        if decoder:
-            self.stage.pool.close()
-            self.stage.pool = PreprocessPool(1, decoder)
+        self.stage = Served(model or make_model(pictures=pictures), 1 << 20, decoder=decoder)
         self.repository: Any = Repository(self.stage)
         self.repository.gone = gone
         self.settings = Settings(jobs_min_free_mib=0, **settings)

@@ -127,6 +127,17 @@ def test_grpc_takes_elements_in_both_forms(raw: bool) -> None:
     on(pictures, story)
 
 
+def test_where_no_decoder_can_be_had_it_is_not_the_requests_fault() -> None:
+    async def story(stage: Served) -> None:
+        replies = stage.post(FILES[1])
+        await until(lambda: bool(replies))
+        assert replies[0].status == 503
+        assert b"no decoder is called 'missing'" in replies[0].body
+        assert (stage.driver.unfinished(), stage.arena.used) == (0, 0)
+
+    on(lambda: Served(make_model(pictures=True), decoder="missing"), story)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_one_bad_element_ends_its_request_by_name_and_no_other(threads: int) -> None:
     async def story(stage: Served) -> None:
