@@ -84,6 +84,8 @@ def tensors_of(
         raise BadItemError(f"expected {', '.join(spec.name for spec in specs)}; the line has {names_of(value)}")
     found = {spec.name: _tensor(value[spec.name], spec) for spec in specs if spec.name in value}
     length = next((varying[0] for _, varying in found.values() if varying), 1)
+    if lengths is not None and lengths.length in found:
+        _check_told(lengths.length, found[lengths.length][0], length)
     for spec in specs:
         if spec.name not in found:
             dims = [length if dim == -1 else dim for dim in spec.dims]
@@ -96,6 +98,15 @@ def tensors_of(
 def told(lengths: Lengths | None) -> set[str]:
     """Inputs that say how long an item is."""
     return {lengths.length, lengths.mask} - {""} if lengths is not None else set()
+
+
+def _check_told(name: str, data: bytes, length: int) -> None:
+    """As of requests: with more than is there a model would take padding for content. Raises BadItemError."""
+    told_length = int.from_bytes(data, "little", signed=True)
+    if not 1 <= told_length <= length:
+        raise BadItemError(
+            f"input {name} is {told_length}, and the item has a length of {length}; expected 1 to {length}"
+        )
 
 
 def _tensor(value: object, spec: TensorSpec) -> tuple[bytes, list[int]]:

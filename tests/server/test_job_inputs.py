@@ -80,6 +80,16 @@ def test_inputs_that_tell_lengths_may_be_left_out() -> None:
             tensors_of(missing, signature, lengths)
 
 
+@pytest.mark.parametrize("told", [0, 4, -1])
+def test_a_length_that_is_not_within_its_own_item_is_an_error(told: int) -> None:
+    """In a batch with longer ones it would be within the padding."""
+    signature = Signature((TensorSpec("n", "INT64", ()), *TWO.inputs[:1]), (), 8)
+    lengths = Lengths(10, length="n")
+    assert tensors_of({"n": 2, "ids": [7, 8, 9]}, signature, lengths)[1] == (3,)
+    with pytest.raises(BadItemError, match=f"input n is {told}, and the item has a length of 3; expected 1 to 3"):
+        tensors_of({"n": told, "ids": [7, 8, 9]}, signature, lengths)
+
+
 def test_values_that_do_not_fit() -> None:
     small = Signature((TensorSpec("x", "UINT8", (2,)),), (), 8)
     with pytest.raises(BadItemError, match="does not fit UINT8"):
