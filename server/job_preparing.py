@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import structlog
@@ -17,7 +17,9 @@ from preprocess.pool import PoolFullError, PreprocessPool
 from scheduler.lengths import Lengths, stepped
 from scheduler.tensors import DATATYPES, TensorSpec
 from server.codec import Tensor
+from server.errors import Fault, ServeError
 from server.job_inputs import Item
+from server.job_window import Window
 from server.preparing import check_made
 from server.repository import Model
 
@@ -27,6 +29,7 @@ log = structlog.get_logger(__name__)
 GROUP_S = 0.005
 MOST = 64
 AGAIN_S = 0.1
+MODEL_AGAIN_S = 0.2
 # Of what an element takes: so much of the last group.
 WEIGHT = 0.2
 
@@ -88,6 +91,60 @@ class JobPreparer:
             slots.append((slot, [item for item, _ in pairs]))
         for slot, filled in slots:  # all or none: what fails is prepared again, one by one
             slot.fill(filled)
+
+
+class Encoded:
+    """Items of one job that its model's pipeline has still to make tensors of.
+
+    `on_ready` takes each group of them that are tensors or have an error, with the bytes that they were before.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], Model],
+        preparer: JobPreparer,
+        window: Window,
+        on_ready: Callable[[list[Item], list[int]], None],
+    ) -> None:
+        self._model, self._preparer, self._window, self._on_ready = model, preparer, window, on_ready
+        self._waiting: deque[Item] = deque()
+        self._groups = 0  # that are being prepared
+        self._changed = asyncio.Event()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._waiting and not self._groups
+
+    def add(self, item: Item) -> None:
+        self._waiting.append(item)
+        self._changed.set()
+
+    def look_again(self) -> None:
+        """The window may have room for tensors now."""
+        self._changed.set()
+
+    async def prepare(self) -> None:
+        """Until cancelled, one group after the other. Raises PipelineError where nobody can be started to do it."""
+        while True:
+            while not self._waiting or self._window.is_ready_full:
+                self._changed.clear()
+                await self._changed.wait()
+            group = [self._waiting.popleft() for _ in range(min(self._preparer.group, len(self._waiting)))]
+            sizes = [item.nbytes for item in group]
+            self._groups += 1
+            try:
+                model = self._model()
+                pipeline = model.serving.preprocess
+                if pipeline is None:
+                    raise ServeError(Fault.UNAVAILABLE, f"model {model.name} has no pipeline any more")
+                await self._preparer.prepare(model, pipeline, group)
+            except ServeError:
+                self._waiting.extendleft(reversed(group))
+                await asyncio.sleep(MODEL_AGAIN_S)
+                continue
+            finally:
+                self._groups -= 1
+            self._on_ready(group, sizes)
 
 
 def _padded(model: Model, length: int) -> int:

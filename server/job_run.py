@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,7 +27,7 @@ from server import job_results
 from server.errors import Fault, ServeError
 from server.job_inputs import ENCODED, Item, Reader
 from server.job_pace import Factors, Pace
-from server.job_preparing import grouped, tensors_of_batch
+from server.job_preparing import Encoded, grouped, tensors_of_batch
 from server.job_progress import INTERNAL_ERROR, now_s, too_many
 from server.job_results import rows_of_all
 from server.job_shared import Shared
@@ -43,7 +43,7 @@ PREPARING = 2
 # Batches that a slice has: one that runs, one that is ready to.
 AHEAD = 2
 COMMIT_EVERY_S = 0.2
-AGAIN_S = 0.2
+AGAIN_S = 0.2  # what was refused
 
 Bucket = tuple[int, ...]
 _OURS = (Fault.REFUSED, Fault.UNAVAILABLE)  # nothing is wrong with the items
@@ -52,10 +52,10 @@ _OURS = (Fault.REFUSED, Fault.UNAVAILABLE)  # nothing is wrong with the items
 class JobRun:
     """`job` is kept up to date. `on_change`: told when it has ended or paused, or its slices refuse.
 
-    An item is in one place at a time: `_encoded` until its pipeline has room, then with `_prepare` (`_preparing` counts
-    groups); as tensors in `_waiting`, by bucket, or in its `alone` once a batch with it failed; `_sent` with its batch,
-    and from there back to `_waiting` (refused, failed) or on to `_finished`, where items with an error come at once;
-    then in the ledger. `_window` has all from reading to the ledger: it bounds them, and says where to read on.
+    An item is in one place at a time: `_encoded` until its pipeline has made tensors of it; in `_waiting`, by bucket,
+    or in its `alone` once a batch with it failed; `_sent` with its batch, and from there back to `_waiting` (refused,
+    failed) or on to `_finished`, where items with an error come at once; then in the ledger. `_window` has all from
+    reading to the ledger: it bounds them, and says where to read on.
     """
 
     def __init__(
@@ -72,8 +72,7 @@ class JobRun:
         self._reader = reader
         self._model = model
         self._service, self._elastic, self._supply = shared.service, shared.elastic, shared.supply
-        self._preparer, self._casualties = shared.preparer, shared.casualties
-        self._patience, self._tally = shared.patience, shared.tally
+        self._casualties, self._patience, self._tally = shared.casualties, shared.patience, shared.tally
         # Its own, and one: what it does with its files is done one after the other.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"job-{job.id}")
         self._on_change = on_change
@@ -85,12 +84,10 @@ class JobRun:
         self._finished = Finished()
         self._window = Window()
         self._buckets: tuple[Lengths | None, tuple[int, ...]] = None, ()
-        self._encoded: deque[Item] = deque()
-        self._preparing = 0
+        self._encoded = Encoded(model, shared.preparer, self._window, self._prepared)
         self._already: set[int] = set()  # finished before a restart
         self._read_all = False
         self._room = asyncio.Event()
-        self._to_prepare = asyncio.Event()
         self._to_commit = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._feeding: asyncio.TimerHandle | asyncio.Handle | None = None
@@ -104,7 +101,7 @@ class JobRun:
         self._already = await self.in_thread(self.ledger.finished_from, self._window.read_to.item)
         await self._read_some()
         self.pace.start(now_s())
-        going_on = [self._read(), self._commit(), *(self._prepare() for _ in range(PREPARING))]
+        going_on = [self._read(), self._commit(), *(self._encoded.prepare() for _ in range(PREPARING))]
         self._tasks = [asyncio.create_task(each) for each in going_on]
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
@@ -164,7 +161,7 @@ class JobRun:
 
     @property
     def _all_prepared(self) -> bool:
-        return self._read_all and not self._encoded and not self._preparing
+        return self._read_all and self._encoded.is_empty
 
     # ---- reading ----
 
@@ -191,8 +188,7 @@ class JobRun:
                 continue
             self._window.add(item)
             if item.bucket == ENCODED and not item.error:
-                self._encoded.append(item)
-                self._to_prepare.set()
+                self._encoded.add(item)
             else:
                 self._is_ready(item, item.nbytes)
 
@@ -216,30 +212,12 @@ class JobRun:
         self.seen[item.bucket] += 1
         self._waiting.add(item)
 
-    async def _prepare(self) -> None:
-        while True:
-            while not self._encoded or self._window.is_ready_full:
-                self._to_prepare.clear()
-                await self._to_prepare.wait()
-            group = [self._encoded.popleft() for _ in range(min(self._preparer.group, len(self._encoded)))]
-            sizes = [item.nbytes for item in group]
-            self._preparing += 1
-            try:
-                model = self._model()
-                pipeline = model.serving.preprocess
-                if pipeline is None:
-                    raise ServeError(Fault.UNAVAILABLE, f"model {model.name} has no pipeline any more")
-                await self._preparer.prepare(model, pipeline, group)
-            except ServeError:
-                self._encoded.extendleft(reversed(group))
-                await asyncio.sleep(AGAIN_S)
-                continue
-            finally:
-                self._preparing -= 1
-            self.look_at_buckets()
-            for item, before in zip(group, sizes, strict=True):
-                self._is_ready(item, before)
-            self.feed_soon()
+    def _prepared(self, items: list[Item], sizes: list[int]) -> None:
+        """They are tensors now, or have an error; `sizes`: their bytes until then."""
+        self.look_at_buckets()
+        for item, before in zip(items, sizes, strict=True):
+            self._is_ready(item, before)
+        self.feed_soon()
 
     # ---- sending ----
 
@@ -344,7 +322,7 @@ class JobRun:
 
     def _let_go(self, items: list[Item], outcome: Answered | str) -> None:
         self._window.ended(items, were_ready=True)
-        self._to_prepare.set()
+        self._encoded.look_again()
         self._room.set()
         self._finish(items, outcome)
 
