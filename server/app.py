@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from server import wrong_values
 from server.errors import Fault, ServeError
 
 Message = MutableMapping[str, Any]
@@ -75,7 +76,9 @@ def create_app(routes: APIRouter, *, docs: bool = True) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        reasons = [f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {each['msg']}" for each in error.errors()]
+        reasons = [
+            f"{'.'.join(map(str, each['loc'][1:])) or 'body'}: {wrong_values.said(each)}" for each in error.errors()
+        ]
         if "json" not in request.headers.get("content-type", ""):
             reasons = ["the body is JSON; send it with the header 'Content-Type: application/json'"]
         return JSONResponse({"error": "; ".join(reasons)}, Fault.INVALID.http)

@@ -256,6 +256,13 @@ def test_a_stranger_is_refused_before_the_body_is_read(
     assert answer.error
 
 
+def test_what_is_wrong_with_a_change_is_said_by_its_settings(daemon: RunningDaemon) -> None:
+    headers = {"Authorization": f"Bearer {daemon.admin_token}", "Content-Type": "application/json"}
+    answer = request(daemon.admin, "POST", "/admin/layout", b'{"dry_run": "perhaps", "layout": 1}', headers)
+    said = "gpus: is missing; dry_run: expected true or false; layout: is not known here"
+    assert (answer.status, answer.error) == (400, said)
+
+
 def test_a_change_that_is_not_sent_as_json_is_told_the_header(daemon: RunningDaemon) -> None:
     token = {"Authorization": f"Bearer {daemon.admin_token}"}
     form = token | {"Content-Type": "application/x-www-form-urlencoded"}  # curl -d, left alone
