@@ -23,6 +23,7 @@ from scheduler.lengths import Lengths, Points, shortest
 from scheduler.loading import ModelUnservableError
 from scheduler.staff import Worker
 from scheduler.tensors import InputLayout, Signature
+from server import model_identity
 from server.config_pbtxt import ModelFileError
 from server.errors import Fault, ServeError
 from server.model_files import ServingFile, needs_torch, read_model, versions_to_serve
@@ -66,6 +67,7 @@ class Model:
     version_policy: Mapping[str, Any] = field(default_factory=dict)  # Triton's ModelVersionPolicy
     signature: Signature = NOTHING
     layout: InputLayout = field(default_factory=lambda: InputLayout(NOTHING))
+    identity: str = ""  # of what its answers come from
 
     @property
     def id(self) -> tuple[str, str]:
@@ -258,6 +260,7 @@ class Repository:
             loaded = await self._fleet.load(model.source)
             model.serving.check(loaded.signature)
             await self.prepare(model)
+            model.identity = model_identity.of(model.source, model.serving.preprocess)
         except (ModelFileError, ModelUnservableError, PipelineError) as error:
             if model.source is not None:
                 self._fleet.unload(model.key)
