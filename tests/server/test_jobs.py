@@ -392,6 +392,49 @@ def test_without_its_model_a_job_pauses(tmp_path: Path) -> None:
     on(tmp_path, story)
 
 
+def test_another_model_under_the_name_of_its_own_pauses_it(tmp_path: Path) -> None:
+    model = make_model()
+    model.identity = "one"
+
+    async def story(told: Story) -> None:
+        job = await told.submit(*range(40))
+        assert job.asked.version == "1"
+        await told.finish()
+        model.identity = "another"
+        await until(lambda: job.state == JobState.PAUSED)
+        assert "another one than when the job was made" in job.reason
+        sent = len(told.stage.sent)
+        model.identity = "one"
+        await until(lambda: job.state == JobState.RUNNING)
+        told.drop_running()
+        assert await told.all_done(job) == y(*(2.0 * value for value in range(40)))
+        assert len(told.stage.sent) > sent
+
+    on(tmp_path, story, model=model)
+
+
+def test_one_that_is_cancelled_while_it_begins_stays_so_and_can_be_resumed(tmp_path: Path) -> None:
+    ids = []
+
+    async def before(told: Story) -> None:
+        submitting = asyncio.create_task(told.submit(*range(2000)))
+        await until(told.jobs.all)
+        (job,) = told.jobs.all()
+        await told.jobs.cancel(job.id)
+        assert await submitting is job
+        assert (job.state, told.jobs.progress(job)) == (JobState.CANCELLED, {})
+        await told.jobs.resume(job.id)
+        assert len(await told.all_done(job)) == 2000
+        ids.append(job.id)
+
+    async def after(told: Story) -> None:
+        assert told.jobs.get(ids[0]).state == JobState.DONE
+        assert len(results(told.jobs, told.jobs.get(ids[0]))) == 2000
+
+    on(tmp_path, before)
+    on(tmp_path, after)
+
+
 def test_a_job_whose_items_are_all_finished_needs_its_model_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
