@@ -237,9 +237,10 @@ def wait(client: Client, job: str, out: Path | None, *, as_json: bool) -> int:
 
 def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False) -> int:
     """0 once it is done, with its results in `out`; 1 where it ends otherwise. `as_json`: how it ended, to stdout."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    note = TextColumn("{task.fields[note]}", markup=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), note)
     with progress.bar(*columns, transient=False) as bar:
-        task = bar.add_task(job, total=None, note="")
+        task = bar.add_task(job, total=None, note="", foretold=True)
         while True:
             found = _patiently(lambda: client.ask("GET", f"/v2/jobs/{job}"), bar.console)
             check_form(out, found["output"], job)
@@ -302,7 +303,7 @@ def _patiently(act: Callable[[], T], console: Console) -> T:
 
 def _note(job: dict[str, Any]) -> str:
     if job["state"] == "paused":
-        return f"paused: {escape(job.get('reason', ''))}"
+        return f"paused: {job.get('reason', '')}"
     if "rate_per_s" not in job:
         return str(job["state"])
     late = "" if job.get("in_time", True) else ", LATE"
