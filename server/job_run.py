@@ -113,7 +113,7 @@ class JobRun:
 
     def _failed(self, error: BaseException) -> None:
         """Nothing may fail unseen: the job would wait for ever. It can go on from its ledger."""
-        # SQLite has no name of its own for a quota.
+        # A quota shows as an OSError, or as whatever SQLite makes of it.
         if isinstance(error, DiskFullError | OSError | sqlite3.Error | PipelineError):
             self._patience.failed(self.job.id, self.job.done, now_s())
             what = "preprocessing" if isinstance(error, PipelineError) else "the disk"
@@ -302,7 +302,7 @@ class JobRun:
 
     def _take_in(self, worker_id: int, items: list[Item], outcome: Answered | ServeError) -> None:
         if isinstance(outcome, Answered):
-            self._let_go(items, outcome)
+            self._items_end(items, outcome)
             self.feed_soon()
             self._learn(worker_id, items, outcome)
         elif outcome.fault in _OURS:
@@ -318,9 +318,9 @@ class JobRun:
     def _blame(self, items: list[Item], error: ServeError) -> None:
         crashed = error.reason == Reason.CRASHED
         for item, said in self._waiting.tried(items, error.message, crashed=crashed):
-            self._let_go([item], said)
+            self._items_end([item], said)
 
-    def _let_go(self, items: list[Item], outcome: Answered | str) -> None:
+    def _items_end(self, items: list[Item], outcome: Answered | str) -> None:
         self._window.ended(items, were_ready=True)
         self._encoded.look_again()
         self._room.set()

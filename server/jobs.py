@@ -108,7 +108,7 @@ class Jobs:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         # Side by side: one that is long at it, for it writes its results, keeps no other from putting down what it has.
-        await asyncio.gather(*map(self._run_let_go, self._jobs.values()))
+        await asyncio.gather(*map(self._drop_run, self._jobs.values()))
         await asyncio.to_thread(self._threads.shutdown)
         if self._store is not None:
             self._store.close()
@@ -183,7 +183,7 @@ class Jobs:
             self._foreseen[job.id] = foreseen
         log.info("job", job=job.id, model=job.asked.model, items=job.asked.items)
         self._begin(job)
-        await self._begun(job)
+        await self._until_begun(job)
 
     async def cancel(self, job_id: str) -> Job:
         """What is finished stays, for `resume`. Raises ServeError."""
@@ -193,7 +193,7 @@ class Jobs:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state} already")
             job.state, job.reason = JobState.CANCELLED, ""
             with kept_or_refused():  # cancelled it is all the same; putting it down is tried again
-                await self._let_go(job)
+                await self._settle(job)
             return job
 
     async def resume(self, job_id: str, max_errors: int | None = None) -> Job:
@@ -205,12 +205,12 @@ class Jobs:
                 raise ServeError(Fault.CONFLICT, refusal)
             asked = msgspec.structs.replace(job.asked, max_errors=most)
             with kept_or_refused():  # then it stays as it was
-                await self._let_go(job)
+                await self._settle(job)
                 again = msgspec.structs.replace(job, asked=asked, state=JobState.RUNNING, reason="", ended_s=None)
                 await self._in_thread(self.store.save, again)
             job.asked, job.state, job.reason, job.ended_s = asked, JobState.RUNNING, "", None
             self._begin(job)
-        await self._begun(job)
+        await self._until_begun(job)
         return job
 
     async def remove(self, job_id: str) -> None:
@@ -219,7 +219,7 @@ class Jobs:
             job = self.get(job_id)
             if job.state not in ENDED:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}; cancel it first")
-            await self._run_let_go(job)
+            await self._drop_run(job)
             with kept_or_refused():
                 await self._in_thread(self.store.remove, job_id)
             del self._jobs[job_id], self._changing[job_id]
@@ -260,7 +260,7 @@ class Jobs:
             self._begins[job.id] = task = asyncio.create_task(self._start_run(job))
             task.add_done_callback(lambda _: self._begins.pop(job.id))
 
-    async def _begun(self, job: Job) -> None:
+    async def _until_begun(self, job: Job) -> None:
         if job.id in self._begins:
             await asyncio.wait([self._begins[job.id]])
 
@@ -325,7 +325,7 @@ class Jobs:
     async def _look_at(self, job: Job) -> None:
         try:
             if job.state in ENDED:
-                await self._let_go(job)
+                await self._settle(job)
             elif job.id in self._begins:
                 return
             elif job.state == JobState.RUNNING:
@@ -361,11 +361,11 @@ class Jobs:
             await run.stop()
         self._begin(job)
 
-    async def _let_go(self, job: Job) -> None:
+    async def _settle(self, job: Job) -> None:
         """Of a job that has ended: its state goes to disk before what is not needed any more goes from there."""
         if job.ended_s is not None:
             return
-        await self._run_let_go(job)
+        await self._drop_run(job)
         ended_s = time.time()
         await self._in_thread(self.store.save, msgspec.structs.replace(job, ended_s=ended_s))
         job.ended_s = ended_s  # not before: it is tried again where there was no room
@@ -373,10 +373,10 @@ class Jobs:
             await self._in_thread(self.store.tidy, job)
         log.info("job ended", job=job.id, state=job.state, done=job.done, errors=job.errors, reason=job.reason)
 
-    async def _run_let_go(self, job: Job) -> None:
+    async def _drop_run(self, job: Job) -> None:
         self._foreseen.pop(job.id, None)
         self._shared.patience.forget(job.id)
-        await self._begun(job)  # what was just at it is stopped with it
+        await self._until_begun(job)  # what was just at it is stopped with it
         run = self._runs.pop(job.id, None)
         if run is not None:
             await run.stop()
