@@ -65,7 +65,7 @@ class JobRun:
         reader: Reader,
         model: Callable[[], Model],
         shared: Shared,
-        on_change: Callable[[JobRun], None],
+        on_change: Callable[[], None],
     ) -> None:
         self.job = job
         self.ledger = ledger
@@ -117,16 +117,11 @@ class JobRun:
         if isinstance(error, DiskFullError | OSError | sqlite3.Error | PipelineError):
             self._patience.failed(self.job.id, self.job.done, now_s())
             what = "preprocessing" if isinstance(error, PipelineError) else "the disk"
-            self._ends(JobState.PAUSED, f"{what}: {error}")
+            self.job.becomes(JobState.PAUSED, f"{what}: {error}")
         else:
             log.error("a job failed", job=self.job.id, exc_info=error)
-            self._ends(JobState.STOPPED, INTERNAL_ERROR)
-        self._on_change(self)
-
-    def _ends(self, state: JobState, reason: str) -> None:
-        """Unless it has been cancelled meanwhile. What it was paused for matters no more."""
-        if self.job.state in (JobState.RUNNING, JobState.PAUSED):
-            self.job.state, self.job.reason = state, reason
+            self.job.becomes(JobState.STOPPED, INTERNAL_ERROR)
+        self._on_change()
 
     async def stop(self) -> None:
         """Takes back what waits, puts down what is finished, and lets go of its files."""
@@ -180,8 +175,8 @@ class JobRun:
         self.look_at_buckets()
         self._read_all = not items
         if not items and (found := self._window.read_to.item) < (wanted := self.job.asked.items):
-            self._ends(JobState.STOPPED, f"the inputs have become shorter: {found} of {wanted} items are there")
-            self._on_change(self)
+            self.job.becomes(JobState.STOPPED, f"the inputs have become shorter: {found} of {wanted} items are there")
+            self._on_change()
         for item in items:
             if item.number in self._already:
                 self._already.discard(item.number)
@@ -308,7 +303,7 @@ class JobRun:
         elif outcome.fault in _OURS:
             self._waiting.put_back(items)
             self.feed_soon(AGAIN_S)
-            self._on_change(self)
+            self._on_change()
         else:
             if outcome.reason == Reason.CRASHED:
                 self._casualties.died(worker_id, now_s())
@@ -347,12 +342,12 @@ class JobRun:
             await self._put_down()
             self.feed_soon()  # there is room for what is made of more
             if self.job.errors > self.job.asked.max_errors:
-                self._ends(JobState.STOPPED, too_many(self.job))
+                self.job.becomes(JobState.STOPPED, too_many(self.job))
             elif self.job.done >= self.job.asked.items:
                 said = await self.in_thread(job_results.write_as_asked, self.ledger, self.job.asked)
-                self._ends(JobState.DONE, said)
+                self.job.becomes(JobState.DONE, said)
             if self.job.state != JobState.RUNNING:
-                self._on_change(self)
+                self._on_change()
                 return
 
     async def _put_down(self) -> None:

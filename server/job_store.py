@@ -46,6 +46,11 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
     STOPPED = "stopped"
 
+    @property
+    def is_end(self) -> bool:
+        """It does not go on by itself."""
+        return self in (JobState.DONE, JobState.CANCELLED, JobState.STOPPED)
+
 
 class Asked(msgspec.Struct, frozen=True):
     """What a job was asked to be. `deadline_s`: of the wall clock, since 1970; None: as soon as can be.
@@ -92,6 +97,11 @@ class Job(msgspec.Struct):
     errors: int = 0
     ended_s: float | None = None
     first_errors: list[ItemError] = []
+
+    def becomes(self, state: JobState, reason: str = "") -> None:
+        """Unless it has been cancelled meanwhile. What it was paused for matters no more."""
+        if not self.state.is_end:
+            self.state, self.reason = state, reason
 
     def went_wrong(self, errors: Iterable[ItemError]) -> None:
         """With these items, too."""

@@ -38,7 +38,6 @@ log = structlog.get_logger(__name__)
 THREADS = 4
 DECIDE_EVERY_S = 1.0
 BEGINS_WITHIN_S = 1.0  # at the start
-ENDED = (JobState.DONE, JobState.CANCELLED, JobState.STOPPED)
 ID_BYTES = 5
 
 
@@ -93,7 +92,7 @@ class Jobs:
         self._store = store
         self._jobs = {job.id: job for job in found}
         for job in found:
-            if job.state not in ENDED:
+            if not job.state.is_end:
                 self._begin(job)
         if self._begins:  # so that what they had done is seen at once
             await asyncio.wait(self._begins.values(), timeout=BEGINS_WITHIN_S)
@@ -189,11 +188,14 @@ class Jobs:
         """What is finished stays, for `resume`. Raises ServeError."""
         async with self._lock(job_id):
             job = self.get(job_id)
-            if job.state in ENDED:
+            if job.state.is_end:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state} already")
             job.state, job.reason = JobState.CANCELLED, ""
-            with kept_or_refused():  # cancelled it is all the same; putting it down is tried again
-                await self._settle(job)
+            try:
+                with kept_or_refused():
+                    await self._settle(job)
+            except ServeError as error:  # putting it down is tried again
+                raise ServeError(error.fault, f"{error.message}; job {job_id} is cancelled all the same") from error
             return job
 
     async def resume(self, job_id: str, max_errors: int | None = None) -> Job:
@@ -217,7 +219,7 @@ class Jobs:
         """With all its files. Raises ServeError."""
         async with self._lock(job_id):
             job = self.get(job_id)
-            if job.state not in ENDED:
+            if not job.state.is_end:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}; cancel it first")
             await self._drop_run(job)
             with kept_or_refused():
@@ -271,23 +273,19 @@ class Jobs:
             model = partial(self._usable_model, job)
             at = self.store.folder(job.id), model, self._settings.jobs_input_dir
             ledger, reader = await opened(job, *at, self._in_thread)
-            _becomes(job, JobState.RUNNING)
-            self._runs[job.id] = run = JobRun(job, ledger, reader, model, self._shared, self._changed)
+            job.becomes(JobState.RUNNING)
+            self._runs[job.id] = run = JobRun(job, ledger, reader, model, self._shared, self._again.set)
             await run.start()
             self._again.set()
             if was_paused:
                 log.info("job goes on", job=job.id)
         except ServeError as error:
-            _becomes(job, JobState.PAUSED, error.message)
+            job.becomes(JobState.PAUSED, error.message)
         except (OSError, DiskFullError, sqlite3.Error) as error:
-            _becomes(job, JobState.PAUSED, f"the disk: {error}")
+            job.becomes(JobState.PAUSED, f"the disk: {error}")
         except Exception:
             log.exception("a job cannot begin", job=job.id)
-            _becomes(job, JobState.STOPPED, INTERNAL_ERROR)
-
-    def _changed(self, run: JobRun) -> None:
-        """Told by a run: it has ended or paused, or its slices are not what they were."""
-        self._again.set()
+            job.becomes(JobState.STOPPED, INTERNAL_ERROR)
 
     async def _decide_for_ever(self) -> None:
         while True:
@@ -324,7 +322,7 @@ class Jobs:
 
     async def _look_at(self, job: Job) -> None:
         try:
-            if job.state in ENDED:
+            if job.state.is_end:
                 await self._settle(job)
             elif job.id in self._begins:
                 return
@@ -400,9 +398,3 @@ class Jobs:
                 places[job_id] = self._supply.places(self._usable_model(run.job), run.left, run.factors)
                 works.append(Work(job_id, run.left, within_ns(run.job)))
         return works, places
-
-
-def _becomes(job: Job, state: JobState, reason: str = "") -> None:
-    """Unless it has been cancelled meanwhile."""
-    if job.state not in ENDED:
-        job.state, job.reason = state, reason
