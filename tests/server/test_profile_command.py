@@ -146,7 +146,14 @@ def test_what_cannot_be_is_said(arguments: list[str], says: str, tmp_path: Path)
     assert not (tmp_path / "out.csv").exists()
 
 
-@pytest.mark.parametrize(("out", "says"), [("nowhere/t.csv", "No such folder"), (".", "Is a folder")])
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("nowhere/t.csv", "No such folder"),
+        (".", "Is a folder"),
+        ("/proc/t.csv", "cannot write /proc/t.csv: no file can be made in /proc: "),  # as root, too
+    ],
+)
 def test_a_table_that_cannot_be_written_is_said_before_anything_is_measured(out: str, says: str) -> None:
     result = profile("mlp", *QUICK, "--device", "cpu", "--out", out)
     assert (result.exit_code, says in result.output) == (2, True)
