@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.options import DEFAULT_GPU
+from server.options import DEFAULT_GPU, flag
 
 Model = Annotated[str, typer.Argument(help="By its name in the repository, or its folder.")]
 Repository = Annotated[Path, typer.Option(help="Folder of models, as of **serve**.")]
@@ -48,9 +48,7 @@ Out = Annotated[
         help="The table, by default MODEL.latency.csv. Points that it has already are kept, not measured again."
     ),
 ]
-Anew = Annotated[
-    bool, typer.Option("--anew", help="Drop what the table has of this model on this GPU first; other rows stay.")
-]
+Anew = Annotated[bool, flag("--anew", "Drop what the table has of this model on this GPU first; other rows stay.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the table to this .svg or .png file, too.")]
 
 

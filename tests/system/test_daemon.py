@@ -70,8 +70,18 @@ def test_help_names_every_setting_and_default_on_a_narrow_terminal() -> None:
     for name in settings.Settings.model_fields:
         assert f"--{name.replace('_', '-')} " in text, name
     assert "…" not in text
-    assert "Default: 8000." in " ".join(text.replace("│", " ").split())
+    words = " ".join(text.replace("│", " ").split())
+    assert "Default: 8000." in words
+    assert "Default: ." not in words
     assert "MIGSERVE_HTTP_PORT=9000" in text
+
+
+@pytest.mark.parametrize(
+    "verb", [["plan"], ["simulate"], ["profile"], ["layout", "show"], ["layout", "apply"]], ids=" ".join
+)
+def test_help_shows_no_value_for_a_flag_that_takes_none(verb: list[str]) -> None:
+    flags = [line for line in asked(*verb, "--help", COLUMNS="120").stdout.splitlines() if "<bool>" in line]
+    assert [line.split()[1] for line in flags] == ["--help"]  # that one is not ours
 
 
 @pytest.mark.parametrize(
