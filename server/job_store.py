@@ -38,7 +38,7 @@ class DiskFullError(Exception):
 
 
 class JobState(StrEnum):
-    """`paused`: by itself, and it goes on by itself. `stopped`: too many errors."""
+    """`paused`: by itself, and it goes on by itself. `stopped`: by itself, and goes on when somebody says so."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -50,7 +50,8 @@ class JobState(StrEnum):
 class Asked(msgspec.Struct, frozen=True):
     """What a job was asked to be. `deadline_s`: of the wall clock, since 1970; None: as soon as can be.
 
-    `format`: of the inputs. `signature`: of the model when the job was made; a job is for no other.
+    `format`: of the inputs. `signature` and `identity`: of the model when the job was made; a job is for no other.
+    Older releases kept no identity.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Asked(msgspec.Struct, frozen=True):
     items: int
     signature: Signature
     name: str = ""
+    identity: str = ""
 
 
 class ItemError(msgspec.Struct, frozen=True, array_like=True):

@@ -37,6 +37,7 @@ log = structlog.get_logger(__name__)
 
 THREADS = 4
 DECIDE_EVERY_S = 1.0
+BEGINS_WITHIN_S = 1.0  # at the start
 ENDED = (JobState.DONE, JobState.CANCELLED, JobState.STOPPED)
 ID_BYTES = 5
 
@@ -66,7 +67,7 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._runs: dict[str, JobRun] = {}
         self._changing: dict[str, asyncio.Lock] = {}
-        self._beginning = asyncio.Lock()
+        self._begins: dict[str, asyncio.Task[None]] = {}  # of runs that are being begun
         self._again = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._store: JobStore | None = None
@@ -93,7 +94,9 @@ class Jobs:
         self._jobs = {job.id: job for job in found}
         for job in found:
             if job.state not in ENDED:
-                await self._begin(job)
+                self._begin(job)
+        if self._begins:  # so that what they had done is seen at once
+            await asyncio.wait(self._begins.values(), timeout=BEGINS_WITHIN_S)
         self._task = asyncio.create_task(self._decide_for_ever())
 
     async def stop(self) -> None:
@@ -104,11 +107,8 @@ class Jobs:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        async with self._beginning:
-            pass  # what was just at it is stopped with the others
         # Side by side: one that is long at it, for it writes its results, keeps no other from putting down what it has.
-        await asyncio.gather(*(run.stop() for run in self._runs.values()))
-        self._runs.clear()
+        await asyncio.gather(*map(self._run_let_go, self._jobs.values()))
         await asyncio.to_thread(self._threads.shutdown)
         if self._store is not None:
             self._store.close()
@@ -182,7 +182,8 @@ class Jobs:
         if foreseen is not None:
             self._foreseen[job.id] = foreseen
         log.info("job", job=job.id, model=job.asked.model, items=job.asked.items)
-        await self._begin(job)
+        self._begin(job)
+        await self._begun(job)
 
     async def cancel(self, job_id: str) -> Job:
         """What is finished stays, for `resume`. Raises ServeError."""
@@ -208,8 +209,9 @@ class Jobs:
                 again = msgspec.structs.replace(job, asked=asked, state=JobState.RUNNING, reason="", ended_s=None)
                 await self._in_thread(self.store.save, again)
             job.asked, job.state, job.reason, job.ended_s = asked, JobState.RUNNING, "", None
-            await self._begin(job)
-            return job
+            self._begin(job)
+        await self._begun(job)
+        return job
 
     async def remove(self, job_id: str) -> None:
         """With all its files. Raises ServeError."""
@@ -252,29 +254,36 @@ class Jobs:
         self.get(job_id)
         return self._changing.setdefault(job_id, asyncio.Lock())
 
-    async def _begin(self, job: Job) -> None:
-        """Runs it, or pauses it where that cannot be now; what nobody has thought of stops this job and no other."""
-        try:
-            async with self._beginning:
-                if not self._stopping:  # else after the next start
-                    await self._begun(job)
-        except ServeError as error:
-            job.state, job.reason = JobState.PAUSED, error.message
-        except (OSError, DiskFullError, sqlite3.Error) as error:
-            job.state, job.reason = JobState.PAUSED, f"the disk: {error}"
-        except Exception:
-            log.exception("a job cannot begin", job=job.id)
-            job.state, job.reason = JobState.STOPPED, INTERNAL_ERROR
+    def _begin(self, job: Job) -> None:
+        """In a task of its own: one whose inputs hang holds up nobody. Where it cannot be now, the job pauses."""
+        if not self._stopping:  # else after the next start
+            self._begins[job.id] = task = asyncio.create_task(self._start_run(job))
+            task.add_done_callback(lambda _: self._begins.pop(job.id))
 
     async def _begun(self, job: Job) -> None:
-        model = partial(self._usable_model, job)
-        at = self.store.folder(job.id), model, self._settings.jobs_input_dir
-        ledger, reader = await opened(job, *at, self._in_thread)
-        job.state, job.reason = JobState.RUNNING, ""
-        run = JobRun(job, ledger, reader, model, self._shared, self._changed)
-        self._runs[job.id] = run
-        await run.start()
-        self._again.set()
+        if job.id in self._begins:
+            await asyncio.wait([self._begins[job.id]])
+
+    async def _start_run(self, job: Job) -> None:
+        """What nobody has thought of stops this job and no other."""
+        was_paused = job.state == JobState.PAUSED
+        try:
+            model = partial(self._usable_model, job)
+            at = self.store.folder(job.id), model, self._settings.jobs_input_dir
+            ledger, reader = await opened(job, *at, self._in_thread)
+            _becomes(job, JobState.RUNNING)
+            self._runs[job.id] = run = JobRun(job, ledger, reader, model, self._shared, self._changed)
+            await run.start()
+            self._again.set()
+            if was_paused:
+                log.info("job goes on", job=job.id)
+        except ServeError as error:
+            _becomes(job, JobState.PAUSED, error.message)
+        except (OSError, DiskFullError, sqlite3.Error) as error:
+            _becomes(job, JobState.PAUSED, f"the disk: {error}")
+        except Exception:
+            log.exception("a job cannot begin", job=job.id)
+            _becomes(job, JobState.STOPPED, INTERNAL_ERROR)
 
     def _changed(self, run: JobRun) -> None:
         """Told by a run: it has ended or paused, or its slices are not what they were."""
@@ -298,8 +307,10 @@ class Jobs:
         self._supply.observe(now_ns())
         for job_id in list(self._jobs):
             with suppress(ServeError):  # it has been removed meanwhile
-                async with self._lock(job_id):
-                    await self._look_at(self.get(job_id))
+                lock = self._lock(job_id)
+                if not lock.locked():  # else a user is changing it, which may take long
+                    async with lock:
+                        await self._look_at(self.get(job_id))
         for run in self._runs.values():
             run.look_at_buckets()
         works, places = self._works()
@@ -315,9 +326,11 @@ class Jobs:
         try:
             if job.state in ENDED:
                 await self._let_go(job)
+            elif job.id in self._begins:
+                return
             elif job.state == JobState.RUNNING:
                 self._pause_if_needed(job)
-            if job.state == JobState.PAUSED:
+            else:
                 await self._go_on(job)
         except Exception:  # the others do not wait for it
             log.exception("a job cannot go on now; it is tried again", job=job.id)
@@ -346,9 +359,7 @@ class Jobs:
         run = self._runs.pop(job.id, None)
         if run is not None:
             await run.stop()
-        await self._begin(job)
-        if job.state == JobState.RUNNING:
-            log.info("job goes on", job=job.id)
+        self._begin(job)
 
     async def _let_go(self, job: Job) -> None:
         """Of a job that has ended: its state goes to disk before what is not needed any more goes from there."""
@@ -365,6 +376,7 @@ class Jobs:
     async def _run_let_go(self, job: Job) -> None:
         self._foreseen.pop(job.id, None)
         self._shared.patience.forget(job.id)
+        await self._begun(job)  # what was just at it is stopped with it
         run = self._runs.pop(job.id, None)
         if run is not None:
             await run.stop()
@@ -388,3 +400,9 @@ class Jobs:
                 places[job_id] = self._supply.places(self._usable_model(run.job), run.left, run.factors)
                 works.append(Work(job_id, run.left, within_ns(run.job)))
         return works, places
+
+
+def _becomes(job: Job, state: JobState, reason: str = "") -> None:
+    """Unless it has been cancelled meanwhile."""
+    if job.state not in ENDED:
+        job.state, job.reason = state, reason
