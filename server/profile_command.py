@@ -346,7 +346,8 @@ class _Session:
 
     def _counted(self, measured: int, predicted: int) -> str:
         kept = f", {self._kept} kept from an earlier run" if self._kept else ""
-        return f"{measured - self._kept} points measured{kept}, {predicted} predicted"
+        now = measured - self._kept
+        return f"{now} point{'' if now == 1 else 's'} measured{kept}, {predicted} predicted"
 
 
 def _words(point: Point) -> str:

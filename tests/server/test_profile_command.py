@@ -186,7 +186,7 @@ def test_another_model_file_under_the_same_name_is_not_taken_for_the_one_that_wa
     assert out.read_text() == before, "what nothing comes of drops nothing"
     result = profile(*asked, "1", "--anew")
     assert result.exit_code == 0, result.output
-    assert "1 points measured, 0 predicted" in result.output
+    assert "1 point measured, 0 predicted" in result.output
     assert [row["batch"] for row in rows(out)] == ["1"]
     assert rows(out)[0]["model_file"] not in before
 

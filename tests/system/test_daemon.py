@@ -54,14 +54,7 @@ def test_help_teaches() -> None:
         assert verb in verbs
         assert asked(verb, "--help").exit_code == 0
     text = asked("serve", "--help").stdout
-    for flag in (
-        "--model-repository",
-        "--http-port",
-        "--grpc-port",
-        "--metrics-port",
-        "--exit-timeout-secs",
-        "--layout",
-    ):
+    for flag in ("--model-repository", "--http-port", "--grpc-port", "--metrics-port", "--exit-timeout-secs"):
         assert flag in text
 
 
@@ -71,17 +64,14 @@ def test_help_names_every_setting_and_default_on_a_narrow_terminal() -> None:
         assert f"--{name.replace('_', '-')} " in text, name
     assert "…" not in text
     words = " ".join(text.replace("│", " ").split())
-    assert "Default: 8000." in words
-    assert "Default: ." not in words
+    assert ("Default: 8000." in words, "Default: ." in words) == (True, False)
     assert "MIGSERVE_HTTP_PORT=9000" in text
 
 
-@pytest.mark.parametrize(
-    "verb", [["plan"], ["simulate"], ["profile"], ["layout", "show"], ["layout", "apply"]], ids=" ".join
-)
-def test_help_shows_no_value_for_a_flag_that_takes_none(verb: list[str]) -> None:
-    flags = [line for line in asked(*verb, "--help", COLUMNS="120").stdout.splitlines() if "<bool>" in line]
-    assert [line.split()[1] for line in flags] == ["--help"]  # that one is not ours
+def test_help_shows_no_value_for_a_flag_that_takes_none() -> None:
+    for verb in ("plan", "simulate", "profile", "layout show", "layout apply"):
+        lines = asked(*verb.split(), "--help", COLUMNS="120").stdout.splitlines()
+        assert [line.split()[1] for line in lines if "<bool>" in line] == ["--help"], verb  # that one is not ours
 
 
 @pytest.mark.parametrize(
