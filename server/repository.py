@@ -119,7 +119,10 @@ class Repository:
     def _find(self, name: str, version: str | None) -> Model:
         versions = self._models.get(name)
         if versions is None:
-            known = ", ".join(self.names()) or "none"
+            gone = {
+                name for name, of_it in self._models.items() if of_it and all(each.unloaded for each in of_it.values())
+            }
+            known = ", ".join(name for name in self.names() if name not in gone) or "none"
             raise ServeError(Fault.NOT_FOUND, f"unknown model {name[:NAME_CHARS]!r}; there are: {known}")
         model = self._version(name, versions, version)
         if model.state != ModelState.READY:
