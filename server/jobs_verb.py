@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from server.options import flag
+
 app = typer.Typer(
     help="Batch jobs: many items for a model, by a deadline, on what online traffic leaves.\n\n"
     "**migserve jobs submit digits inputs.jsonl --deadline 8h --wait --out results.jsonl**\n\n"
@@ -17,7 +19,7 @@ app = typer.Typer(
 )
 
 _Url = Annotated[str, typer.Option(help="Where the daemon serves HTTP.", envvar="MIGSERVE_URL")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Json = Annotated[bool, flag("--json", "Print JSON.")]
 _Id = Annotated[str, typer.Argument(help="As **jobs list** shows it; its beginning will do.", metavar="ID")]
 _Out = Annotated[Path | None, typer.Option(help="File for the results; by default, as with `-`, they go to stdout.")]
 _OutOfWait = Annotated[Path | None, typer.Option(help="File for the results, or - for stdout; waits for them.")]
@@ -43,9 +45,9 @@ def submit(
         int | None, typer.Option(min=0, help="More stop the job; by default a tenth of the items, at least 10.")
     ] = None,
     name: Annotated[str, typer.Option(help="For you to know it by.")] = "",
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse it if it cannot end by its deadline.")] = False,
+    strict: Annotated[bool, flag("--strict", "Refuse it if it cannot end by its deadline.")] = False,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Show its progress until it has ended; **--json** then prints how it ended.")
+        bool, flag("--wait", "Show its progress until it has ended; **--json** then prints how it ended.")
     ] = False,
     out: _OutOfWait = None,
     url: _Url = URL,
