@@ -106,6 +106,7 @@ CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("base64 beyond ASCII", "digits", image(["é"]), {}, 400, "element 0: BYTES in JSON must be base64: "),
     ("half of a surrogate pair", "digits", b'{"inputs": [{"name": "\\ud800"}]}', {}, 400, "\\ud800 at byte 22 is half of a surrogate pair"),
     ("the other half", "digits", b'{"inputs": [{"name": "a\\udc00"}]}', {}, 400, "\\udc00 at byte 23 is half of a surrogate pair"),
+    ("no JSON before half of a pair", "digits", b'{"inputs": [x], "id": "............\\ud800"}', {}, 400, "invalid character (byte 12)"),
     ("nothing as a file", "digits", b"", {}, 400, "input image, element 0: no bytes; expected a JPEG"),
     ("a file that curl -d has damaged", "digits", DAMAGED, {"Content-Type": FORM}, 400, "WebP or GIF image; curl -d drops line breaks and zero bytes, send files with --data-binary"),
     ("a sound that curl -d has cut off", "digits", b"RIFF$", {"Content-Type": FORM}, 400, "send files with --data-binary"),
