@@ -511,6 +511,23 @@ def test_an_npz_that_numpy_has_no_error_of_its_own_for_is_the_senders_error(how:
         job_tensors.unpack_npz(tmp_path / "input", 1 << 20)
 
 
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("{1: 2, 'a': 3}", "x.npy of the npz file cannot be read: "),
+        ("{[]: 1}", "x.npy of the npz file cannot be read: unhashable"),
+        ("-" * 9000 + "1", "x.npy of the npz file cannot be read: its header is nested too deeply"),
+        ("(" * 5000, "x.npy of the npz file cannot be read: "),
+    ],
+    ids=["odd keys", "no keys", "nested", "open"],
+)
+def test_an_npz_whose_header_is_no_literal_is_the_senders_error(header: str, said: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "input", "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode())
+    with pytest.raises(ServeError, match=said):
+        job_tensors.unpack_npz(tmp_path / "input", 1 << 20)
+
+
 def test_what_is_broken_in_an_npz_is_the_senders_error(tmp_path: Path) -> None:
     whole = io.BytesIO()
     np.savez_compressed(whole, x=np.random.default_rng(0).standard_normal((50, 2, 2)).astype(np.float32))
