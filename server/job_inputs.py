@@ -201,7 +201,8 @@ def element_of(value: Any, pipeline: PipelineFile, inputs_dir: Path | None) -> b
         if "file" in value and pipeline.input != "file":
             return _read_file(value["file"], inputs_dir)
         if "unreadable" in value:  # said by our own client
-            raise BadItemError(str(value["unreadable"])[:500])
+            reason = value["unreadable"]
+            raise BadItemError(reason[:500] if isinstance(reason, str) else _no_text("unreadable", reason))
         if pipeline.input not in value and "bytes" not in value:
             raise BadItemError(f"the line has no {pipeline.input!r}; it has {names_of(value)}")
         if pipeline.input not in value:  # a file that was sent along, by our own client
@@ -210,7 +211,7 @@ def element_of(value: Any, pipeline: PipelineFile, inputs_dir: Path | None) -> b
     if pipeline.text is None:
         return _base64(value, pipeline.input)
     if not isinstance(value, str):
-        raise BadItemError(f"{pipeline.input} must be a string, not {shortly(value)}")
+        raise BadItemError(_no_text(pipeline.input, value))
     return value.encode()
 
 
@@ -221,9 +222,13 @@ def name_of(value: Any, taken: str) -> str | None:
     return None if found is None else str(found)[:MOST_NAME_CHARS]
 
 
+def _no_text(name: str, value: object) -> str:
+    return f"{name} must be a string, not {shortly(value)}"
+
+
 def _base64(value: object, name: str) -> bytes:
     if not isinstance(value, str):
-        raise BadItemError(f"{name} must be a string, not {shortly(value)}")
+        raise BadItemError(_no_text(name, value))
     try:
         return base64_text.decode(value)
     except ValueError as error:
