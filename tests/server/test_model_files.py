@@ -113,6 +113,10 @@ def pictures(steps: str) -> str:
         ("preprocess: {input: a, image: {size: [8, 8]}}", "serving.yaml: preprocess.output is missing"),
         ("preprocess: {}", "serving.yaml: preprocess.input is missing; preprocess.output is missing"),
         ("preprocess: {input: 5, output: b, image: {size: [8, 8]}}", "preprocess.input: expected text"),
+        *(
+            (f"preprocess: {{input: {name}, output: b, image: {{size: [8, 8]}}}}", "preprocess: input must be a name")
+            for name in ("'a\"'", "'a\\'", '"a\\t"', '"\\0"')
+        ),
         (pictures("size: [8, 8], exif: maybe"), "preprocess.image.exif: expected true or false"),
         (pictures("size: [8, 8], max_pixels: 1.5"), "preprocess.image.max_pixels: expected a whole number"),
         (pictures("size: [8, 8], max_pixels: 0"), "preprocess.image.max_pixels: expected 1 or more"),
