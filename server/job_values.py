@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,6 +27,7 @@ SHOWN_CHARS = 60
 _SHORT = reprlib.Repr()
 _SHORT.maxlist = _SHORT.maxdict = 30
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 2 * SHOWN_CHARS
+_ESCAPED = re.compile(r'["\\\x00-\x1f]')
 # What an item for a pipeline may be made of, beside the pipeline's input; and what it may be called.
 SOURCES, NAME = ("file", "bytes", "unreadable"), "name"
 
@@ -62,7 +64,9 @@ class PipelineLines:
     def __init__(self, pipeline_input: str, signature: Signature) -> None:
         self._sources = {pipeline_input, *SOURCES}
         self._inputs = {spec.name for spec in signature.inputs}
-        self._keys = [*self._sources, *{NAME} - self._sources]
+        # Those that cannot be meant for something else. A field of msgspec's has no name that JSON escapes.
+        self._ready = [name for name in self._inputs - self._sources - {NAME} if not _ESCAPED.search(name)]
+        self._keys = [*self._sources, *{NAME} - self._sources, *self._ready]
         fields = [(f"key_{n}", msgspec.Raw, msgspec.field(name=key, default=None)) for n, key in enumerate(self._keys)]
         self._decode: Callable[[Any], Any] = msgspec.json.Decoder(msgspec.defstruct("Line", fields)).decode
 
@@ -77,7 +81,14 @@ class PipelineLines:
         found = {key: _text_or_raw(value) for key, value in raw if value is not None}
         sources = self._sources & found.keys()
         # An input of the model may be called as one of them.
-        return found if any(isinstance(found[key], str) or key not in self._inputs for key in sources) else None
+        if not any(isinstance(found[key], str) or key not in self._inputs for key in sources):
+            return None
+        if ready := sorted(found.keys() & set(self._ready)):
+            made_of = f"input {', '.join(sorted(sources))}, encoded"
+            raise BadItemError(
+                f"got both {made_of}, and the ready tensors [{', '.join(ready)}]; expected one or the other"
+            )
+        return found
 
 
 def _text_or_raw(raw: msgspec.Raw) -> str | msgspec.Raw:

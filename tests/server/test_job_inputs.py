@@ -237,6 +237,26 @@ def test_a_model_with_a_pipeline_takes_ready_tensors_too(tmp_path: Path) -> None
     reader.close()
 
 
+@pytest.mark.parametrize("source", ["image", "bytes", "file"])
+def test_a_line_with_something_for_the_pipeline_and_ready_tensors_is_an_error(source: str, tmp_path: Path) -> None:
+    """As of requests: nobody can tell which of the two is meant."""
+    path = tmp_path / "input"
+    path.write_text(
+        f'{{"{source}": "cG5n", "x": [1,2,3,4], "name": "a"}}\n{{"bytes": "cG5n", "name": "x", "y": [1]}}\n'
+    )
+    both, one = all_of(LineReader(path, Position(), ONE, PICTURE, None))
+    assert both.error == f"got both input {source}, encoded, and the ready tensors [x]; expected one or the other"
+    assert (one.error, one.parts, one.name) == ("", (b"png",), "x")
+
+
+def test_a_model_may_call_its_inputs_as_json_must_escape_them(tmp_path: Path) -> None:
+    path = tmp_path / "input"
+    path.write_text('{"\\"x\\\\": [1,2,3,4]}\n"cG5n"\n')
+    signature = Signature((TensorSpec('"x\\', "FP32", (2, 2)),), (), 8)
+    ready, encoded = all_of(LineReader(path, Position(), signature, PICTURE, None))
+    assert (ready.error, ready.bucket, encoded.parts) == ("", (), (b"png",))
+
+
 def test_a_long_line_for_a_pipeline_makes_nothing_of_lists_and_says_what_it_lacks(tmp_path: Path) -> None:
     """Of 12 MiB of {} the process had 317 MiB, and stood still for 0.3 s."""
     path = tmp_path / "input"
