@@ -103,6 +103,7 @@ CASES: list[tuple[str, str, Any, dict[str, str], int, str]] = [
     ("base64 with a prefix", "digits", image(["data:image/png;base64,AAAA"]), {}, 400, "element 0: BYTES in JSON must be base64: it begins with a data: prefix; send what follows"),
     ("base64 in lines", "digits", image(["AAAA\nAAAA"]), {}, 400, "it has line breaks; leave them out, as base64 -w 0 does"),
     ("base64 for URLs", "digits", image(["AA-_"]), {}, 400, "it is base64 for URLs; expected + and /"),
+    ("a name, not base64", "digits", image(["my-cat.png"]), {}, 400, "BYTES in JSON must be base64: Only base64 data is allowed"),
     ("base64 beyond ASCII", "digits", image(["é"]), {}, 400, "element 0: BYTES in JSON must be base64: "),
     ("half of a surrogate pair", "digits", b'{"inputs": [{"name": "\\ud800"}]}', {}, 400, "\\ud800 at byte 22 is half of a surrogate pair"),
     ("the other half", "digits", b'{"inputs": [{"name": "a\\udc00"}]}', {}, 400, "\\udc00 at byte 23 is half of a surrogate pair"),
