@@ -146,6 +146,11 @@ def test_what_cannot_be_is_said(arguments: list[str], says: str, tmp_path: Path)
     assert not (tmp_path / "out.csv").exists()
 
 
+def test_where_there_is_no_model_the_option_is_named_that_says_where_to_look(tmp_path: Path) -> None:
+    result = profile("mlp", "--model-repository", tmp_path, "--out", tmp_path / "out.csv")
+    assert (result.exit_code, "see --model-repository" in " ".join(result.output.split())) == (2, True)
+
+
 @pytest.mark.parametrize(("out", "says"), [("nowhere/t.csv", "No such folder"), (".", "Is a folder")])
 def test_a_table_that_cannot_be_written_is_said_before_anything_is_measured(out: str, says: str) -> None:
     result = profile("mlp", *QUICK, "--device", "cpu", "--out", out)
