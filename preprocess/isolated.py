@@ -38,7 +38,7 @@ CLOSED = "its decoders were ended"
 
 class _Worker:
     """One of the processes, and what it is doing. `sent`: it knows of its task. `slow`: it was killed for that.
-    `lost`: it is dead.
+    `lost`: it is dead. `gone`: and none could be started in its place, when that was last tried.
     """
 
     def __init__(self, index: int, process: Process) -> None:
@@ -47,7 +47,7 @@ class _Worker:
         self.task: Task | None = None
         self.begun_ns = 0
         self.timer: asyncio.TimerHandle | None = None
-        self.sent = self.slow = self.lost = False
+        self.sent = self.slow = self.lost = self.gone = False
 
 
 class Isolated:
@@ -260,7 +260,8 @@ class Isolated:
         if worker.task is not None:
             self._waiting.appendleft(worker.task)
             worker.task = None
-        if self._closed or all(each.lost for each in self._workers.values()):
+        worker.gone = True
+        if self._closed or all(each.gone for each in self._workers.values()):
             told = error if self._closed else PipelineError(f"a preprocessing process does not start: {error}")
             while self._waiting:
                 _end(self._waiting.popleft(), told)

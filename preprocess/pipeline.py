@@ -105,10 +105,24 @@ def checked(pipeline: PipelineFile, inputs: Inputs) -> None:
     if set(inputs) != set(made):
         raise PipelineError(
             f"preprocess.output is {' and '.join(map(repr, made))}, but the model's inputs are {', '.join(inputs)}; "
-            f"a pipeline feeds all of a model's inputs"
+            f"a pipeline feeds all of a model's inputs{_unnamed(pipeline, inputs)}"
         )
     for name, (datatype, dims) in made.items():
         _check_input(pipeline, name, datatype, dims, inputs[name])
+
+
+def _unnamed(pipeline: PipelineFile, inputs: Inputs) -> str:
+    """How to name those that it could feed, and does not."""
+    forms: dict[str, tuple[tuple[int, ...], ...]] = {"mask": ((-1,),), "length": ((), (1,))}
+    meanings = {"mask": "1 for a token, 0 for padding", "length": "how much is no padding"}
+    hints = []
+    for field, meaning in meanings.items():
+        if getattr(pipeline, field) or pipeline.image is not None or (field == "mask" and pipeline.text is None):
+            continue
+        fit = [name for name, (datatype, dims) in inputs.items() if datatype == "INT64" and dims in forms[field]]
+        if names := " or ".join(name for name in fit if name not in pipeline.makes):
+            hints.append(f"; preprocess.{field} may name {names} ({meaning})")
+    return "".join(hints)
 
 
 def _check_input(

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from server import jobs_verb
-from server.options import DEFAULT_GPU, CatalogueGpu, LatencyTable, SkipSuspects
+from server.options import DEFAULT_GPU, CatalogueGpu, LatencyTable, SkipSuspects, flag
 from server.profile_verb import profile
 from server.settings import Settings
 from server.simulate_verb import simulate
@@ -51,6 +51,8 @@ def _metavar(annotation: Any) -> str:
 
 
 def _default(value: Any) -> str:
+    if value in (None, ""):
+        return ""
     return f" Default: {'yes' if value is True else 'no' if value is False else value}."
 
 
@@ -62,7 +64,7 @@ def _with_settings(command: Any) -> Any:
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         extra = field.json_schema_extra
         option = typer.Option(
-            help=f"{field.description}{'' if shown is None else _default(shown)}",
+            help=f"{field.description}{_default(shown)}",
             rich_help_panel=_PANELS[str(extra["group"])] if isinstance(extra, dict) else None,
             show_default=False,  # None, to the command line
             metavar=_metavar(field.annotation),
@@ -128,7 +130,7 @@ _Layouts = Annotated[list[str] | None, typer.Argument(help="For every GPU, or GP
 def layout_show(
     gpu: _Gpu = "auto",
     simulation_state: _State = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Annotated[bool, flag("--json", "Print JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Draw into this file, .svg or .png.")] = None,
 ) -> None:
     """Draw the GPUs as they are cut now."""
@@ -142,7 +144,7 @@ def layout_apply(
     layouts: _Layouts = None,
     file: _File = None,
     config: _Config = None,
-    dry_run: Annotated[bool, typer.Option(help="Only print the steps.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only print the steps.", metavar=" ")] = False,
     gpu: _Gpu = "auto",
     simulation_state: _State = None,
 ) -> None:
@@ -215,13 +217,13 @@ def plan(
     gpu: CatalogueGpu = DEFAULT_GPU,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many there are; by default as few as possible.")] = None,
     max_processes: Annotated[int, typer.Option(min=1, help="Processes of a model side by side in a slice.")] = 1,
-    exclusive: Annotated[bool, typer.Option("--exclusive", help="A slice serves one model only.")] = False,
+    exclusive: Annotated[bool, flag("--exclusive", "A slice serves one model only.")] = False,
     slo_share: Annotated[
         float | None, typer.Option(min=0.01, max=0.99, help="Share of the SLO that a batch may take; else chosen.")
     ] = None,
     latency_table: LatencyTable = None,
     skip_suspects: SkipSuspects = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    json: Annotated[bool, flag("--json", "Print the plan as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Draw the plan to this .svg or .png file, too.")] = None,
 ) -> None:
     """Plan how to cut GPUs for a demand, and which slice serves what. Nothing is changed.

@@ -270,13 +270,15 @@ def _raw(model: Model, chunks: list[bytes], *, binary_outputs: bool) -> DecodedR
 
 
 def _with_hint(error: ServeError, model: Model, tensor: Tensor, headers: dict[bytes, bytes]) -> ServeError:
-    """Was it a file, damaged by `curl -d`? That says that it sends a form. A text it leaves whole, or nearly so."""
+    """Was it a file, damaged by `curl -d`? That says that it sends a form, as `--data-binary` does, and leaves none
+    of the bytes that almost any file has. A text it leaves whole, or nearly so.
+    """
     pipeline = model.serving.preprocess
     is_form = headers.get(b"content-type") == b"application/x-www-form-urlencoded"
     if error.fault is not Fault.INVALID or not is_form or pipeline is None or pipeline.text is not None:
         return error
     element = tensor.data[0] if tensor.data and isinstance(tensor.data, list) else None
-    if not isinstance(element, bytes) or not element or b"\n" in element:
+    if not isinstance(element, bytes) or not element or any(lost in element for lost in (b"\n", b"\r", b"\0")):
         return error
     return invalid(f"{error.message}; curl -d drops line breaks and zero bytes, send files with --data-binary")
 

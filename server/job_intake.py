@@ -64,10 +64,12 @@ def read_terms(parameters: Mapping[str, str], now_s: float) -> Terms:
     max_errors = parameters.get("max_errors")
     if max_errors is not None and not (max_errors.isdecimal() and len(max_errors) < 16):
         raise invalid(f"max_errors must be a whole number, not {max_errors[:NAME_CHARS]!r}")
+    if parameters.get("strict") == "true" and "deadline" not in parameters:
+        raise invalid("strict means in time or not at all: it needs a deadline")
     return Terms(
         parameters["model"],
         parameters.get("version"),
-        _deadline(parameters["deadline"], now_s) if parameters.get("deadline") else None,
+        _deadline(parameters["deadline"], now_s) if "deadline" in parameters else None,
         _one_of("format", parameters["format"], FORMATS) if parameters.get("format") else None,
         _one_of("output", parameters.get("output") or LINES, OUTPUTS),
         None if max_errors is None else int(max_errors),
@@ -104,7 +106,7 @@ def _deadline(text: str, now_s: float) -> float:
 
 
 class Intake:
-    """`read_timeout_s`: for the next part of the inputs to arrive."""
+    """Of all of them."""
 
     def __init__(self, settings: Settings, jobs: Jobs, repository: Repository) -> None:
         self._settings = settings
@@ -133,8 +135,8 @@ class Intake:
                 raise invalid("there are no items in the inputs")
             max_errors = max(FEW_ERRORS, int(ERROR_SHARE * items)) if terms.max_errors is None else terms.max_errors
             asked = Asked(
-                terms.model,
-                terms.version,
+                model.name,
+                str(model.version),
                 terms.deadline_s,
                 form,
                 terms.output,
@@ -142,6 +144,7 @@ class Intake:
                 items,
                 model.signature,
                 terms.name,
+                model.identity,
             )
             job = Job(job_id, asked, time.time())
             foreseen = await self._jobs.forecast(job)

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from server.job_progress import within_ns
 from server.job_store import JobState
-from server.jobs import ENDED, Jobs
+from server.jobs import Jobs
 
 # `job` is what Prometheus itself calls the target.
 _LABELS = ["job_id", "model"]
@@ -38,7 +38,7 @@ class JobMetrics(Collector):
         )
         late = GaugeMetricFamily("migserve_job_late", "1: it cannot end by its deadline", labels=_LABELS)
         for job in self._jobs.all():
-            if job.state in ENDED:
+            if job.state.is_end:
                 continue
             labels = [job.id, job.asked.model]
             items.add_metric(labels, job.asked.items)

@@ -60,7 +60,8 @@ class Casualties:
 
 
 class Patience:
-    """With a disk that takes nothing, though it shows free room, by job: to try again costs what cannot be kept."""
+    """With what fails though nothing is seen to be in its way, by job: a disk that takes nothing and shows free room,
+    preprocessing that does not start. To try again costs work that cannot be kept."""
 
     def __init__(self) -> None:
         self._waits: dict[str, tuple[float, float, int]] = {}  # how long, until when, items that were kept before

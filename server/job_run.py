@@ -65,7 +65,7 @@ class JobRun:
         reader: Reader,
         model: Callable[[], Model],
         shared: Shared,
-        on_change: Callable[[JobRun], None],
+        on_change: Callable[[], None],
     ) -> None:
         self.job = job
         self.ledger = ledger
@@ -113,20 +113,15 @@ class JobRun:
 
     def _failed(self, error: BaseException) -> None:
         """Nothing may fail unseen: the job would wait for ever. It can go on from its ledger."""
-        # SQLite has no name of its own for a quota.
+        # A quota shows as an OSError, or as whatever SQLite makes of it.
         if isinstance(error, DiskFullError | OSError | sqlite3.Error | PipelineError):
             self._patience.failed(self.job.id, self.job.done, now_s())
             what = "preprocessing" if isinstance(error, PipelineError) else "the disk"
-            self._ends(JobState.PAUSED, f"{what}: {error}")
+            self.job.becomes(JobState.PAUSED, f"{what}: {error}")
         else:
             log.error("a job failed", job=self.job.id, exc_info=error)
-            self._ends(JobState.STOPPED, INTERNAL_ERROR)
-        self._on_change(self)
-
-    def _ends(self, state: JobState, reason: str) -> None:
-        """Unless it has been cancelled meanwhile. What it was paused for matters no more."""
-        if self.job.state in (JobState.RUNNING, JobState.PAUSED):
-            self.job.state, self.job.reason = state, reason
+            self.job.becomes(JobState.STOPPED, INTERNAL_ERROR)
+        self._on_change()
 
     async def stop(self) -> None:
         """Takes back what waits, puts down what is finished, and lets go of its files."""
@@ -180,8 +175,8 @@ class JobRun:
         self.look_at_buckets()
         self._read_all = not items
         if not items and (found := self._window.read_to.item) < (wanted := self.job.asked.items):
-            self._ends(JobState.STOPPED, f"the inputs have become shorter: {found} of {wanted} items are there")
-            self._on_change(self)
+            self.job.becomes(JobState.STOPPED, f"the inputs have become shorter: {found} of {wanted} items are there")
+            self._on_change()
         for item in items:
             if item.number in self._already:
                 self._already.discard(item.number)
@@ -302,13 +297,13 @@ class JobRun:
 
     def _take_in(self, worker_id: int, items: list[Item], outcome: Answered | ServeError) -> None:
         if isinstance(outcome, Answered):
-            self._let_go(items, outcome)
+            self._items_end(items, outcome)
             self.feed_soon()
             self._learn(worker_id, items, outcome)
         elif outcome.fault in _OURS:
             self._waiting.put_back(items)
             self.feed_soon(AGAIN_S)
-            self._on_change(self)
+            self._on_change()
         else:
             if outcome.reason == Reason.CRASHED:
                 self._casualties.died(worker_id, now_s())
@@ -318,9 +313,9 @@ class JobRun:
     def _blame(self, items: list[Item], error: ServeError) -> None:
         crashed = error.reason == Reason.CRASHED
         for item, said in self._waiting.tried(items, error.message, crashed=crashed):
-            self._let_go([item], said)
+            self._items_end([item], said)
 
-    def _let_go(self, items: list[Item], outcome: Answered | str) -> None:
+    def _items_end(self, items: list[Item], outcome: Answered | str) -> None:
         self._window.ended(items, were_ready=True)
         self._encoded.look_again()
         self._room.set()
@@ -347,12 +342,12 @@ class JobRun:
             await self._put_down()
             self.feed_soon()  # there is room for what is made of more
             if self.job.errors > self.job.asked.max_errors:
-                self._ends(JobState.STOPPED, too_many(self.job))
+                self.job.becomes(JobState.STOPPED, too_many(self.job))
             elif self.job.done >= self.job.asked.items:
                 said = await self.in_thread(job_results.write_as_asked, self.ledger, self.job.asked)
-                self._ends(JobState.DONE, said)
+                self.job.becomes(JobState.DONE, said)
             if self.job.state != JobState.RUNNING:
-                self._on_change(self)
+                self._on_change()
                 return
 
     async def _put_down(self) -> None:

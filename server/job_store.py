@@ -38,7 +38,7 @@ class DiskFullError(Exception):
 
 
 class JobState(StrEnum):
-    """`paused`: by itself, and it goes on by itself. `stopped`: too many errors."""
+    """`paused`: by itself, and it goes on by itself. `stopped`: by itself, and goes on when somebody says so."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -46,11 +46,17 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
     STOPPED = "stopped"
 
+    @property
+    def is_end(self) -> bool:
+        """It does not go on by itself."""
+        return self in (JobState.DONE, JobState.CANCELLED, JobState.STOPPED)
+
 
 class Asked(msgspec.Struct, frozen=True):
     """What a job was asked to be. `deadline_s`: of the wall clock, since 1970; None: as soon as can be.
 
-    `format`: of the inputs. `signature`: of the model when the job was made; a job is for no other.
+    `format`: of the inputs. `signature` and `identity`: of the model when the job was made; a job is for no other.
+    Older releases kept no identity.
     """
 
     model: str
@@ -62,6 +68,7 @@ class Asked(msgspec.Struct, frozen=True):
     items: int
     signature: Signature
     name: str = ""
+    identity: str = ""
 
 
 class ItemError(msgspec.Struct, frozen=True, array_like=True):
@@ -90,6 +97,11 @@ class Job(msgspec.Struct):
     errors: int = 0
     ended_s: float | None = None
     first_errors: list[ItemError] = []
+
+    def becomes(self, state: JobState, reason: str = "") -> None:
+        """Unless it has been cancelled meanwhile. What it was paused for matters no more."""
+        if not self.state.is_end:
+            self.state, self.reason = state, reason
 
     def went_wrong(self, errors: Iterable[ItemError]) -> None:
         """With these items, too."""

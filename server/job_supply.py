@@ -29,6 +29,12 @@ def usable_model(repository: Repository, job: Job) -> Model:
     had, has = job.asked.signature, model.signature
     if (had.inputs, had.outputs, had.max_batch > 0) != (has.inputs, has.outputs, has.max_batch > 0):
         raise ServeError(Fault.UNAVAILABLE, f"model {model.name} has other inputs or outputs than it had")
+    if job.asked.identity not in ("", model.identity):
+        raise ServeError(
+            Fault.UNAVAILABLE,
+            f"version {model.version} of model {model.name} is another one than when the job was made: its file or its "
+            f"preprocessing has changed; load the former one again, or cancel the job and submit it anew",
+        )
     return model
 
 

@@ -37,7 +37,7 @@ log = structlog.get_logger(__name__)
 
 THREADS = 4
 DECIDE_EVERY_S = 1.0
-ENDED = (JobState.DONE, JobState.CANCELLED, JobState.STOPPED)
+BEGINS_WITHIN_S = 1.0  # at the start
 ID_BYTES = 5
 
 
@@ -66,7 +66,7 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._runs: dict[str, JobRun] = {}
         self._changing: dict[str, asyncio.Lock] = {}
-        self._beginning = asyncio.Lock()
+        self._begins: dict[str, asyncio.Task[None]] = {}  # of runs that are being begun
         self._again = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._store: JobStore | None = None
@@ -92,8 +92,10 @@ class Jobs:
         self._store = store
         self._jobs = {job.id: job for job in found}
         for job in found:
-            if job.state not in ENDED:
-                await self._begin(job)
+            if not job.state.is_end:
+                self._begin(job)
+        if self._begins:  # so that what they had done is seen at once
+            await asyncio.wait(self._begins.values(), timeout=BEGINS_WITHIN_S)
         self._task = asyncio.create_task(self._decide_for_ever())
 
     async def stop(self) -> None:
@@ -104,11 +106,8 @@ class Jobs:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        async with self._beginning:
-            pass  # what was just at it is stopped with the others
         # Side by side: one that is long at it, for it writes its results, keeps no other from putting down what it has.
-        await asyncio.gather(*(run.stop() for run in self._runs.values()))
-        self._runs.clear()
+        await asyncio.gather(*map(self._drop_run, self._jobs.values()))
         await asyncio.to_thread(self._threads.shutdown)
         if self._store is not None:
             self._store.close()
@@ -182,17 +181,21 @@ class Jobs:
         if foreseen is not None:
             self._foreseen[job.id] = foreseen
         log.info("job", job=job.id, model=job.asked.model, items=job.asked.items)
-        await self._begin(job)
+        self._begin(job)
+        await self._until_begun(job)
 
     async def cancel(self, job_id: str) -> Job:
         """What is finished stays, for `resume`. Raises ServeError."""
         async with self._lock(job_id):
             job = self.get(job_id)
-            if job.state in ENDED:
+            if job.state.is_end:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state} already")
             job.state, job.reason = JobState.CANCELLED, ""
-            with kept_or_refused():  # cancelled it is all the same; putting it down is tried again
-                await self._let_go(job)
+            try:
+                with kept_or_refused():
+                    await self._settle(job)
+            except ServeError as error:  # putting it down is tried again
+                raise ServeError(error.fault, f"{error.message}; job {job_id} is cancelled all the same") from error
             return job
 
     async def resume(self, job_id: str, max_errors: int | None = None) -> Job:
@@ -204,20 +207,21 @@ class Jobs:
                 raise ServeError(Fault.CONFLICT, refusal)
             asked = msgspec.structs.replace(job.asked, max_errors=most)
             with kept_or_refused():  # then it stays as it was
-                await self._let_go(job)
+                await self._settle(job)
                 again = msgspec.structs.replace(job, asked=asked, state=JobState.RUNNING, reason="", ended_s=None)
                 await self._in_thread(self.store.save, again)
             job.asked, job.state, job.reason, job.ended_s = asked, JobState.RUNNING, "", None
-            await self._begin(job)
-            return job
+            self._begin(job)
+        await self._until_begun(job)
+        return job
 
     async def remove(self, job_id: str) -> None:
         """With all its files. Raises ServeError."""
         async with self._lock(job_id):
             job = self.get(job_id)
-            if job.state not in ENDED:
+            if not job.state.is_end:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state}; cancel it first")
-            await self._run_let_go(job)
+            await self._drop_run(job)
             with kept_or_refused():
                 await self._in_thread(self.store.remove, job_id)
             del self._jobs[job_id], self._changing[job_id]
@@ -252,33 +256,36 @@ class Jobs:
         self.get(job_id)
         return self._changing.setdefault(job_id, asyncio.Lock())
 
-    async def _begin(self, job: Job) -> None:
-        """Runs it, or pauses it where that cannot be now; what nobody has thought of stops this job and no other."""
+    def _begin(self, job: Job) -> None:
+        """In a task of its own: one whose inputs hang holds up nobody. Where it cannot be now, the job pauses."""
+        if not self._stopping:  # else after the next start
+            self._begins[job.id] = task = asyncio.create_task(self._start_run(job))
+            task.add_done_callback(lambda _: self._begins.pop(job.id))
+
+    async def _until_begun(self, job: Job) -> None:
+        if job.id in self._begins:
+            await asyncio.wait([self._begins[job.id]])
+
+    async def _start_run(self, job: Job) -> None:
+        """What nobody has thought of stops this job and no other."""
+        was_paused = job.state == JobState.PAUSED
         try:
-            async with self._beginning:
-                if not self._stopping:  # else after the next start
-                    await self._begun(job)
+            model = partial(self._usable_model, job)
+            at = self.store.folder(job.id), model, self._settings.jobs_input_dir
+            ledger, reader = await opened(job, *at, self._in_thread)
+            job.becomes(JobState.RUNNING)
+            self._runs[job.id] = run = JobRun(job, ledger, reader, model, self._shared, self._again.set)
+            await run.start()
+            self._again.set()
+            if was_paused:
+                log.info("job goes on", job=job.id)
         except ServeError as error:
-            job.state, job.reason = JobState.PAUSED, error.message
+            job.becomes(JobState.PAUSED, error.message)
         except (OSError, DiskFullError, sqlite3.Error) as error:
-            job.state, job.reason = JobState.PAUSED, f"the disk: {error}"
+            job.becomes(JobState.PAUSED, f"the disk: {error}")
         except Exception:
             log.exception("a job cannot begin", job=job.id)
-            job.state, job.reason = JobState.STOPPED, INTERNAL_ERROR
-
-    async def _begun(self, job: Job) -> None:
-        model = partial(self._usable_model, job)
-        at = self.store.folder(job.id), model, self._settings.jobs_input_dir
-        ledger, reader = await opened(job, *at, self._in_thread)
-        job.state, job.reason = JobState.RUNNING, ""
-        run = JobRun(job, ledger, reader, model, self._shared, self._changed)
-        self._runs[job.id] = run
-        await run.start()
-        self._again.set()
-
-    def _changed(self, run: JobRun) -> None:
-        """Told by a run: it has ended or paused, or its slices are not what they were."""
-        self._again.set()
+            job.becomes(JobState.STOPPED, INTERNAL_ERROR)
 
     async def _decide_for_ever(self) -> None:
         while True:
@@ -298,8 +305,10 @@ class Jobs:
         self._supply.observe(now_ns())
         for job_id in list(self._jobs):
             with suppress(ServeError):  # it has been removed meanwhile
-                async with self._lock(job_id):
-                    await self._look_at(self.get(job_id))
+                lock = self._lock(job_id)
+                if not lock.locked():  # else a user is changing it, which may take long
+                    async with lock:
+                        await self._look_at(self.get(job_id))
         for run in self._runs.values():
             run.look_at_buckets()
         works, places = self._works()
@@ -313,11 +322,13 @@ class Jobs:
 
     async def _look_at(self, job: Job) -> None:
         try:
-            if job.state in ENDED:
-                await self._let_go(job)
+            if job.state.is_end:
+                await self._settle(job)
+            elif job.id in self._begins:
+                return
             elif job.state == JobState.RUNNING:
                 self._pause_if_needed(job)
-            if job.state == JobState.PAUSED:
+            else:
                 await self._go_on(job)
         except Exception:  # the others do not wait for it
             log.exception("a job cannot go on now; it is tried again", job=job.id)
@@ -346,15 +357,13 @@ class Jobs:
         run = self._runs.pop(job.id, None)
         if run is not None:
             await run.stop()
-        await self._begin(job)
-        if job.state == JobState.RUNNING:
-            log.info("job goes on", job=job.id)
+        self._begin(job)
 
-    async def _let_go(self, job: Job) -> None:
+    async def _settle(self, job: Job) -> None:
         """Of a job that has ended: its state goes to disk before what is not needed any more goes from there."""
         if job.ended_s is not None:
             return
-        await self._run_let_go(job)
+        await self._drop_run(job)
         ended_s = time.time()
         await self._in_thread(self.store.save, msgspec.structs.replace(job, ended_s=ended_s))
         job.ended_s = ended_s  # not before: it is tried again where there was no room
@@ -362,9 +371,10 @@ class Jobs:
             await self._in_thread(self.store.tidy, job)
         log.info("job ended", job=job.id, state=job.state, done=job.done, errors=job.errors, reason=job.reason)
 
-    async def _run_let_go(self, job: Job) -> None:
+    async def _drop_run(self, job: Job) -> None:
         self._foreseen.pop(job.id, None)
         self._shared.patience.forget(job.id)
+        await self._until_begun(job)  # what was just at it is stopped with it
         run = self._runs.pop(job.id, None)
         if run is not None:
             await run.stop()

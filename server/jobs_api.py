@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import time
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -18,6 +20,8 @@ from server.job_store import ItemError, Job
 from server.jobs import Jobs
 
 _TYPES = {".jsonl": "application/x-ndjson"}
+# For the event loop to find out that a connection is closed.
+CLOSED_S = 0.01
 
 
 def router(jobs: Jobs, intake: Intake) -> APIRouter:
@@ -27,11 +31,13 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
     @routes.post("/v2/jobs")
     async def submit(request: Request) -> JSONResponse:
         """The inputs are the body; in the query stand model, deadline and the rest, see docs/jobs.md."""
-        terms = read_terms(request.query_params, time.time())
+        terms = read_terms(_once(request), time.time())
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise invalid("the inputs of a job are the body itself, not a form: curl --data-binary @file, not -F")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise invalid("the inputs of a job are taken as they are: send them without Content-Encoding")
         try:
-            job = await intake.take(terms, request.stream(), request.is_disconnected)
+            job = await intake.take(terms, request.stream(), partial(_has_gone, request))
         except ClientDisconnect:
             raise invalid("the inputs were not sent to their end") from None
         return JSONResponse(_shown(jobs, job), 201)
@@ -56,7 +62,7 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
 
     @routes.post("/v2/jobs/{job_id}/resume")
     async def resume(job_id: str, request: Request) -> dict[str, Any]:
-        max_errors = request.query_params.get("max_errors")
+        max_errors = _once(request).get("max_errors")
         if max_errors is not None and not (max_errors.isdecimal() and len(max_errors) < 16):
             raise invalid(f"max_errors must be a whole number, not {max_errors[:100]!r}")
         return _shown(jobs, await jobs.resume(job_id, None if max_errors is None else int(max_errors)))
@@ -69,12 +75,30 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
     return routes
 
 
+def _once(request: Request) -> dict[str, str]:
+    """The query's parameters. Raises ServeError for one that is there twice."""
+    found: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name in found:
+            raise invalid(f"parameter {name[:100]} is given twice")
+        found[name] = value
+    return found
+
+
+async def _has_gone(request: Request) -> bool:
+    """Whether the client has closed the connection. Behind a large body nobody reads from it until this asks."""
+    await request.is_disconnected()
+    await asyncio.sleep(CLOSED_S)
+    return await request.is_disconnected()
+
+
 def _job(jobs: Jobs, job: Job) -> dict[str, Any]:
     asked = job.asked
     found: dict[str, Any] = {
         "id": job.id,
         "name": asked.name,
         "model": asked.model,
+        "version": asked.version,
         "state": job.state,
         "items": asked.items,
         "done": job.done,

@@ -35,6 +35,8 @@ PATIENCE_S = 300.0
 UNBROKEN = 400  # columns of what goes to a file or a pipe
 ERRORS_SHOWN = 3
 ENDED = ("done", "cancelled", "stopped")
+STDOUT = Path("-")
+EXAMPLE_URL = "http://localhost:8000"
 
 
 class AwayError(CommandError):
@@ -46,13 +48,10 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self.url = url if "//" in url else f"http://{url}"
-        parts = urlsplit(self.url)
-        self._place = parts.hostname or "localhost", parts.port or (443 if parts.scheme == "https" else 80)
-        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
 
     def open(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
         """The answer, if it is a good one."""
-        connection = self._kind(*self._place, timeout=TIMEOUT_S)
+        connection = self._connection()
         try:
             # A refusal may come, and the connection be closed, while the inputs are still being sent.
             with suppress(BrokenPipeError, ConnectionResetError):
@@ -66,6 +65,15 @@ class Client:
             kind = AwayError if response.status == http.client.SERVICE_UNAVAILABLE else CommandError
             raise kind(_error(self.whole(response)))
         return response
+
+    def _connection(self) -> http.client.HTTPConnection:
+        try:
+            parts = urlsplit(self.url)
+            place = parts.hostname or "localhost", parts.port
+        except ValueError as error:
+            raise CommandError(f"{self.url} is no address: {error}; expected such as {EXAMPLE_URL}", USAGE) from error
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        return kind(*place, timeout=TIMEOUT_S)
 
     def whole(self, response: http.client.HTTPResponse) -> bytes:
         """What it says. Raises AwayError where it was cut off."""
@@ -97,6 +105,8 @@ class Client:
 
     def path(self, job: str) -> str:
         """Of a job by its id, or by how that begins."""
+        if not job:
+            raise CommandError("which job? its id is empty; migserve jobs list shows those there are", USAGE)
         found = [each["id"] for each in self.jobs() if each["id"].startswith(job)]
         if len(found) > 1 and job not in found:
             raise CommandError(f"several jobs begin with {job}: {', '.join(found)}", USAGE)
@@ -135,9 +145,11 @@ def submit(client: Client, wish: Wish, *, wait: bool, out: Path | None, as_json:
             print(json.dumps(job))
         else:
             ends = f"; ends {_ends(job, datetime.now().astimezone())}" if "ends_in_s" in job else ""
-            _say(f"job {job['id']}: {job['items']} items for {job['model']}{ends}")
+            _say(f"job {job['id']}: {job['items']} items for {escape(job['model'])}{ends}")
             if "warning" in job:
-                _say(f"[yellow]{job['warning']}[/]")
+                _say(f"[yellow]{escape(job['warning'])}[/]")
+            if not wait and not sys.stdout.isatty():  # for ID=$(migserve jobs submit ...)
+                print(job["id"])
         return _watch(client, job["id"], out, as_json=as_json) if wait else 0
 
     return told(act)
@@ -155,18 +167,21 @@ def show_all(client: Client, *, as_json: bool) -> int:
         for job in jobs:
             table.add_row(
                 job["id"],
-                job["model"],
+                escape(job["model"]),
                 job["state"],
                 f"{job['done']}/{job['items']}",
                 str(job["errors"]),
                 _short(job["deadline"], now),
                 _ends(job, now),
                 str(len(job.get("slices", ())) or ""),
-                job["name"],
+                escape(job["name"]),
             )
         console = Console(highlight=False)
         console = console if console.is_terminal else Console(highlight=False, width=UNBROKEN)
         console.print(table if jobs else "there are no jobs")
+        for job in jobs:
+            if job["state"] == "paused":
+                console.print(f"{job['id']} is paused: {escape(job.get('reason', ''))}", soft_wrap=True)
         return 0
 
     return told(act)
@@ -211,20 +226,21 @@ def show(client: Client, job: str, *, as_json: bool) -> int:
     return told(act)
 
 
-def wait(client: Client, job: str, out: Path | None) -> int:
+def wait(client: Client, job: str, out: Path | None, *, as_json: bool) -> int:
     def act() -> int:
         check_out(out)
         path = _patiently(lambda: client.path(job), Console(stderr=True))
-        return _watch(client, path.rsplit("/", 1)[1], out)
+        return _watch(client, path.rsplit("/", 1)[1], out, as_json=as_json)
 
     return told(act)
 
 
 def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False) -> int:
     """0 once it is done, with its results in `out`; 1 where it ends otherwise. `as_json`: how it ended, to stdout."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    note = TextColumn("{task.fields[note]}", markup=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), note)
     with progress.bar(*columns, transient=False) as bar:
-        task = bar.add_task(job, total=None, note="")
+        task = bar.add_task(job, total=None, note="", foretold=True)
         while True:
             found = _patiently(lambda: client.ask("GET", f"/v2/jobs/{job}"), bar.console)
             check_form(out, found["output"], job)
@@ -308,24 +324,23 @@ def change(client: Client, job: str, verb: str, max_errors: int | None = None) -
 def results(client: Client, job: str, out: Path | None) -> int:
     def act() -> int:
         check_out(out)
-        path = client.path(job)
-        if out is not None:
-            _save(client, path, out)
-        else:
-            client.copy(client.open("GET", f"{path}/results"), sys.stdout.buffer)
-            sys.stdout.flush()
+        _save(client, client.path(job), out or STDOUT)
         return 0
 
     return told(act)
 
 
 def _save(client: Client, path: str, out: Path, *, or_beside: bool = False) -> None:
-    """As a whole or not at all.
+    """To stdout, or into a file as a whole or not at all.
 
     They may have another form than was asked for (`jobs show` has why). `or_beside`: then they go into a file beside
     `out`, with that suffix as well.
     """
     response, job = client.open("GET", f"{path}/results"), path.rsplit("/", 1)[1]
+    if out == STDOUT:
+        client.copy(response, sys.stdout.buffer)
+        sys.stdout.flush()
+        return
     suffix = Path(response.headers.get_filename() or "").suffix
     if or_beside and out.suffix and suffix != out.suffix.lower():
         out = out.with_name(out.name + suffix)

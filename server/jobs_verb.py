@@ -19,8 +19,8 @@ app = typer.Typer(
 _Url = Annotated[str, typer.Option(help="Where the daemon serves HTTP.", envvar="MIGSERVE_URL")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _Id = Annotated[str, typer.Argument(help="As **jobs list** shows it; its beginning will do.", metavar="ID")]
-_Out = Annotated[Path | None, typer.Option(help="File for the results; by default they go to stdout.")]
-_OutOfWait = Annotated[Path | None, typer.Option(help="File for the results; waits for them.")]
+_Out = Annotated[Path | None, typer.Option(help="File for the results; by default, as with `-`, they go to stdout.")]
+_OutOfWait = Annotated[Path | None, typer.Option(help="File for the results, or - for stdout; waits for them.")]
 URL = "http://localhost:8000"
 
 
@@ -51,7 +51,10 @@ def submit(
     url: _Url = URL,
     json: _Json = False,
 ) -> None:
-    """Send inputs, and have them computed by a deadline. The daemon keeps them: it goes on after a restart."""
+    """Send inputs, and have them computed by a deadline. The daemon keeps them: it goes on after a restart.
+
+    In a pipe or in $(...) its id is printed, and all that is for you to read goes to stderr.
+    """
     from server import jobs_command as do
     from server.jobs_sending import Wish
 
@@ -76,14 +79,14 @@ def show(job: _Id, url: _Url = URL, json: _Json = False) -> None:
 
 
 @app.command()
-def wait(job: _Id, out: _OutOfWait = None, url: _Url = URL) -> None:
+def wait(job: _Id, out: _OutOfWait = None, url: _Url = URL, json: _Json = False) -> None:
     """Show its progress until it has ended. Ctrl-C ends the watching, not the job.
 
     The exit code is 0 once it is done, also after its deadline or with items that failed; 1 where it ends otherwise.
     """
     from server import jobs_command as do
 
-    raise typer.Exit(do.wait(do.Client(url), job, out))
+    raise typer.Exit(do.wait(do.Client(url), job, out, as_json=json))
 
 
 @app.command()

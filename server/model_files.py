@@ -192,6 +192,8 @@ def _read_serving(folder: Path) -> ServingFile:
     try:
         serving = ServingFile.model_validate(data)
         if serving.preprocess is not None:
+            if "longest" in serving.preprocess.model_fields_set:
+                raise ModelFileError(f"{path}: unknown key preprocess.longest; did you mean lengths.longest?")
             lengths = serving.settled_lengths
             longest = lengths.longest if lengths is not None else None
             serving.preprocess = serving.preprocess.placed(str(folder), longest)
@@ -223,7 +225,8 @@ def _keys(loc: Sequence[int | str]) -> list[str]:
         annotation = section.model_fields[str(name)].annotation
         candidates = get_args(annotation) or (annotation,)
         section = next(each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel))
-    return list(section.model_fields)
+    # That one `lengths` sets.
+    return [name for name in section.model_fields if (section, name) != (PipelineFile, "longest")]
 
 
 def _emulated(config: Any) -> bool:

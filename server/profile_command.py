@@ -22,13 +22,13 @@ from scheduler.channel import ModelSource
 from scheduler.lengths import shortest, to_measure
 from scheduler.measuring import Effort, Failure, Measurer, OutOfMemory, Timed
 from scheduler.tensors import Signature
-from server import picture, profile_places, profile_plot, progress
+from server import model_identity, picture, profile_places, profile_plot, progress
 from server.config_pbtxt import ModelFileError
 from server.gpus import StartError
 from server.model_files import read_model, versions_to_serve
 from server.out_file import trouble_with, trouble_with_drawing
 from server.plan_command import UsageError, complain, nearest
-from server.profile_file import TableFile
+from server.profile_file import TableFile, half_of
 from server.profile_places import Machine
 
 IMPOSSIBLE, USAGE, INTERRUPTED = 1, 2, 130
@@ -59,6 +59,7 @@ class Request:
     memory_mib: int | None
     out: Path | None
     plot: Path | None
+    anew: bool = False
 
 
 def run(request: Request) -> int:
@@ -86,7 +87,8 @@ def measure_on(machine: Machine, request: Request, source: ModelSource) -> int:
     try:
         path = request.out or Path(f"{source.name}.latency.csv")
         _check_writable(path, request.plot)
-        file = TableFile(path, source.name, machine.gpu, machine.source)
+        digest = model_identity.of_file(source)
+        file = TableFile(path, source.name, machine.gpu, machine.source, digest, anew=request.anew)
         session = _Session(request, source, machine, file)
         session.prepare()
     except (UsageError, ModelFileError, LatencyTableError) as error:
@@ -95,17 +97,24 @@ def measure_on(machine: Machine, request: Request, source: ModelSource) -> int:
         return complain(f"the model cannot be loaded: {error}", IMPOSSIBLE)
     try:
         session.measure()
+        return session.end(path)
     except ModelLoadError as error:
         return complain(f"the model cannot be loaded any more: {error}", IMPOSSIBLE)
+    except LatencyTableError as error:
+        return complain(str(error), USAGE)
+
+
+def _draw(rows: Sequence[Measurement], path: Path) -> int:
     try:
-        return session.end(path)
+        profile_plot.write(rows, path)
     except (OSError, ValueError) as error:
-        return complain(f"cannot write: {error}", USAGE)
+        return complain(f"cannot draw to {path}: {getattr(error, 'strerror', None) or error}", USAGE)
+    return 0
 
 
 def _check_writable(table: Path, plot: Path | None) -> None:
     """Raises UsageError."""
-    if trouble := trouble_with(table):
+    if trouble := trouble_with(table) or trouble_with(half_of(table)):
         raise UsageError(f"cannot write {table}: {trouble}")
     if plot is not None and (trouble := trouble_with_drawing(plot)):
         raise UsageError(f"cannot draw to {plot}: {trouble}")
@@ -176,6 +185,9 @@ class _Session:
             self._signature = self._load()
             self._points = list(self._grid(self._signature))
             self._campaign = self._new_campaign()
+            self._kept = len(self._campaign.measured)
+            if self._request.anew:
+                self._file.forget()
         except BaseException:
             self._close()
             raise
@@ -312,7 +324,7 @@ class _Session:
         self._file.finish(predicted, {})
         console = picture.console()
         console.print(profile_plot.summary(measured))
-        console.print(f"{path}: {len(measured)} points measured, {len(predicted)} predicted", soft_wrap=True)
+        console.print(f"{path}: {self._counted(len(measured), len(predicted))}", soft_wrap=True)
         if self._too_large:
             console.print(f"too large for memory: {', '.join(map(_words, self._too_large))} and what is larger")
         if self._widest > self._request.effort.within:
@@ -328,8 +340,14 @@ class _Session:
         if self._request.plot is not None:
             rows = latency.read_measurements(path)
             mine = [each for each in rows if (each.model, each.gpu) == (self._source.name, self._machine.gpu)]
-            profile_plot.write(mine, self._request.plot)
+            if trouble := _draw(mine, self._request.plot):
+                return trouble
         return IMPOSSIBLE if self._failures else 0
+
+    def _counted(self, measured: int, predicted: int) -> str:
+        kept = f", {self._kept} kept from an earlier run" if self._kept else ""
+        now = measured - self._kept
+        return f"{now} point{'' if now == 1 else 's'} measured{kept}, {predicted} predicted"
 
 
 def _words(point: Point) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.options import DEFAULT_GPU
+from server.options import DEFAULT_GPU, flag
 
 Model = Annotated[str, typer.Argument(help="By its name in the repository, or its folder.")]
 Repository = Annotated[Path, typer.Option(help="Folder of models, as of **serve**.")]
@@ -42,7 +42,13 @@ Seconds = Annotated[float, typer.Option(min=0.01, help="A point takes at most so
 MemoryMib = Annotated[
     int | None, typer.Option(min=16, help="On the CPU: what a process may take; more counts as not fitting.")
 ]
-Out = Annotated[Path | None, typer.Option(help="The table; by default MODEL.latency.csv. It is gone on with.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="The table, by default MODEL.latency.csv. Points that it has already are kept, not measured again."
+    ),
+]
+Anew = Annotated[bool, flag("--anew", "Drop what the table has of this model on this GPU first; other rows stay.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the table to this .svg or .png file, too.")]
 
 
@@ -62,6 +68,7 @@ def profile(
     seconds: Seconds = 3.0,
     memory_mib: MemoryMib = None,
     out: Out = None,
+    anew: Anew = False,
     plot: Plot = None,
 ) -> None:
     """Measure how long a model takes on slices, by batch size, and write a latency table.
@@ -93,6 +100,7 @@ def profile(
             memory_mib=memory_mib,
             out=out,
             plot=plot,
+            anew=anew,
         )
     except UsageError as error:
         raise typer.Exit(complain(str(error), do.USAGE)) from error

@@ -51,7 +51,10 @@ def clock(seconds: float) -> str:
 
 @contextmanager
 def bar(*columns: ProgressColumn, transient: bool = True) -> Iterator[Progress]:
-    """`transient`: nothing stays of it in the end. A task's field `note` is said in lines, too."""
+    """`transient`: nothing stays of it in the end.
+
+    A task's field `note` is said in lines, too; with `foretold` the note says when it ends, where that can be known.
+    """
     console = Console(stderr=True)
     shown = Progress(*columns, console=console, transient=transient, disable=not console.is_terminal)
     if console.is_terminal:
@@ -104,7 +107,7 @@ def _say_tasks(shown: Progress) -> None:
 
 def _far(task: Task) -> Far:
     note = str(task.fields.get("note", ""))
-    left_s = None if task.finished else task.time_remaining
+    left_s = None if task.finished or task.fields.get("foretold") else task.time_remaining
     return Far(task.description, task.completed, task.total, task.elapsed or 0.0, left_s, note)
 
 

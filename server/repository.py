@@ -23,6 +23,7 @@ from scheduler.lengths import Lengths, Points, shortest
 from scheduler.loading import ModelUnservableError
 from scheduler.staff import Worker
 from scheduler.tensors import InputLayout, Signature
+from server import model_identity
 from server.config_pbtxt import ModelFileError
 from server.errors import Fault, ServeError
 from server.model_files import ServingFile, needs_torch, read_model, versions_to_serve
@@ -62,10 +63,11 @@ class Model:
     state: ModelState = ModelState.LOADING
     reason: str = ""
     unloaded: bool = False  # on purpose
-    missed: bool = False  # without it the server is not ready: it was there at the start, or was served since
+    needed: bool = False  # without it the server is not ready: it was there at the start, or was served since
     version_policy: Mapping[str, Any] = field(default_factory=dict)  # Triton's ModelVersionPolicy
     signature: Signature = NOTHING
     layout: InputLayout = field(default_factory=lambda: InputLayout(NOTHING))
+    identity: str = ""  # of what its answers come from
 
     @property
     def id(self) -> tuple[str, str]:
@@ -117,7 +119,10 @@ class Repository:
     def _find(self, name: str, version: str | None) -> Model:
         versions = self._models.get(name)
         if versions is None:
-            known = ", ".join(self.names()) or "none"
+            gone = {
+                name for name, of_it in self._models.items() if of_it and all(each.unloaded for each in of_it.values())
+            }
+            known = ", ".join(name for name in self.names() if name not in gone) or "none"
             raise ServeError(Fault.NOT_FOUND, f"unknown model {name[:NAME_CHARS]!r}; there are: {known}")
         model = self._version(name, versions, version)
         if model.state != ModelState.READY:
@@ -168,7 +173,7 @@ class Repository:
         for model in self.models():
             if model.state == ModelState.READY and not self.servers(model):
                 reasons.append(f"model {model.name}: no slice serves it now")
-            elif model.missed and model.state in (ModelState.LOADING, ModelState.UNAVAILABLE):
+            elif model.needed and model.state in (ModelState.LOADING, ModelState.UNAVAILABLE):
                 reasons.append(f"model {model.name}: {model.reason or 'loading'}")
         return reasons
 
@@ -186,13 +191,13 @@ class Repository:
             self._models.setdefault(name, {})
         for name in names:
             try:
-                await self._finish(self._load(name, missed=True), "model not loaded", name)
+                await self._finish(self._load(name, needed=True), "model not loaded", name)
                 progress(name, "")
             except ServeError as error:
                 progress(name, error.message)
             except Exception as error:  # one folder that we have no words for must not end the daemon
                 log.exception("model not served", model=name)
-                self._fail(name, 1, f"cannot be loaded: {error!r}", missed=True)
+                self._fail(name, 1, f"cannot be loaded: {error!r}", needed=True)
                 progress(name, repr(error))
 
     async def load(self, name: str) -> None:
@@ -200,7 +205,7 @@ class Repository:
 
         Goes on, like `unload`, if the one who asked for it leaves: half a change would be neither.
         """
-        await self._finish(self._load(name, missed=False), "model not loaded", name)
+        await self._finish(self._load(name, needed=False), "model not loaded", name)
 
     async def unload(self, name: str) -> None:
         """Stops taking requests for a model, lets those under way finish, and frees it. Raises ServeError."""
@@ -219,19 +224,19 @@ class Repository:
         task.add_done_callback(self._changes.discard)
         await asyncio.shield(task)
 
-    async def _load(self, name: str, *, missed: bool) -> None:
+    async def _load(self, name: str, *, needed: bool) -> None:
         async with self._changing.setdefault(name, asyncio.Lock()):
             folder = self._folder(name)
             try:
                 numbers, ignored = versions_to_serve(folder)
             except ModelFileError as error:
-                self._fail(name, 1, str(error), missed=missed)
+                self._fail(name, 1, str(error), needed=needed)
                 raise ServeError(Fault.INVALID, f"model {name} cannot be loaded: {error}") from error
             if ignored:
                 log.warning("config.pbtxt sets what is ignored here", model=name, fields=ignored)
             before = dict(self._models.get(name, {}))
             for number in numbers:
-                await self._load_version(name, number, folder, missed=missed)
+                await self._load_version(name, number, folder, needed=needed)
             for number, model in before.items():
                 if number not in numbers:
                     await self._retire(model)
@@ -244,12 +249,12 @@ class Repository:
             for model in self._models[name].values():
                 await self._retire(model)
                 model.state, model.reason = ModelState.UNAVAILABLE, "unloaded"
-                model.unloaded, model.missed = True, False
+                model.unloaded, model.needed = True, False
         log.info("model unloaded", model=name)
 
-    async def _load_version(self, name: str, number: int, folder: Path, *, missed: bool) -> None:
+    async def _load_version(self, name: str, number: int, folder: Path, *, needed: bool) -> None:
         old = self._models.get(name, {}).get(number)
-        model = Model(name, number, missed=missed or (old is not None and old.missed))
+        model = Model(name, number, needed=needed or (old is not None and old.needed))
         if old is None or old.state != ModelState.READY:
             self._models.setdefault(name, {})[number] = model
         try:
@@ -258,6 +263,7 @@ class Repository:
             loaded = await self._fleet.load(model.source)
             model.serving.check(loaded.signature)
             await self.prepare(model)
+            model.identity = model_identity.of(model.source, model.serving.preprocess)
         except (ModelFileError, ModelUnservableError, PipelineError) as error:
             if model.source is not None:
                 self._fleet.unload(model.key)
@@ -265,7 +271,7 @@ class Repository:
             raise ServeError(Fault.INVALID, f"model {name} cannot be loaded: {error}") from error
         model.signature = loaded.signature
         model.layout = InputLayout(loaded.signature)
-        model.state, model.missed = ModelState.READY, True
+        model.state, model.needed = ModelState.READY, True
         self._models[name][number] = model
         self._answering.clear()
         self._warn_of_arena(model)
@@ -302,11 +308,11 @@ class Repository:
                     return path
         raise ServeError(Fault.NOT_FOUND, f"model {name[:NAME_CHARS]!r} is not in {', '.join(map(str, self._roots))}")
 
-    def _fail(self, name: str, number: int, reason: str, *, missed: bool) -> None:
+    def _fail(self, name: str, number: int, reason: str, *, needed: bool) -> None:
         versions = self._models.setdefault(name, {})
         if not any(model.state == ModelState.READY for model in versions.values()):
-            missed = missed or any(model.missed for model in versions.values())
-            versions[number] = Model(name, number, state=ModelState.UNAVAILABLE, reason=reason, missed=missed)
+            needed = needed or any(model.needed for model in versions.values())
+            versions[number] = Model(name, number, state=ModelState.UNAVAILABLE, reason=reason, needed=needed)
 
 
 def _shortly(points: Points) -> str:

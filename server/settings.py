@@ -181,6 +181,13 @@ class Settings(BaseSettings):
     def _folders(cls, value: Any) -> Any:
         return [path for path in value.split(":") if path] if isinstance(value, str) else value
 
+    @field_validator("jobs_input_dir")
+    @classmethod
+    def _is_folder(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_dir():
+            raise ValueError("there is no such folder")
+        return value
+
     @model_validator(mode="after")
     def _serves_something(self) -> Settings:
         if not (self.allow_http or self.allow_grpc):
@@ -264,5 +271,6 @@ def _explain(error: Mapping[str, Any], given: Mapping[str, Any], config: Path | 
         where = PREFIX + name.upper()
     else:
         where = f"{config}: {name}"
-    value = "" if name == "admin_token" else f" {error['input']!r}"
+    given_value = error["input"]
+    value = "" if name == "admin_token" else f" {given_value if isinstance(given_value, Path) else repr(given_value)}"
     return f"{where}{value}: {message}; see migserve serve --help"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.options import DEFAULT_GPU, CatalogueGpu, LatencyTable, SkipSuspects
+from server.options import DEFAULT_GPU, CatalogueGpu, LatencyTable, SkipSuspects, flag
 
 Gpus = Annotated[int | None, typer.Option(min=1, max=64, help="How many; by default 2, or as planned.")]
 Layout = Annotated[
@@ -43,12 +43,12 @@ FindMax = Annotated[
 SloFactor = Annotated[
     float | None, typer.Option(min=0.1, help="The SLO, in times of 32 items on a whole GPU. Default: 2.")
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Refuse what would be late, instead of serving it late.")]
+Strict = Annotated[bool, flag("--strict", "Refuse what would be late, instead of serving it late.")]
 Noise = Annotated[float, typer.Option(min=0, max=1, help="Of service times, as a share; 0: exact, no tail.")]
 Queries = Annotated[int, typer.Option(min=100, help="About so many a run.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same figures.")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="So many from --seed on; by default 3 with --find-max, else 1.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, flag("--json", "Print JSON.")]
 Out = Annotated[Path | None, typer.Option(help="Write a report with plots to this .html file.")]
 
 

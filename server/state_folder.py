@@ -26,12 +26,18 @@ def hold(folder: Path, patience_s: float = PATIENCE_S) -> int | None:
     """Until the process ends, however it does, or the descriptor that is returned is closed.
 
     Nobody who serves closes it: a thread may write to the folder to the very end. A folder that cannot be written is
-    nobody's: its daemon goes on with a warning, without jobs and token. Raises StartError, naming who holds it.
+    nobody's: its daemon goes on with a warning, without jobs and token. Raises StartError, naming who holds it, or
+    what is no folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Not inherited (PEP 446): workers, which outlive a daemon that is killed for seconds, do not hold it on.
         lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+        raise StartError(
+            f"the state folder cannot be {folder}: {file} is not a folder; --state-dir names another one"
+        ) from error
     except OSError as error:
         log.warning("the state folder cannot be written", folder=str(folder), reason=str(error))
         return None

@@ -249,6 +249,34 @@ def test_where_one_cannot_be_started_any_more_the_others_do_its_work() -> None:
     told(story, start=start)
 
 
+def test_where_one_cannot_be_started_any_more_the_others_may_still_be_on_their_way() -> None:
+    pids: list[int] = []
+    refused = threading.Event()
+    lock = threading.Lock()
+
+    def start(*arguments: Any) -> BaseProcess:
+        with lock:
+            if len(pids) == 2 and not refused.is_set():
+                refused.set()
+                raise OSError("no memory")
+        started = spawn.start_other(*arguments)
+        pids.append(started.pid or 0)
+        return started
+
+    async def story(pool: PreprocessPool) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        both = [asyncio.ensure_future(written(pool, JPEG)) for _ in range(2)]
+        await asyncio.sleep(0)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for each in both:
+            assert np.isfinite(await each).all()
+        assert refused.is_set()
+
+    told(story, start=start)
+
+
 def talks_nonsense(sock: socket.socket, *_: Any) -> None:
     """A decoder that hostile bytes have taken over; a pickle that would be run, if it were."""
     sock.send(b"\xa0")

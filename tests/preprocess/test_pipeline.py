@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from preprocess.pipeline import ImageSteps, PipelineError, PipelineFile, checked
+from preprocess.steps import TextSteps
 
 GREY8 = ImageSteps(mode="L", size=(8, 8))
 PIPELINE = PipelineFile(input="image", output="x", image=GREY8)
@@ -30,6 +31,29 @@ def test_a_pipeline_that_fits() -> None:
 def test_a_pipeline_that_does_not_fit(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(PipelineError, match=message):
         checked(PIPELINE, inputs)
+
+
+@pytest.mark.parametrize(
+    ("given", "others", "hint"),
+    [
+        ({}, {"m": ("INT64", (-1,))}, "inputs; preprocess.mask may name m (1 for a token, 0 for padding)"),
+        ({}, {"n": ("INT64", ())}, "inputs; preprocess.length may name n (how much is no padding)"),
+        ({}, {"n": ("INT64", (1,)), "m": ("INT64", (-1,))}, "mask may name m (1 for a token, 0 for padding); preproc"),
+        ({"mask": "m"}, {"m": ("INT64", (-1,)), "kinds": ("INT64", (-1,))}, "of a model's inputs"),
+        ({}, {"m": ("FP32", (-1,))}, "of a model's inputs"),
+        ({"mask": "n"}, {"m": ("INT64", (-1,))}, "of a model's inputs"),
+    ],
+)
+def test_inputs_that_it_could_feed_are_said_how_to_name(
+    given: dict[str, Any], others: dict[str, Any], hint: str
+) -> None:
+    text = TextSteps(tokenizer="t.json", max_tokens=8)
+    pipeline = PipelineFile(input="text", output="ids", text=text, **given)
+    with pytest.raises(PipelineError) as caught:
+        checked(pipeline, {"ids": ("INT64", (-1,)), **others})
+    said = str(caught.value)
+    assert hint in said
+    assert said.endswith("inputs") == hint.endswith("inputs")
 
 
 def test_another_layout_is_proposed_where_it_would_fit() -> None:

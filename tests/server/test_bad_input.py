@@ -134,6 +134,18 @@ def test_bad_input_is_refused_saying_what_is_wrong(
     assert infer(daemon.http, "affine", GOOD).json["outputs"][0]["data"] == [2 * value + 1 for value in SIXTEEN]
 
 
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [(b"RIFF$\0\0\0WAVEfmt ", FORM), (b"BM\r", FORM), (b"BM\n", FORM), (b"BM", "application/octet-stream")],
+    ids=["zero bytes", "carriage return", "line feed", "another type"],
+)
+def test_what_curl_d_cannot_have_damaged_is_not_laid_at_its_door(
+    body: bytes, content_type: str, daemon: RunningDaemon
+) -> None:
+    answer = infer(daemon.http, "digits", body, {"Content-Type": content_type})
+    assert (answer.status, "curl -d" in answer.error) == (400, False)
+
+
 @pytest.fixture(scope="module")
 def damaged_images() -> dict[str, bytes]:
     picture = (MODELS / "digits" / "three.png").read_bytes()

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -24,6 +26,7 @@ from scheduler.lengths import Lengths
 from scheduler.tensors import TensorSpec
 from server.__main__ import app
 from server.app import create_app
+from server.job_store import JobState
 from server.jobs_api import router
 from server.jobs_sending import folder_lines
 from server.listening import HttpServer, listen
@@ -35,24 +38,31 @@ Command = Callable[..., Awaitable[Result]]
 
 
 @asynccontextmanager
-async def command_line(told: Story) -> AsyncIterator[Command]:
-    """`migserve jobs`, in a thread."""
+async def served(told: Story) -> AsyncIterator[str]:
+    """Jobs over HTTP, at this URL."""
     sock = listen("http", "127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     routes = create_app(router(told.jobs, told.intake))
     server = HttpServer(uvicorn.Config(routes, ws="none", lifespan="off", log_config=None))
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     await server.listening.wait()
-
-    async def command(*arguments: str) -> Result:
-        return await asyncio.to_thread(CliRunner().invoke, app, ["jobs", *arguments], env={"MIGSERVE_URL": url})
-
     try:
         with capture_logs():  # they would go to the stdout of whatever command is running
-            yield command
+            yield url
     finally:
         server.should_exit = True
         await serving
+
+
+@asynccontextmanager
+async def command_line(told: Story) -> AsyncIterator[Command]:
+    """`migserve jobs`, in a thread."""
+    async with served(told) as url:
+
+        async def command(*arguments: str) -> Result:
+            return await asyncio.to_thread(CliRunner().invoke, app, ["jobs", *arguments], env={"MIGSERVE_URL": url})
+
+        yield command
 
 
 def test_results_go_into_no_file_that_is_called_otherwise(tmp_path: Path) -> None:
@@ -237,3 +247,69 @@ def test_the_list_has_local_times_with_seconds_where_they_are_near(
         time.tzset()
         on(tmp_path, story)
     time.tzset()
+
+
+def test_names_are_shown_as_they_are_and_paused_ones_with_their_reason(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        job = await told.submit(*range(20), name="[/nightly] [bold]")
+        told.repository.gone = "unloaded [/]"
+        await until(lambda: job.state == JobState.PAUSED)
+        async with command_line(told) as command:
+            listed = await command("list")
+            assert (listed.exit_code, "[/nightly] [bold]" in listed.stdout) == (0, True)
+            assert f"{job.id} is paused: unloaded [/]" in listed.stdout
+
+    on(tmp_path, story)
+
+
+def test_an_empty_id_is_no_job(tmp_path: Path) -> None:
+    """As of a shell's variable that is not set."""
+
+    async def story(told: Story) -> None:
+        job = await told.submit(*range(20))
+        async with command_line(told) as command:
+            found = await command("cancel", "")
+            assert (found.exit_code, "which job?" in found.stderr) == (2, True)
+        assert job.state == JobState.RUNNING
+
+    on(tmp_path, story)
+
+
+@pytest.mark.parametrize("url", ["http://h:99999", "http://[::1"])
+def test_what_is_no_address_is_said_to_be_none(url: str) -> None:
+    found = CliRunner().invoke(app, ["jobs", "list", "--url", url])
+    assert (found.exit_code, "is no address" in found.stderr) == (2, True)
+
+
+def test_in_a_pipe_there_are_ids_and_results_only(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        (tmp_path / "in.jsonl").write_text("[1]\n[2]\n")
+        async with command_line(told) as command:
+            sent = await command("submit", "m", str(tmp_path / "in.jsonl"))
+            job = told.jobs.get(sent.stdout.strip())
+            await told.all_done(job)
+            waited = await command("wait", job.id, "--out", "-")
+            assert [json.loads(line)["outputs"] for line in waited.stdout.splitlines()] == [{"y": [2.0]}, {"y": [4.0]}]
+
+    on(tmp_path / "jobs", story)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "said"),
+    [
+        ("/v2/jobs?model=m", {"Content-Type": "multipart/form-data; boundary=b"}, "not a form"),
+        ("/v2/jobs?model=m&model=n", {}, "model is given twice"),
+        ("/v2/jobs?model=m&deadline=", {}, "deadline '' is neither"),
+        ("/v2/jobs?model=m&strict=true", {}, "it needs a deadline"),
+    ],
+)
+def test_slips_in_asking_are_told(tmp_path: Path, path: str, headers: dict[str, str], said: str) -> None:
+    async def story(told: Story) -> None:
+        async with served(told) as url:
+            asked = urllib.request.Request(url + path, b"[1]\n", headers)
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                await asyncio.to_thread(urllib.request.urlopen, asked)
+            assert (refused.value.code, said in refused.value.read().decode()) == (400, True)
+        assert told.jobs.all() == []
+
+    on(tmp_path, story)

@@ -180,6 +180,20 @@ def test_a_model_unloaded_on_purpose_is_not_missing(tmp_path: Path) -> None:
     at(tmp_path, story)
 
 
+def test_of_what_there_is_an_unloaded_model_is_none(tmp_path: Path) -> None:
+    for name in ("gone", "m"):
+        repositories.emulated(tmp_path / name, 1)
+
+    async def story(place: Place) -> None:
+        for name in ("gone", "m"):
+            await place.repository.load(name)
+        await place.repository.unload("gone")
+        with pytest.raises(ServeError, match=r"unknown model 'x'; there are: m$"):
+            place.repository.get("x")
+
+    at(tmp_path, story)
+
+
 def test_a_full_batch_that_does_not_fit_the_arena_is_warned_of(tmp_path: Path) -> None:
     repositories.emulated(tmp_path / "m", 1, items=100, max_batch=8)
 

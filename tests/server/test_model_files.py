@@ -99,6 +99,14 @@ def pictures(steps: str) -> str:
             "preprocess: {input: a, output: b, image: {size: [8, 8], mod: L}}",
             "unknown key preprocess.image.mod; did you mean mode?",
         ),
+        (
+            "preprocess: {input: a, output: b, longest: 5, text: {tokenizer: t.json, max_tokens: 8}}",
+            "unknown key preprocess.longest; did you mean lengths.longest?",
+        ),
+        (
+            "preprocess: {input: a, output: b, zzz: 5, image: {size: [8, 8]}}",
+            "unknown key preprocess.zzz; there are input, output, length, mask, device, image, audio, text",
+        ),
         ("slo_ms: 5\nmig_profiles: [", "serving.yaml, line 2 is not YAML: "),
         ("strict: sometimes", "serving.yaml: strict: expected true or false"),
         ("splitt: false", "unknown key splitt; did you mean split?"),

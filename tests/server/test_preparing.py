@@ -380,6 +380,20 @@ def test_texts_come_as_ids_with_their_mask(binary: bool, tmp_path: Path) -> None
     on(lambda: Served(make_text_model(str(tmp_path / "tokenizer.json"))), story)
 
 
+def test_a_text_that_begins_as_the_protocols_json_does_goes_into_a_form(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "tokenizer.json")
+    form = b'--b\r\nContent-Disposition: form-data; name="text"\r\n\r\n{ the cat\r\n--b--\r\n'
+
+    async def story(stage: Served) -> None:
+        (reply,) = stage.post(b"{ the cat")
+        assert (reply.status, b"JSON cannot be read" in reply.body) == (400, True)
+        assert stage.post(form) == []
+        await until(lambda: bool(stage.sent))
+        assert stage.sent[0].dims == (3, 3)
+
+    on(lambda: Served(make_text_model(str(tmp_path / "tokenizer.json"))), story)
+
+
 def test_a_text_that_is_too_long_is_refused(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer.json")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -65,6 +67,7 @@ def test_a_budget_measures_some_and_predicts_the_rest_and_can_be_raised(tmp_path
     assert result.exit_code == 0, result.output
     second = rows(out)
     assert second[:3] == first[:3]  # what was measured is kept
+    assert "2 points measured, 3 kept from an earlier run, 7 predicted" in result.output
     assert len({(row["mig_profile"], row["batch"]) for row in second}) == len(second) == 12
     assert [row["source"] for row in second].count("emulated") == 5
     for row in second:
@@ -151,10 +154,46 @@ def test_where_there_is_no_model_the_option_is_named_that_says_where_to_look(tmp
     assert (result.exit_code, "see --model-repository" in " ".join(result.output.split())) == (2, True)
 
 
-@pytest.mark.parametrize(("out", "says"), [("nowhere/t.csv", "No such folder"), (".", "Is a folder")])
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("nowhere/t.csv", "No such folder"),
+        (".", "Is a folder"),
+        ("/proc/t.csv", "cannot write /proc/t.csv: no file can be made in /proc: "),  # as root, too
+    ],
+)
 def test_a_table_that_cannot_be_written_is_said_before_anything_is_measured(out: str, says: str) -> None:
     result = profile("mlp", *QUICK, "--device", "cpu", "--out", out)
     assert (result.exit_code, says in result.output) == (2, True)
+
+
+def test_a_row_that_cannot_be_written_any_more_ends_in_a_sentence(tmp_path: Path) -> None:
+    out = tmp_path / "table.csv"
+    command = [sys.executable, "-m", "server", "profile", "resnet50", *map(str, QUICK), "--out", str(out)]
+    ended = subprocess.run(["bash", "-c", 'ulimit -f 1; exec "$@"', "-", *command], capture_output=True, text=True)
+    assert (ended.returncode, f"cannot write {out}: File too large" in " ".join(ended.stderr.split())) == (2, True)
+    assert "Traceback" not in ended.stderr
+    assert out.stat().st_size == 1024
+
+
+def test_another_model_file_under_the_same_name_is_not_taken_for_the_one_that_was_measured(tmp_path: Path) -> None:
+    model, out = Path(shutil.copytree(MODELS / "mlp", tmp_path / "m")), tmp_path / "table.csv"
+    asked = (model, *QUICK, "--device", "cpu", "--out", out, "--batches")
+    assert profile(*asked, "1,2").exit_code == 0
+    assert "0 points measured, 2 kept from an earlier run, 0 predicted" in profile(*asked, "1,2").output
+    before = out.read_text()
+    shutil.copyfile(MODELS / "affine" / "1" / "model.pt2", model / "1" / "model.pt2")
+    result = profile(*asked, "1,2")
+    said = " ".join(result.output.split())
+    assert (result.exit_code, out.read_text()) == (2, before)
+    assert "another model file than the one that is there now: name another --out, or give --anew" in said
+    assert profile(*asked, "65", "--anew").exit_code == 2
+    assert out.read_text() == before, "what nothing comes of drops nothing"
+    result = profile(*asked, "1", "--anew")
+    assert result.exit_code == 0, result.output
+    assert "1 point measured, 0 predicted" in result.output
+    assert [row["batch"] for row in rows(out)] == ["1"]
+    assert rows(out)[0]["model_file"] not in before
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a driver")
@@ -213,14 +252,34 @@ def test_other_models_rows_are_kept(tmp_path: Path) -> None:
     assert list(file.known().values()) == [5.0]
 
 
-def test_a_table_with_fewer_columns_of_an_older_release_is_gone_on_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_table_with_fewer_columns_of_an_older_release_is_gone_on_with(columns: int, tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     TableFile(path, "m", "A100", "measured").add(ROW, {"runs": 9, "versions": "torch"})
-    path.write_text("\n".join(line.rsplit(",", 2)[0] for line in path.read_text().splitlines()) + "\n")
-    file = TableFile(path, "m", "A100", "measured")
+    path.write_text("\n".join(line.rsplit(",", columns)[0] for line in path.read_text().splitlines()) + "\n")
+    file = TableFile(path, "m", "A100", "measured", "1a2b3c4d5e6f")
     file.add(ROW, {"runs": 7, "energy_j": 2.5})
-    assert [(row["runs"], row["energy_j"]) for row in rows(path)] == [("9", None), ("7", "2.5")]
+    assert [(row["runs"], row["energy_j"] or "") for row in rows(path)] == [("9", ""), ("7", "2.5")]
+    assert [row["model_file"] or "" for row in rows(path)] == ["", "1a2b3c4d5e6f"]
     assert list(file.known().values()) == [5.0]
+
+
+def test_what_does_not_count_any_more_is_dropped_and_other_rows_stay(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    for model, gpu, model_file in (("m", "A100", "old"), ("m", "H100", "old"), ("n", "A100", "old")):
+        file = TableFile(path, model, gpu, "measured", model_file)
+        file.add(replace(ROW, model=model, gpu=gpu), {})
+        file.finish([replace(ROW, model=model, gpu=gpu, batch=16, source="predicted")], {})
+    with pytest.raises(LatencyTableError, match="another model file"):
+        TableFile(path, "m", "A100", "measured", "new")
+    file = TableFile(path, "m", "A100", "measured", "new", anew=True)
+    assert not file.known()
+    assert len(read_measurements(path)) == 6, "nothing is dropped before it is asked for"
+    file.forget()
+    file.add(ROW, {})
+    found = [(each.model, each.gpu, each.batch) for each in read_measurements(path)]
+    assert found == [("m", "H100", 8), ("m", "H100", 16), ("n", "A100", 8), ("n", "A100", 16), ("m", "A100", 8)]
+    assert list(TableFile(path, "m", "A100", "measured", "new").known().values()) == [5.0]
 
 
 def test_what_was_measured_in_one_way_is_not_gone_on_with_in_another(tmp_path: Path) -> None:
@@ -243,3 +302,7 @@ def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(LatencyTableError, match="not written by migserve profile"):
         TableFile(path, "m", "A100", "measured")
     assert path.read_text() == "what,ever"
+    path.write_bytes(b"\x89PNG")
+    for foreign in (path, Path("/dev/zero")):
+        with pytest.raises(LatencyTableError, match="not written by migserve profile"):
+            TableFile(foreign, "m", "A100", "measured")

@@ -55,10 +55,17 @@ def test_it_has_one_daemon_and_is_free_at_once_where_that_is_killed_though_its_w
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_one_that_cannot_be_written_keeps_nobody_from_serving(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
+def test_one_that_is_a_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "state"):
+        with pytest.raises(StartError, match=f"cannot be {folder}: {file} is not a folder; --state-dir names another"):
+            hold(folder)
+
+
+def test_one_that_cannot_be_written_keeps_nobody_from_serving() -> None:
     with capture_logs() as logs:
-        assert hold(tmp_path / "file" / "state") is None
+        assert hold(Path("/proc/state")) is None
     assert [line["event"] for line in logs] == ["the state folder cannot be written"]
 
 

@@ -54,14 +54,7 @@ def test_help_teaches() -> None:
         assert verb in verbs
         assert asked(verb, "--help").exit_code == 0
     text = asked("serve", "--help").stdout
-    for flag in (
-        "--model-repository",
-        "--http-port",
-        "--grpc-port",
-        "--metrics-port",
-        "--exit-timeout-secs",
-        "--layout",
-    ):
+    for flag in ("--model-repository", "--http-port", "--grpc-port", "--metrics-port", "--exit-timeout-secs"):
         assert flag in text
 
 
@@ -70,8 +63,15 @@ def test_help_names_every_setting_and_default_on_a_narrow_terminal() -> None:
     for name in settings.Settings.model_fields:
         assert f"--{name.replace('_', '-')} " in text, name
     assert "…" not in text
-    assert "Default: 8000." in " ".join(text.replace("│", " ").split())
+    words = " ".join(text.replace("│", " ").split())
+    assert ("Default: 8000." in words, "Default: ." in words) == (True, False)
     assert "MIGSERVE_HTTP_PORT=9000" in text
+
+
+def test_help_shows_no_value_for_a_flag_that_takes_none() -> None:
+    for verb in ("plan", "simulate", "profile", "layout show", "layout apply"):
+        lines = asked(*verb.split(), "--help", COLUMNS="120").stdout.splitlines()
+        assert [line.split()[1] for line in lines if "<bool>" in line] == ["--help"], verb  # that one is not ours
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,11 @@ def test_help_names_every_setting_and_default_on_a_narrow_terminal() -> None:
         (["serve", "--gpu", "gpu0"], 1, "use nvml, sim:A100-80GB"),
         (["serve", "--gpu", "sim:A100-80GB", "--layout", "4g.40gb+4g.40gb"], 1, "takes 8 compute slices"),
         (["serve", "--http-address", "192.0.2.1"], 1, "--http-address 192.0.2.1 is no address of this machine"),
+        (
+            ["serve", "--state-dir", "pyproject.toml"],
+            1,
+            "cannot be pyproject.toml: pyproject.toml is not a folder; --st",
+        ),
         (["serve", "--journal", "/nowhere/journal"], 1, "--journal /nowhere/journal cannot be written"),
     ],
 )
@@ -100,6 +105,7 @@ def test_a_daemon_that_cannot_start_says_what_to_do(
         (["serve", "--http-port", "99999"], 2, "--http-port 99999: expected 65535 at most"),
         (["serve", "--arena-mib", "100"], 2, "--arena-mib 100: must be a power of two"),
         (["serve", "--config", "nowhere.yaml"], 2, "--config nowhere.yaml cannot be read: No such file"),
+        (["serve", "--jobs-input-dir", "nowhere"], 2, "--jobs-input-dir nowhere: there is no such folder"),
         (["serve", "--no-allow-http", "--no-allow-grpc"], 2, "nothing would be served"),
         (["gpus", "--gpu", "sim:A100-80GB", "--layout", "5g.50gb"], 1, "did you mean"),
         (["replay", "nowhere"], 1, "No such file"),
