@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from partitioner import yaml_text
 from partitioner.geometry import GpuModel, IllegalLayoutError, MigProfile, place
 
 VERSION = "v1"
@@ -79,7 +80,7 @@ class Target:
 def parse(text: str) -> dict[str, list[Entry]]:
     """The named configs of a layout file. Raises LayoutFileError."""
     try:
-        data = yaml.safe_load(text)
+        data = yaml_text.load(text)
     except yaml.YAMLError as error:
         raise LayoutFileError(f"not YAML: {error}") from error
     if not isinstance(data, dict):

@@ -47,6 +47,8 @@ class PipelineFile(BaseModel):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> PipelineFile:
+        if not self.input.isprintable() or set(self.input) & set('"\\'):
+            raise ValueError('input must be a name without ", backslash and control characters, which JSON escapes')
         if sum(steps is not None for steps in (self.image, self.audio, self.text)) != 1:
             raise ValueError("give one of image, audio and text")
         if self.image is not None and self.length:

@@ -33,7 +33,7 @@ class ImageSteps(BaseModel):
     resized to: quicker, and off by up to 12 levels.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     preset: Literal["imagenet-eval"] | None = None
     mode: Literal["L", "RGB"] = "RGB"
@@ -148,7 +148,7 @@ class AudioSteps(BaseModel):
     for models that take clips of one length. Longer clips than `seconds` or `max_seconds` are refused.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     preset: Literal["nemo-80", "whisper"] | None = None
     sample_rate: int = Field(16_000, ge=1000, le=192_000)

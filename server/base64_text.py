@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import string
 from collections.abc import Iterable, Iterator
 
 from server.errors import invalid
+
+# RFC 4648, section 5; a name such as my-cat.png has a dot.
+_OF_URLS = f"{string.ascii_letters}{string.digits}-_=".encode()
 
 
 def decode_all(texts: Iterable[str], name: str) -> Iterator[bytes]:
@@ -30,6 +34,6 @@ def _usual_mistake(text: str) -> str:
         return "it begins with a data: prefix; send what follows its comma"
     if "\n" in text or "\r" in text:
         return "it has line breaks; leave them out, as base64 -w 0 does"
-    if "-" in text or "_" in text:
+    if ("-" in text or "_" in text) and not text.encode().translate(None, _OF_URLS):
         return "it is base64 for URLs; expected + and / in place of - and _"
     return ""

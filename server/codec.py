@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 import msgspec
 
 from scheduler.tensors import Signature, TensorSpec
-from server import base64_text, wire
+from server import base64_text, json_tensors, wire
 from server.errors import Fault, ServeError, invalid
 
 Pieces = list[memoryview]
@@ -25,21 +23,6 @@ Pieces = list[memoryview]
 MAX_DIM = 2**31 - 1
 # From so much JSON on, values are counted before they are decoded.
 COUNT_FROM_BYTES = 64 * 1024
-
-# How struct writes each datatype, and what JSON value it takes.
-_STRUCT_CODES = {
-    "BOOL": ("?", bool),
-    "UINT8": ("B", int),
-    "UINT16": ("H", int),
-    "UINT32": ("I", int),
-    "UINT64": ("Q", int),
-    "INT8": ("b", int),
-    "INT16": ("h", int),
-    "INT32": ("i", int),
-    "INT64": ("q", int),
-    "FP32": ("f", float),
-    "FP64": ("d", float),
-}
 
 
 class Tensor(msgspec.Struct, gc=False):  # a Struct is quicker to make than a NamedTuple
@@ -248,7 +231,7 @@ def write_tensor(tensor: Tensor, spec: TensorSpec, shape: tuple[int, ...], targe
     """Writes a tensor, whose shape was checked, to `target`, which is as long as it is. Raises ServeError."""
     data = tensor.data
     if isinstance(data, msgspec.Raw):
-        _write_json(data, spec, shape, target)
+        json_tensors.write_nested(data, spec, shape, target)
         return
     nbytes = sum(map(len, data))
     if nbytes != len(target):
@@ -262,64 +245,6 @@ def write_tensor(tensor: Tensor, spec: TensorSpec, shape: tuple[int, ...], targe
         at += len(piece)
 
 
-def _write_json(raw: msgspec.Raw, spec: TensorSpec, shape: tuple[int, ...], target: memoryview) -> None:
-    if spec.datatype not in _STRUCT_CODES:
-        raise invalid(f"input {spec.name}: {spec.datatype} cannot be sent as JSON; use the binary tensor extension")
-    count = math.prod(shape)
-    values = _json_values(raw, spec.name, _STRUCT_CODES[spec.datatype][1], shape)
-    if len(values) != count:
-        raise invalid(f"input {spec.name} has {len(values)} values in data, shape {list(shape)} takes {count}")
-    try:
-        _packer(spec.datatype, count).pack_into(target, 0, *values)
-    except (struct.error, OverflowError) as error:
-        raise invalid(f"input {spec.name}: a value does not fit {spec.datatype}: {error}") from None
-
-
-def _json_values(raw: msgspec.Raw, name: str, kind: type, shape: tuple[int, ...]) -> list[Any]:
-    """The values of `data`, flat or nested as the shape is, row-major."""
-    try:
-        values: list[Any] = _decoder(kind, 1)(raw)
-        return values
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        flat_error = str(error)
-    if not shape:
-        try:
-            return [_decoder(kind, 0)(raw)]
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            raise invalid(f"input {name}: data must be one value, or a list of it: {flat_error}") from None
-    try:
-        return _flatten(_decoder(kind, len(shape))(raw), name, shape)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        # Nested or flat was meant? An array that the nested form misses says: flat.
-        reason = flat_error if str(error).startswith("Expected `array`") else str(error)
-        raise invalid(f"input {name}: data does not hold what datatype and shape announce: {reason}") from None
-
-
-@lru_cache(maxsize=256)
-def _decoder(kind: Any, depth: int) -> Any:
-    for _ in range(depth):
-        kind = list[kind]
-    return msgspec.json.Decoder(kind).decode
-
-
-@lru_cache(maxsize=1024)
-def _packer(datatype: str, count: int) -> struct.Struct:
-    return struct.Struct(f"<{count}{_STRUCT_CODES[datatype][0]}")
-
-
-def _flatten(values: list[Any], name: str, shape: tuple[int, ...]) -> list[Any]:
-    if len(values) != shape[0]:
-        raise invalid(f"input {name}: data is nested in another shape than {list(shape)}")
-    level: Iterable[list[Any]] = values
-    for size in shape[1:]:
-        level = list(level)
-        if any(len(part) != size for part in level):
-            raise invalid(f"input {name}: data is nested in another shape than {list(shape)}")
-        values = list(chain.from_iterable(level))
-        level = values
-    return values
-
-
 # ---- BYTES ----
 
 
@@ -328,7 +253,7 @@ def byte_elements(tensor: Tensor, *, text: bool = False) -> list[bytes]:
     data = tensor.data
     count = math.prod(tensor.shape)
     if isinstance(data, msgspec.Raw):
-        texts = _json_values(data, tensor.name, str, tensor.shape)
+        texts = json_tensors.values_of(data, tensor.name, str, tensor.shape)
         elements = [each.encode() for each in texts] if text else list(base64_text.decode_all(texts, tensor.name))
     elif data and isinstance(data[0], bytes):
         elements = [bytes(element) for element in data]

@@ -25,20 +25,20 @@ from scheduler.lengths import Lengths
 from scheduler.tensors import Signature
 from server import base64_text
 from server.job_store import Position, full_disk
-from server.job_values import BadItemError, PipelineLines, names_of, parse_line, shortly, tensors_of, told
+from server.job_values import BadItemError, Line, PipelineLines, names_of, parse_line, shortly, tensors_of, told
 
 JSONL, FOLDER, NPZ, SAFETENSORS = "jsonl", "folder", "npz", "safetensors"
 # JSON lines that our own client makes of the files of a folder.
 FILES = "files"
 FORMATS = (JSONL, NPZ, SAFETENSORS, FILES)
 MAX_ITEM_BYTES = 64 * 1024 * 1024
-# A line of tensors as JSON, generously: lists of empty lists take 35 times their room, and Python's lock for seconds.
+# A line of tensors as JSON, generously: it is in memory as a whole, and Python's lock is held while it is searched.
 CHARS_A_VALUE, LEAST_LINE_BYTES, VARYING_LINE_BYTES = 32, 1024 * 1024, 16 * 1024 * 1024
 MOST_NAME_CHARS = 4096  # as a path has
 # The bucket of items that a pipeline is to make tensors of.
 ENCODED = (-1,)
 LISTING, TENSORS = "input", "tensors.json"
-# Rows of a tensor file that are read at once, about so many bytes.
+# Of a file of inputs, or of what is made of it, about so many bytes are read at once.
 READ_BYTES = 4 * 1024 * 1024
 
 
@@ -125,7 +125,8 @@ class LineReader:
                 break
             if _is_item(line):
                 items.append(self._item(line, offset))
-                size += items[-1].nbytes
+                # Of the text, too: a bad line has no parts, and took as long.
+                size += max(len(line), items[-1].nbytes)
                 self._number += 1
         return items
 
@@ -157,12 +158,12 @@ class LineReader:
         """Raises BadItemError."""
         if len(line) > MAX_ITEM_BYTES:
             raise BadItemError(f"the line is longer than {MAX_ITEM_BYTES} bytes")
-        value = self._lines.read(line) if self._lines is not None else None
+        value: Line | None = self._lines.read(line) if self._lines is not None else None
         if value is None:
             self._check_length(line)
-            value = parse_line(line)
-            if self._pipeline is None or self._is_ready(value):
-                item.parts, item.dims = tensors_of(value, self._signature, self._lengths)
+            value = tensors = parse_line(line)
+            if self._pipeline is None or self._is_ready(tensors):
+                item.parts, item.dims = tensors_of(tensors, self._signature, self._lengths)
                 item.bucket = item.dims
                 return
         assert self._pipeline is not None  # else there are tensors only
@@ -200,7 +201,8 @@ def element_of(value: Any, pipeline: PipelineFile, inputs_dir: Path | None) -> b
         if "file" in value and pipeline.input != "file":
             return _read_file(value["file"], inputs_dir)
         if "unreadable" in value:  # said by our own client
-            raise BadItemError(str(value["unreadable"])[:500])
+            reason = value["unreadable"]
+            raise BadItemError(reason[:500] if isinstance(reason, str) else _no_text("unreadable", reason))
         if pipeline.input not in value and "bytes" not in value:
             raise BadItemError(f"the line has no {pipeline.input!r}; it has {names_of(value)}")
         if pipeline.input not in value:  # a file that was sent along, by our own client
@@ -209,7 +211,7 @@ def element_of(value: Any, pipeline: PipelineFile, inputs_dir: Path | None) -> b
     if pipeline.text is None:
         return _base64(value, pipeline.input)
     if not isinstance(value, str):
-        raise BadItemError(f"{pipeline.input} must be a string, not {shortly(value)}")
+        raise BadItemError(_no_text(pipeline.input, value))
     return value.encode()
 
 
@@ -220,9 +222,13 @@ def name_of(value: Any, taken: str) -> str | None:
     return None if found is None else str(found)[:MOST_NAME_CHARS]
 
 
+def _no_text(name: str, value: object) -> str:
+    return f"{name} must be a string, not {shortly(value)}"
+
+
 def _base64(value: object, name: str) -> bytes:
     if not isinstance(value, str):
-        raise BadItemError(f"{name} must be a string, not {shortly(value)}")
+        raise BadItemError(_no_text(name, value))
     try:
         return base64_text.decode(value)
     except ValueError as error:

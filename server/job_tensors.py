@@ -105,8 +105,13 @@ def _npy_header(member: Any, name: str) -> tuple[str, tuple[int, ...]]:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(member)
-    except (ValueError, tokenize.TokenError) as error:
+    except ValueError as error:
         raise invalid(f"array {name[:100]} of the npz file cannot be read: {error}") from None
+    # numpy reads it as a literal of Python: TypeError is of keys, MemoryError of deep nesting.
+    except (tokenize.TokenError, TypeError, MemoryError, RecursionError):
+        raise invalid(
+            f"array {name[:100]} of the npz file cannot be read: its header is not as numpy writes it"
+        ) from None
     if fortran or dtype.byteorder == ">" or dtype.name not in _OF_NUMPY:
         order = " in Fortran order" if fortran else ""
         raise invalid(f"array {name[:100]} has dtype {dtype}{order}; expected little-endian numbers, row by row")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -13,22 +14,41 @@ import numpy as np
 
 from scheduler.lengths import Lengths
 from scheduler.tensors import DATATYPES, Signature, TensorSpec
+from server.errors import ServeError
+from server.json_tensors import shape_of, write_pieces
 
-_decode = msgspec.json.Decoder().decode
+_decode_any = msgspec.json.Decoder().decode
+_decode_raw = msgspec.json.Decoder(msgspec.Raw).decode
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+# In a line of tensors; it has one for each name, and is kept from having millions of them.
+MOST_COLONS = 10_000
 # Of a value that is wrong.
 SHOWN_CHARS = 60
 _SHORT = reprlib.Repr()
 _SHORT.maxlist = _SHORT.maxdict = 30
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 2 * SHOWN_CHARS
+_ESCAPED = re.compile(r'["\\\x00-\x1f]')
 # What an item for a pipeline may be made of, beside the pipeline's input; and what it may be called.
 SOURCES, NAME = ("file", "bytes", "unreadable"), "name"
+
+# A line, with what is in it read or still as text.
+Line = str | msgspec.Raw | Mapping[str, str | msgspec.Raw]
 
 
 class BadItemError(ValueError):
     """An item that cannot be run; the message says why."""
 
 
-def parse_line(line: bytes | msgspec.Raw, decode: Callable[[bytes | msgspec.Raw], Any] = _decode) -> Any:
+def parse_line(line: bytes) -> msgspec.Raw | dict[str, msgspec.Raw]:
+    """No objects are made of lists, however many it holds. Raises BadItemError."""
+    if line.lstrip()[:1] != b"{":
+        return msgspec.Raw(_decoded(line, _decode_raw))
+    if line.count(b":") > MOST_COLONS:
+        raise BadItemError(f"the line has more than {MOST_COLONS} colons, and too many names")
+    return dict(_decoded(line, _decode_object))
+
+
+def _decoded(line: bytes | msgspec.Raw, decode: Callable[[bytes | msgspec.Raw], Any]) -> Any:
     """Raises BadItemError."""
     try:
         return decode(line)
@@ -44,7 +64,9 @@ class PipelineLines:
     def __init__(self, pipeline_input: str, signature: Signature) -> None:
         self._sources = {pipeline_input, *SOURCES}
         self._inputs = {spec.name for spec in signature.inputs}
-        self._keys = [*self._sources, *{NAME} - self._sources]
+        # Those that cannot be meant for something else. A field of msgspec's has no name that JSON escapes.
+        self._ready = [name for name in self._inputs - self._sources - {NAME} if not _ESCAPED.search(name)]
+        self._keys = [*self._sources, *{NAME} - self._sources, *self._ready]
         fields = [(f"key_{n}", msgspec.Raw, msgspec.field(name=key, default=None)) for n, key in enumerate(self._keys)]
         self._decode: Callable[[Any], Any] = msgspec.json.Decoder(msgspec.defstruct("Line", fields)).decode
 
@@ -52,22 +74,29 @@ class PipelineLines:
         """What an item is made of, values that are no texts as Raw; None: nothing here is. Raises BadItemError."""
         begin = line.lstrip()[:1]
         if begin == b'"':
-            return str(parse_line(line))
+            return str(_decoded(line, _decode_any))
         if begin != b"{":
             return None
-        raw = zip(self._keys, msgspec.structs.astuple(parse_line(line, self._decode)), strict=True)
+        raw = zip(self._keys, msgspec.structs.astuple(_decoded(line, self._decode)), strict=True)
         found = {key: _text_or_raw(value) for key, value in raw if value is not None}
         sources = self._sources & found.keys()
         # An input of the model may be called as one of them.
-        return found if any(isinstance(found[key], str) or key not in self._inputs for key in sources) else None
+        if not any(isinstance(found[key], str) or key not in self._inputs for key in sources):
+            return None
+        if ready := sorted(found.keys() & set(self._ready)):
+            made_of = f"input {', '.join(sorted(sources))}, encoded"
+            raise BadItemError(
+                f"got both {made_of}, and the ready tensors [{', '.join(ready)}]; expected one or the other"
+            )
+        return found
 
 
 def _text_or_raw(raw: msgspec.Raw) -> str | msgspec.Raw:
-    return str(parse_line(raw)) if _begin_of(raw)[:1] == '"' else raw
+    return str(_decoded(raw, _decode_any)) if _begin_of(raw)[:1] == '"' else raw
 
 
 def tensors_of(
-    value: Any, signature: Signature, lengths: Lengths | None = None
+    value: msgspec.Raw | dict[str, msgspec.Raw], signature: Signature, lengths: Lengths | None = None
 ) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
     """The bytes of each input, and the sizes of the varying axes. Raises BadItemError.
 
@@ -109,47 +138,38 @@ def _check_told(name: str, data: bytes, length: int) -> None:
         )
 
 
-def _tensor(value: object, spec: TensorSpec) -> tuple[bytes, list[int]]:
+def _tensor(raw: msgspec.Raw, spec: TensorSpec) -> tuple[bytes, list[int]]:
+    """Its bytes, and the sizes of its -1 axes; what fits is as in requests. Raises BadItemError."""
     if spec.datatype == "BF16":
         raise BadItemError(f"input {spec.name} is BF16, which JSON cannot carry; send a tensor file")
-    if _holds_text(value):  # numpy would give every element the room of the longest text
-        raise BadItemError(f"input {spec.name} must hold {spec.datatype}, not {shortly(value)}")
+    text = bytes(raw)
+    if b'"' in text or b"{" in text or text == b"null":
+        raise BadItemError(f"input {spec.name} must hold {spec.datatype}, not {shortly(raw)}")
+    shape = None if b"[]" in text else shape_of(text)
+    if shape is None:
+        raise BadItemError(f"input {spec.name} is not an array: its lists differ in length or depth, or are empty")
+    varying = _varying(shape, spec)
+    data = bytearray(math.prod(shape) * DATATYPES[spec.datatype].itemsize)
     try:
-        array = np.array(value)
-    except (ValueError, OverflowError) as error:
-        raise BadItemError(f"input {spec.name} is not an array: {error}") from None
-    dtype = np.dtype(DATATYPES[spec.datatype].numpy)
-    kinds = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
-    if array.dtype.kind not in kinds:
-        raise BadItemError(f"input {spec.name} must hold {spec.datatype}, not {shortly(value)}")
-    if dtype.kind in "iu" and array.size:
-        limits = np.iinfo(dtype)
-        if int(array.min()) < limits.min or int(array.max()) > limits.max:
-            raise BadItemError(f"input {spec.name} has a value that does not fit {spec.datatype}")
-    varying = _varying(array, spec)
-    return array.astype(dtype).tobytes(), varying
+        write_pieces(text, spec, memoryview(data))
+    except ServeError as error:
+        raise BadItemError(f"{error.message}; it is {shortly(raw)}") from None
+    return bytes(data), varying
 
 
-def _holds_text(value: object) -> bool:
-    if not isinstance(value, list):
-        return isinstance(value, str)
-    kinds = set(map(type, value))
-    return str in kinds or (list in kinds and any(_holds_text(each) for each in value))
-
-
-def _varying(array: np.ndarray, spec: TensorSpec) -> list[int]:
+def _varying(shape: tuple[int, ...], spec: TensorSpec) -> list[int]:
     """The sizes of its -1 axes. A flat list will do where nothing varies."""
-    if -1 not in spec.dims and array.size == math.prod(spec.dims) and array.ndim in (1, len(spec.dims)):
-        if array.ndim == 1 or array.shape == spec.dims:
+    if -1 not in spec.dims:
+        if shape == spec.dims or shape == (math.prod(spec.dims),):
             return []
-    elif len(array.shape) == len(spec.dims) and all(
-        want == size or (want == -1 and size > 0) for want, size in zip(spec.dims, array.shape, strict=True)
-    ):
-        return [size for want, size in zip(spec.dims, array.shape, strict=True) if want == -1]
-    raise BadItemError(f"input {spec.name} has shape {list(array.shape)}, expected {list(spec.dims)}")
+    elif len(shape) == len(spec.dims):
+        pairs = list(zip(spec.dims, shape, strict=True))
+        if all(want in (size, -1) for want, size in pairs):
+            return [size for want, size in pairs if want == -1]
+    raise BadItemError(f"input {spec.name} has shape {list(shape)}, expected {list(spec.dims)}")
 
 
-def names_of(value: dict[str, object]) -> str:
+def names_of(value: Mapping[str, object]) -> str:
     shown = ", ".join(str(name)[:40] for name in itertools.islice(value, 8))
     return shown or "nothing"
 

@@ -13,13 +13,13 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from partitioner import latency
+from partitioner import latency, yaml_text
 from partitioner.lengths import LengthTable, length_tables
 from preprocess.pipeline import PipelineError, PipelineFile, checked
 from scheduler.channel import ModelSource
 from scheduler.lengths import ByLength, Lengths
 from scheduler.tensors import Signature
-from server import config_pbtxt, wrong_values, yaml_text
+from server import config_pbtxt, wrong_values
 from server.config_pbtxt import EMULATED, MODEL_FILES, ModelFileError
 
 # A month or so; what is more is a mistake.
@@ -210,7 +210,7 @@ def _explain(error: Mapping[str, Any]) -> str:
         return f"{where} is missing"
     if error["type"] != "extra_forbidden":
         special = next((index for index, name in enumerate(loc) if name in _EXPECTED), None)
-        if special is not None:
+        if special is not None and error["type"] != "finite_number":
             return f"{'.'.join(map(str, loc[: special + 1]))}: expected {_EXPECTED[loc[special]]}"
         return f"{where}: {wrong_values.said(error)}" if where else wrong_values.said(error)
     known = _keys(loc[:-1])

@@ -125,7 +125,7 @@ def _source(request: Request) -> ModelSource:
     if not folder.is_dir():
         there = [each.name for each in request.repository.iterdir()] if request.repository.is_dir() else []
         if not there:
-            raise UsageError(f"there is no model in {request.repository}; see --repository")
+            raise UsageError(f"there is no model in {request.repository}; see --model-repository")
         raise UsageError(f"no model {request.model!r} in {request.repository}; {nearest(request.model, sorted(there))}")
     return read_model(folder, max(versions_to_serve(folder)[0]), 0)[0]
 

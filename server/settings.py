@@ -19,7 +19,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from server import wrong_values, yaml_text
+from partitioner import yaml_text
+from server import wrong_values
 
 MIB = 1024 * 1024
 PREFIX = "MIGSERVE_"

@@ -9,7 +9,8 @@ from typing import Any
 _SENTENCES = {
     "expected a section, which has settings by their names": ("model_type", "dict_type", "model_attributes_type"),
     "expected true or false": ("bool_type", "bool_parsing"),
-    "expected a number": ("float_type", "float_parsing", "finite_number"),
+    "expected a number": ("float_type", "float_parsing"),
+    "expected a finite number": ("finite_number",),
     "expected a whole number": ("int_type", "int_parsing", "int_parsing_size", "int_from_float"),
     "expected text": ("string_type",),
     "expected the name of a file or folder": ("path_type",),

@@ -89,6 +89,9 @@ def entry(text: str) -> str:
     ("text", "message"),
     [
         ("{", "not YAML"),
+        ("version: 2024-13-45", "not YAML: '2024-13-45' cannot be read: month"),
+        ("[" * 3000, "not YAML: it is nested too deeply"),
+        ("version: v1\nversion: v2", "not YAML: key version is given twice"),
         ("[]", "expected a mapping"),
         ("version: v2\nmig-configs: {x: [{devices: all, mig-enabled: false}]}", "version: Input should be 'v1'"),
         ("version: v1", "mig-configs: Field required"),

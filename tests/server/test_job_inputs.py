@@ -9,25 +9,31 @@ import os
 import threading
 import tracemalloc
 import zipfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as drawn
+from msgspec import Raw
 from safetensors.numpy import save_file
 
 from preprocess.pipeline import PipelineFile
 from preprocess.steps import ImageSteps, TextSteps
 from scheduler.lengths import Lengths
-from scheduler.tensors import Signature, TensorSpec
+from scheduler.tensors import DATATYPES, Signature, TensorSpec
 from server import job_inputs, job_tensors, jobs_command, jobs_sending
+from server.codec import Tensor, write_tensor
 from server.errors import ServeError
-from server.job_inputs import LineReader, element_of
+from server.job_inputs import Item, LineReader, element_of
 from server.job_intake import read_terms
 from server.job_store import Position
 from server.job_tensors import TensorReader
-from server.job_values import BadItemError, parse_line, shortly, tensors_of
+from server.job_values import BadItemError, PipelineLines, parse_line, shortly, tensors_of
 
 ONE = Signature((TensorSpec("x", "FP32", (2, 2)),), (), 8)
 TWO = Signature((TensorSpec("ids", "INT64", (-1,)), TensorSpec("mask", "BOOL", (-1,))), (), 8)
@@ -35,11 +41,29 @@ PICTURE = PipelineFile(input="image", output="x", image=ImageSteps(mode="L", siz
 TEXT = PipelineFile(input="text", output="ids", text=TextSteps(tokenizer="t.json", max_tokens=6))
 
 
+def of_line(value: object, signature: Signature, lengths: Lengths | None = None) -> tuple[tuple[bytes, ...], Any]:
+    return tensors_of(parse_line(json.dumps(value).encode()), signature, lengths)
+
+
+def of_pipeline(line: bytes, pipeline: PipelineFile, folder: Path | None) -> bytes:
+    """What a line has for it. Raises BadItemError."""
+    read = PipelineLines(pipeline.input, ONE).read(line)
+    return element_of(parse_line(line) if read is None else read, pipeline, folder)
+
+
+def all_of(reader: LineReader) -> list[Item]:
+    items: list[Item] = []
+    while some := reader.read(9):
+        items += some
+    reader.close()
+    return items
+
+
 def test_a_line_is_one_item_flat_or_nested_named_or_not() -> None:
     wanted = np.array([1, 2, 3, 4], np.float32).tobytes()
     for line in (b"[1,2,3,4]", b"[[1,2],[3,4]]", b'{"x": [1.0,2,3,4]}'):
         assert tensors_of(parse_line(line), ONE) == ((wanted,), ())
-    parts, bucket = tensors_of({"mask": [True, False, True], "ids": [7, 8, 9]}, TWO)
+    parts, bucket = of_line({"mask": [True, False, True], "ids": [7, 8, 9]}, TWO)
     assert (parts[0], parts[1], bucket) == (np.array([7, 8, 9]).tobytes(), b"\1\0\1", (3, 3))
 
 
@@ -53,6 +77,16 @@ def test_a_line_is_one_item_flat_or_nested_named_or_not() -> None:
         (b"[[1,2],[3]]", "not an array"),
         (b'{"y": 1}', "expected x; the line has y"),
         (b"{}", "the line has nothing"),
+        (b'{"y":0' + b',"y":0' * 10_000 + b"}", "more than 10000 colons"),
+        (b'{"x": null}', "must hold FP32, not null"),
+        (b'{"x": {"a": 1}}', "must hold FP32, not {"),
+        (b"[[1,2],[]]", "not an array"),
+        (b"[[],[],[],[]]", "not an array"),
+        (b"[[1,2],[3, ]]", "not JSON"),
+        (b"[[1,2,3,[ ]]]", "not an array"),
+        (b"[ ]", r"shape \[1\]"),
+        (b"[" * 40 + b"]" * 40, "not an array"),
+        (b"5", r"shape \[\], expected \[2, 2\]"),
         (b'["a","b","c","d"]', "must hold FP32"),
         (b"[null,1,2,3]", "must hold FP32"),
     ],
@@ -74,10 +108,10 @@ def test_inputs_that_tell_lengths_may_be_left_out() -> None:
     signature = Signature((TensorSpec("n", "INT64", ()), *TWO.inputs[:1], TensorSpec("mask", "INT64", (-1,))), (), 8)
     wanted = np.int64(3).tobytes(), np.array([7, 8, 9]).tobytes(), np.ones(3, np.int64).tobytes()
     for value in ([7, 8, 9], {"ids": [7, 8, 9]}, {"ids": [7, 8, 9], "mask": [1, 1, 1]}):
-        assert tensors_of(value, signature, lengths) == (wanted, (3, 3))
+        assert of_line(value, signature, lengths) == (wanted, (3, 3))
     for missing in ({"mask": [1, 1, 1]}, {}, {"ids": [7], "idz": [7]}):
         with pytest.raises(BadItemError, match="expected n, ids, mask"):
-            tensors_of(missing, signature, lengths)
+            of_line(missing, signature, lengths)
 
 
 @pytest.mark.parametrize("told", [0, 4, -1])
@@ -85,27 +119,97 @@ def test_a_length_that_is_not_within_its_own_item_is_an_error(told: int) -> None
     """In a batch with longer ones it would be within the padding."""
     signature = Signature((TensorSpec("n", "INT64", ()), *TWO.inputs[:1]), (), 8)
     lengths = Lengths(10, length="n")
-    assert tensors_of({"n": 2, "ids": [7, 8, 9]}, signature, lengths)[1] == (3,)
+    assert of_line({"n": 2, "ids": [7, 8, 9]}, signature, lengths)[1] == (3,)
     with pytest.raises(BadItemError, match=f"input n is {told}, and the item has a length of 3; expected 1 to 3"):
-        tensors_of({"n": told, "ids": [7, 8, 9]}, signature, lengths)
+        of_line({"n": told, "ids": [7, 8, 9]}, signature, lengths)
+
+
+@pytest.mark.parametrize(
+    ("datatype", "values", "fits"),
+    [
+        ("UINT64", [2**64 - 1, 1], True),
+        ("UINT64", [2**64, 1], False),
+        ("INT64", [-(2**63), 2**63 - 1], True),
+        ("FP64", [2**64, 1], True),
+        ("FP32", [1e300, 1], False),
+        ("FP32", [16777217, 1], True),
+        ("FP32", [True, 2.5], False),
+        ("INT64", [1, True], False),
+        ("INT8", [1, True], False),
+        ("INT8", [1, -129], False),
+        ("INT64", [1.0, 2.0], False),
+        ("BOOL", [True, False], True),
+        ("BOOL", [1, 0], False),
+    ],
+)
+def test_values_are_read_as_a_requests_are(datatype: str, values: list[Any], fits: bool) -> None:
+    spec = TensorSpec("x", datatype, (2,))
+    asked = memoryview(bytearray(2 * DATATYPES[datatype].itemsize))
+    tensor = Tensor("x", datatype, (2,), Raw(json.dumps(values).encode()))
+    with nullcontext() if fits else pytest.raises(ServeError):
+        write_tensor(tensor, spec, (2,), asked)
+    with nullcontext() if fits else pytest.raises(BadItemError):
+        assert of_line(values, Signature((spec,), (), 8)) == ((bytes(asked),), ())
+
+
+def test_half_precision_that_would_become_infinite_does_not_fit() -> None:
+    half = Signature((TensorSpec("x", "FP16", (2,)),), (), 8)
+    assert of_line([65504, 1], half)[0] == (np.array([65504, 1], np.float16).tobytes(),)
+    with pytest.raises(BadItemError, match="does not fit FP16"):
+        of_line([1e6, 1], half)
+
+
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=4).flatmap(
+        lambda shape: drawn.arrays(np.int64, tuple(shape), elements=st.integers(-9, 9))
+    ),
+    st.sampled_from([None, 2]),
+)
+def test_the_shape_of_nested_lists_is_that_of_the_array(array: np.ndarray, indent: int | None) -> None:
+    spec = TensorSpec("x", "INT64", (-1,) * array.ndim)
+    line = json.dumps(array.tolist(), indent=indent).encode()
+    assert tensors_of(parse_line(line), Signature((spec,), (), 8)) == ((array.tobytes(),), array.shape)
+
+
+ragged = st.recursive(st.integers(0, 9), lambda inner: st.lists(inner, max_size=3), max_leaves=12)
+
+
+@given(ragged, st.integers(1, 4))
+def test_lists_that_are_no_array_are_refused(value: Any, rank: int) -> None:
+    try:
+        array = np.array(value, np.int64)
+    except ValueError:
+        array = np.zeros(0)
+    signature = Signature((TensorSpec("x", "INT64", (-1,) * rank),), (), 8)
+    if array.size and array.ndim == rank:
+        assert of_line(value, signature) == ((array.tobytes(),), array.shape)
+    else:
+        with pytest.raises(BadItemError):
+            of_line(value, signature)
+
+
+def test_values_of_a_long_line_stay_in_their_order() -> None:
+    array = np.arange(300_000).reshape(100, 3, 1000)
+    signature = Signature((TensorSpec("x", "INT32", array.shape),), (), 8)
+    assert of_line(array.tolist(), signature)[0] == (array.astype(np.int32).tobytes(),)
 
 
 def test_values_that_do_not_fit() -> None:
     small = Signature((TensorSpec("x", "UINT8", (2,)),), (), 8)
     with pytest.raises(BadItemError, match="does not fit UINT8"):
-        tensors_of([1, 256], small)
+        of_line([1, 256], small)
     with pytest.raises(BadItemError, match="must hold UINT8"):
-        tensors_of([1, 1.5], small)
+        of_line([1, 1.5], small)
     with pytest.raises(BadItemError, match="must be an object"):
-        tensors_of([1, 2], TWO)
+        of_line([1, 2], TWO)
 
 
 def test_elements_of_a_pipeline(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"png")
     encoded = base64.b64encode(b"png")
     for line in (b'"' + encoded + b'"', b'{"image": "' + encoded + b'"}', b'{"file": "a.png"}', b'{"bytes":"cG5n"}'):
-        assert element_of(parse_line(line), PICTURE, tmp_path) == b"png"
-    assert element_of("häuser", TEXT, None) == "häuser".encode()
+        assert of_pipeline(line, PICTURE, tmp_path) == b"png"
+    assert of_pipeline('"häuser"'.encode(), TEXT, None) == "häuser".encode()
     bad = {
         '{"file": "../x"}': "not below",
         '{"file": "b.png"}': "b.png cannot be read: No such file",
@@ -114,12 +218,13 @@ def test_elements_of_a_pipeline(tmp_path: Path) -> None:
         '"?"': "must be base64",
         "3": "must be a string",
         '{"unreadable": "c.png cannot be read"}': "c.png cannot be read",
+        '{"unreadable": 3}': "unreadable must be a string, not 3",
     }
     for line, said in bad.items():
         with pytest.raises(BadItemError, match=said):
-            element_of(parse_line(line.encode()), PICTURE, tmp_path)
+            of_pipeline(line.encode(), PICTURE, tmp_path)
     with pytest.raises(BadItemError, match="--jobs-input-dir"):
-        element_of({"file": "a.png"}, PICTURE, None)
+        of_pipeline(b'{"file": "a.png"}', PICTURE, None)
 
 
 def test_a_model_with_a_pipeline_takes_ready_tensors_too(tmp_path: Path) -> None:
@@ -132,6 +237,26 @@ def test_a_model_with_a_pipeline_takes_ready_tensors_too(tmp_path: Path) -> None
     reader.close()
 
 
+@pytest.mark.parametrize("source", ["image", "bytes", "file"])
+def test_a_line_with_something_for_the_pipeline_and_ready_tensors_is_an_error(source: str, tmp_path: Path) -> None:
+    """As of requests: nobody can tell which of the two is meant."""
+    path = tmp_path / "input"
+    path.write_text(
+        f'{{"{source}": "cG5n", "x": [1,2,3,4], "name": "a"}}\n{{"bytes": "cG5n", "name": "x", "y": [1]}}\n'
+    )
+    both, one = all_of(LineReader(path, Position(), ONE, PICTURE, None))
+    assert both.error == f"got both input {source}, encoded, and the ready tensors [x]; expected one or the other"
+    assert (one.error, one.parts, one.name) == ("", (b"png",), "x")
+
+
+def test_a_model_may_call_its_inputs_as_json_must_escape_them(tmp_path: Path) -> None:
+    path = tmp_path / "input"
+    path.write_text('{"\\"x\\\\": [1,2,3,4]}\n"cG5n"\n')
+    signature = Signature((TensorSpec('"x\\', "FP32", (2, 2)),), (), 8)
+    ready, encoded = all_of(LineReader(path, Position(), signature, PICTURE, None))
+    assert (ready.error, ready.bucket, encoded.parts) == ("", (), (b"png",))
+
+
 def test_a_long_line_for_a_pipeline_makes_nothing_of_lists_and_says_what_it_lacks(tmp_path: Path) -> None:
     """Of 12 MiB of {} the process had 317 MiB, and stood still for 0.3 s."""
     path = tmp_path / "input"
@@ -141,10 +266,9 @@ def test_a_long_line_for_a_pipeline_makes_nothing_of_lists_and_says_what_it_lack
     path.write_bytes(b"\n".join(lines) + b'\n{"image": nonsense}\n{"image": "\xff"}\n{"image": null}')
     reader = LineReader(path, Position(), ONE, PICTURE, None)
     tracemalloc.start()
-    items = reader.read(9)
+    items = all_of(reader)
     _, most_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    reader.close()
     assert [item.error for item in items] == [
         f"image must be a string, not [{'{},' * 19}{{}}...",
         f"file must be a path, not [{'{},' * 19}{{}}...",
@@ -230,11 +354,34 @@ def test_a_line_is_no_longer_than_what_the_model_takes_may_be(tmp_path: Path) ->
         (varying, None, 1 << 24),
     ):
         reader = LineReader(path, Position(), signature, None, None, lengths)
-        assert [item.error for item in reader.read(9)] == [f"the line is longer than {most} bytes", ""]
-        reader.close()
+        assert [item.error for item in all_of(reader)] == [f"the line is longer than {most} bytes", ""]
     assert (
         job_inputs.most_line_bytes(Signature((TensorSpec("x", "FP32", (3, 512, 512)),), (), 8), None) == 32 * 3 * 512**2
     )
+
+
+@pytest.mark.parametrize("one", [b"[[]]", b"[1]", b"1", b'""', b"{}"])
+def test_a_line_of_lists_takes_little_more_than_its_own_room(one: bytes, tmp_path: Path) -> None:
+    """Of 16 MiB of [[]], the process had 745 MiB, and stood still for seconds."""
+    path = tmp_path / "input"
+    path.write_bytes((b'{"x": [' + (one + b",") * ((4 << 20) // (len(one) + 1)) + one + b"]}\n") * 3)
+    signature = Signature((TensorSpec("x", "FP32", (-1,)),), (), 8)
+    reader = LineReader(path, Position(), signature, None, None)
+    tracemalloc.start()
+    items = reader.read(512)
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [bool(item.error) for item in items] == [one != b"1"]
+    assert most_bytes < 48 << 20
+    assert len(all_of(reader)) == 2
+
+
+def test_how_much_is_read_at_once_does_not_depend_on_whether_it_is_right(tmp_path: Path) -> None:
+    path = tmp_path / "input"
+    path.write_bytes((b" " * (1 << 20) + b"rubbish\n") * 12)
+    reader = LineReader(path, Position(), ONE, None, None)
+    assert len(reader.read(512)) == 4
+    assert len(all_of(reader)) == 8
 
 
 def test_as_many_items_are_counted_as_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +399,7 @@ def test_as_many_items_are_counted_as_are_read(tmp_path: Path, monkeypatch: pyte
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(BadItemError, match="pipe is not a file"):
-        element_of({"file": "pipe"}, PICTURE, tmp_path)
+        of_pipeline(b'{"file": "pipe"}', PICTURE, tmp_path)
 
 
 def test_the_files_of_a_folder_by_name(tmp_path: Path) -> None:
@@ -273,11 +420,11 @@ def test_a_file_whose_name_is_not_utf_8_costs_itself_only(tmp_path: Path) -> Non
     for name in (b"a.png", b"\xff.png"):
         Path(os.fsdecode(os.fsencode(root) + b"/" + name)).write_bytes(b"x")
     assert job_inputs.list_folder(root, root, tmp_path / "input") == 2
-    first, second = map(parse_line, (tmp_path / "input").read_bytes().splitlines())
-    assert element_of(first, PICTURE, root) == b"x"
+    first, second = (tmp_path / "input").read_bytes().splitlines()
+    assert of_pipeline(first, PICTURE, root) == b"x"
     with pytest.raises(BadItemError, match="its name is not UTF-8"):
-        element_of(second, PICTURE, root)
-    sent = [element_of(parse_line(line), PICTURE, None) for line in jobs_sending.folder_lines(root)]
+        of_pipeline(second, PICTURE, root)
+    sent = [of_pipeline(line, PICTURE, None) for line in jobs_sending.folder_lines(root)]
     assert sent == [b"x", b"x"]
 
 
@@ -382,6 +529,23 @@ def test_an_npz_that_numpy_has_no_error_of_its_own_for_is_the_senders_error(how:
         data[50:80] = bytes(each ^ 0xFF for each in data[50:80])
         (tmp_path / "input").write_bytes(data)
     with pytest.raises(ServeError, match="cannot be read"):
+        job_tensors.unpack_npz(tmp_path / "input", 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("{1: 2, 'a': 3}", "x.npy of the npz file cannot be read: its header is not as numpy writes it"),
+        ("{[]: 1}", "x.npy of the npz file cannot be read: its header is not as numpy writes it"),
+        ("-" * 9000 + "1", "x.npy of the npz file cannot be read: its header is not as numpy writes it"),
+        ("(" * 5000, "x.npy of the npz file cannot be read: its header is not as numpy writes it"),
+    ],
+    ids=["odd keys", "no keys", "nested", "open"],
+)
+def test_an_npz_whose_header_is_no_literal_is_the_senders_error(header: str, said: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "input", "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode())
+    with pytest.raises(ServeError, match=said):
         job_tensors.unpack_npz(tmp_path / "input", 1 << 20)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server import yaml_text
+from partitioner import yaml_text
 from server.config_pbtxt import ModelFileError
 from server.model_files import read_model, versions_to_serve
 from tests import repositories
@@ -121,6 +121,10 @@ def pictures(steps: str) -> str:
         ("preprocess: {input: a, image: {size: [8, 8]}}", "serving.yaml: preprocess.output is missing"),
         ("preprocess: {}", "serving.yaml: preprocess.input is missing; preprocess.output is missing"),
         ("preprocess: {input: 5, output: b, image: {size: [8, 8]}}", "preprocess.input: expected text"),
+        *(
+            (f"preprocess: {{input: {name}, output: b, image: {{size: [8, 8]}}}}", "preprocess: input must be a name")
+            for name in ("'a\"'", "'a\\'", '"a\\t"', '"\\0"')
+        ),
         (pictures("size: [8, 8], exif: maybe"), "preprocess.image.exif: expected true or false"),
         (pictures("size: [8, 8], max_pixels: 1.5"), "preprocess.image.max_pixels: expected a whole number"),
         (pictures("size: [8, 8], max_pixels: 0"), "preprocess.image.max_pixels: expected 1 or more"),
@@ -143,9 +147,18 @@ def pictures(steps: str) -> str:
             pictures("size: [8, 8], mean: 0.5, std: [1]"),
             "preprocess.image.mean: expected a list of one number for each channel",
         ),
+        (pictures("size: [8, 8], mode: L, mean: [0], std: [.nan]"), "preprocess.image.std.0: expected a finite number"),
+        (pictures("size: [8, 8], divide_by: .inf"), "preprocess.image.divide_by: expected a finite number"),
+        ("preprocess: {input: a, output: b, audio: {high_hz: .nan}}", "audio.high_hz: expected a finite number"),
         (pictures("resize: 4, crop: 8"), "serving.yaml: preprocess.image: crop 8 x 8 is larger"),
         ("- slo_ms: 5", "must hold settings by their names"),
         ("\0", "serving.yaml is not YAML: it is not text in UTF-8"),
+        ("strict: true\nslo_ms: 2024-13-45", "line 2 is not YAML: '2024-13-45' cannot be read: month must be in 1..12"),
+        ("slo_ms: " + "9" * 5000, "serving.yaml, line 1 is not YAML: '" + "9" * 40 + "' cannot be read: "),
+        ("lengths: {mask: !!timestamp x}", "serving.yaml, line 1 is not YAML: 'x' cannot be read: "),
+        ("slo_ms: !!float ''", "serving.yaml, line 1 is not YAML: '' cannot be read: "),
+        ("strict: !!bool x", "serving.yaml, line 1 is not YAML: 'x' cannot be read: "),
+        ("[" * 3000, "serving.yaml is not YAML: it is nested too deeply"),
     ],
 )
 def test_a_serving_file_that_makes_no_sense(text: str, message: str, tmp_path: Path) -> None:

@@ -149,6 +149,11 @@ def test_what_cannot_be_is_said(arguments: list[str], says: str, tmp_path: Path)
     assert not (tmp_path / "out.csv").exists()
 
 
+def test_where_there_is_no_model_the_option_is_named_that_says_where_to_look(tmp_path: Path) -> None:
+    result = profile("mlp", "--model-repository", tmp_path, "--out", tmp_path / "out.csv")
+    assert (result.exit_code, "see --model-repository" in " ".join(result.output.split())) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("out", "says"),
     [

@@ -180,6 +180,7 @@ def test_folders_of_models_in_environment_and_file_are_written_as_in_a_path(
         ("allow_http: false\nallow_grpc: false", "nothing would be served: leave out --no-allow-http"),
         ("grpc_port: 1\nhttp_port: [", "settings.yaml, line 2 is not YAML: "),
         ("grpc_port: 1\ngrpc_port: 2", "settings.yaml, line 2 is not YAML: key grpc_port is given twice"),
+        ("http_port: 2024-13-45", "settings.yaml, line 1 is not YAML: '2024-13-45' cannot be read: month"),
         ("- http_port: 1", "settings.yaml must hold settings by their names"),
         ("http_port", "settings.yaml must hold settings by their names"),
         ("\0", "settings.yaml is not YAML"),
