@@ -11,6 +11,7 @@ What is wrong with one item is that item's error; what is wrong with all of them
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 import stat
@@ -33,7 +34,7 @@ FILES = "files"
 FORMATS = (JSONL, NPZ, SAFETENSORS, FILES)
 MAX_ITEM_BYTES = 64 * 1024 * 1024
 # A line of tensors as JSON, generously: it is in memory as a whole, and Python's lock is held while it is searched.
-CHARS_A_VALUE, LEAST_LINE_BYTES, VARYING_LINE_BYTES = 32, 1024 * 1024, 16 * 1024 * 1024
+CHARS_A_VALUE, LEAST_LINE_BYTES, VARYING_LINE_BYTES = 32, 1024 * 1024, 8 * 1024 * 1024
 MOST_NAME_CHARS = 4096  # as a path has
 # The bucket of items that a pipeline is to make tensors of.
 ENCODED = (-1,)
@@ -147,7 +148,7 @@ class LineReader:
     def _item(self, line: bytes, offset: int) -> Item:
         item = Item(self._number, offset)
         try:
-            self._fill(item, line)
+            self._fill(item, line if offset else line.removeprefix(codecs.BOM_UTF8))
         except BadItemError as error:
             item.error = str(error)
         except RecursionError:

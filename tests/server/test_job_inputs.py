@@ -237,6 +237,14 @@ def test_a_model_with_a_pipeline_takes_ready_tensors_too(tmp_path: Path) -> None
     reader.close()
 
 
+def test_a_mark_of_utf_8_before_the_first_line_is_none_of_it(tmp_path: Path) -> None:
+    """As Windows writes it."""
+    path = tmp_path / "input"
+    path.write_text("[1,2,3,4]\n[1,2,3,4]\n", encoding="utf-8-sig")
+    first, second = all_of(LineReader(path, Position(), ONE, None, None))
+    assert (first.error, first.parts) == ("", second.parts)
+
+
 @pytest.mark.parametrize("source", ["image", "bytes", "file"])
 def test_a_line_with_something_for_the_pipeline_and_ready_tensors_is_an_error(source: str, tmp_path: Path) -> None:
     """As of requests: nobody can tell which of the two is meant."""
