@@ -359,7 +359,7 @@ def test_a_line_is_no_longer_than_what_the_model_takes_may_be(tmp_path: Path) ->
     for signature, lengths, most in (
         (ONE, None, 1 << 20),
         (varying, Lengths(50_000), 1_600_000),
-        (varying, None, 1 << 24),
+        (varying, None, 1 << 23),
     ):
         reader = LineReader(path, Position(), signature, None, None, lengths)
         assert [item.error for item in all_of(reader)] == [f"the line is longer than {most} bytes", ""]
