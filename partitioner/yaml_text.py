@@ -13,10 +13,8 @@ from yaml.constructor import ConstructorError
 
 # The key <<: what is merged, which YAML 1.1 lets come more than once.
 _MERGE = "tag:yaml.org,2002:merge"
-
-
 # What cannot be turned into what its form or its tag says, such as 2024-13-45 or !!int "".
-_PYTHONS_OWN = (ArithmeticError, AttributeError, LookupError, ValueError)
+_PYTHONS_OWN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 SHOWN_CHARS = 40
 
 
@@ -31,12 +29,11 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if not isinstance(node, yaml.ScalarNode):
-            return super().construct_object(node, deep)
         try:
             return super().construct_object(node, deep)
         except _PYTHONS_OWN as error:
-            problem = f"{node.value[:SHOWN_CHARS]!r} cannot be read: {error}"
+            value = node.value if isinstance(node, yaml.ScalarNode) else node.tag
+            problem = f"{value[:SHOWN_CHARS]!r} cannot be read: {error}"
             raise ConstructorError(None, None, problem, node.start_mark) from error
 
 

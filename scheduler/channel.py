@@ -32,7 +32,8 @@ class ModelSource(msgspec.Struct, frozen=True):
     compute slices, None where they are to be measured; `latency_origin`: how many of them came about how, such as
     `40 predicted, 12 measured`; empty where that is not known. `mig_profiles`: where it is served; empty: everywhere.
     `weight`: its part of slices that it shares. `lengths`: of a model whose items are padded, `lengths_ms` then: the
-    points by compute slices and length, where they are known.
+    points by compute slices and length, where they are known. `digest`: of the file at `path` as it was found;
+    empty where there is none.
     """
 
     key: str
@@ -49,6 +50,7 @@ class ModelSource(msgspec.Struct, frozen=True):
     weight: float = 1.0
     lengths: Lengths | None = None
     lengths_ms: dict[int, ByLength] | None = None
+    digest: str = ""
 
 
 class ToWorker(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -96,13 +98,14 @@ class Ready(FromWorker, frozen=True):
 
 class Loaded(FromWorker, frozen=True):
     """`latency_ms`: (batch, ms) points, as told or as measured. `by_length`: of a model with lengths; then
-    `latency_ms` is of the longest.
+    `latency_ms` is of the longest. `is_another`: the file has been replaced since it was found.
     """
 
     key: str
     signature: Signature
     latency_ms: tuple[tuple[int, float], ...]
     by_length: ByLength = ()
+    is_another: bool = False
 
 
 class LoadFailed(FromWorker, frozen=True):

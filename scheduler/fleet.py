@@ -130,6 +130,10 @@ class Fleet:
         """What was measured of a model, by kind of worker."""
         return self._loader.measured_ms(key)
 
+    def is_mixed(self, key: str) -> bool:
+        """Whether some workers serve another file of it than others do."""
+        return self._loader.is_mixed(key)
+
     def edges(self, key: str) -> tuple[int, ...]:
         """What batches of a model are padded to; empty where it has no lengths, or is not loaded."""
         return self._loader.edges(key)

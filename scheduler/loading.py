@@ -63,6 +63,7 @@ class Loader:
         self._measured: dict[tuple[str, str], Points] = {}  # (model key, kind of worker)
         self._padded: dict[str, _OfLengths] = {}  # models with lengths
         self._max_batch: dict[str, int] = {}
+        self._mixed: set[str] = set()  # whose file was replaced between one worker's load and another's
 
     async def load(self, source: ModelSource, workers: Sequence[Worker]) -> LoadedModel:
         """Loads a model on all its workers. Raises ModelUnservableError if none can.
@@ -114,6 +115,10 @@ class Loader:
         """What was measured of a model, by kind of worker; also on slices that came later."""
         return {kind: points for (of, kind), points in self._measured.items() if of == key}
 
+    def is_mixed(self, key: str) -> bool:
+        """Whether its file was replaced since it was loaded, and some worker has loaded the new one."""
+        return key in self._mixed
+
     def unserved(self, workers: Sequence[Worker]) -> list[str]:
         """Names of models that some worker could load, and that none has now."""
         serving = {key for each in workers for key in each.serving}
@@ -128,6 +133,7 @@ class Loader:
         self._proven.discard(key)
         self._padded.pop(key, None)
         self._max_batch.pop(key, None)
+        self._mixed.discard(key)
         for measured in [measured for measured in self._measured if measured[0] == key]:
             del self._measured[measured]
 
@@ -179,6 +185,9 @@ class Loader:
         elif isinstance(result, Loaded):
             if source.latency_ms is None:
                 self._measured.setdefault((source.key, each.measured_as), result.latency_ms)
+            if result.is_another:
+                log.warning("the model's file was replaced and not loaded anew", model=source.name, worker=each.name)
+                self._mixed.add(source.key)
             each.serving.add(source.key)
             self._max_batch[source.key] = max(result.signature.max_batch, 1)
             self._learn_lengths(source, each, result)

@@ -20,9 +20,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
-from scheduler import backends, trials
+from scheduler import backends, model_file, trials
 from scheduler.arena import Descriptor
 from scheduler.backends import Array, Backend, ModelLoadError
 from scheduler.channel import (
@@ -168,13 +169,15 @@ class _Worker:
     # ---- models ----
 
     def _load(self, message: Load) -> None:
+        source = message.source
+        is_another = source.digest != "" and model_file.digest(source.path) != source.digest
         try:
             backend = backends.load(message, self._device)
-            loaded = _measured(message, backend)
+            loaded = msgspec.structs.replace(_measured(message, backend), is_another=is_another)
         except ModelLoadError as error:
-            self._channel.send(LoadFailed(message.source.key, str(error)[:DETAIL_CHARS]))
+            self._channel.send(LoadFailed(source.key, str(error)[:DETAIL_CHARS]))
             return
-        self._models[message.source.key] = _Model(backend)
+        self._models[source.key] = _Model(backend)
         gc.freeze()  # torch and the model live on: going through them again and again is a pause for nothing
         self._channel.send(loaded)
 

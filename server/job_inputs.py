@@ -201,8 +201,8 @@ def element_of(value: Any, pipeline: PipelineFile, inputs_dir: Path | None) -> b
     if isinstance(value, dict):
         if "file" in value and pipeline.input != "file":
             return _read_file(value["file"], inputs_dir)
-        if "unreadable" in value:  # said by our own client
-            reason = value["unreadable"]
+        if "unreadable" in value and pipeline.input != "unreadable":  # said by our own client
+            reason = value["unreadable"] or "it could not be read"
             raise BadItemError(reason[:500] if isinstance(reason, str) else _no_text("unreadable", reason))
         if pipeline.input not in value and "bytes" not in value:
             raise BadItemError(f"the line has no {pipeline.input!r}; it has {names_of(value)}")

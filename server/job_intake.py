@@ -128,6 +128,7 @@ class Intake:
         job_id, folder = self._jobs.new_folder()
         try:
             await receive(body, folder / LISTING, self._settings)
+            model = self._repository.get(terms.model, terms.version)  # it may have been loaded anew meanwhile
             form = FOLDER if terms.folder is not None else terms.format or _guess(folder / LISTING)
             form = JSONL if form == FILES else form
             items = await self._prepare(folder, form, model, terms.folder)

@@ -159,15 +159,15 @@ full_disk = _FullDisk
 
 
 @contextmanager
-def kept_or_refused() -> Iterator[None]:
+def kept_or_refused(nevertheless: str = "") -> Iterator[None]:
     """What a client is told where something could not be put down. Raises ServeError."""
     try:
         with full_disk():
             yield
     except DiskFullError as error:
-        raise ServeError(Fault.UNAVAILABLE, f"the disk is full: {error}", reason="disk_full") from error
+        raise ServeError(Fault.UNAVAILABLE, f"the disk is full: {error}{nevertheless}", reason="disk_full") from error
     except sqlite3.Error as error:
-        raise ServeError(Fault.UNAVAILABLE, f"the database of jobs cannot be written: {error}") from error
+        raise ServeError(Fault.UNAVAILABLE, f"the database of jobs cannot be written: {error}{nevertheless}") from error
 
 
 class JobStore:

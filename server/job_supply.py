@@ -29,6 +29,11 @@ def usable_model(repository: Repository, job: Job) -> Model:
     had, has = job.asked.signature, model.signature
     if (had.inputs, had.outputs, had.max_batch > 0) != (has.inputs, has.outputs, has.max_batch > 0):
         raise ServeError(Fault.UNAVAILABLE, f"model {model.name} has other inputs or outputs than it had")
+    if repository.is_mixed(model):
+        raise ServeError(
+            Fault.UNAVAILABLE,
+            f"the file of model {model.name} was replaced, and slices that came later serve the new one; load it",
+        )
     if job.asked.identity not in ("", model.identity):
         raise ServeError(
             Fault.UNAVAILABLE,

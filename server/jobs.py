@@ -37,7 +37,7 @@ log = structlog.get_logger(__name__)
 
 THREADS = 4
 DECIDE_EVERY_S = 1.0
-BEGINS_WITHIN_S = 1.0  # at the start
+BEGINS_WITHIN_S = 1.0  # else nobody waits for it
 ID_BYTES = 5
 
 
@@ -61,6 +61,8 @@ class Jobs:
         self._usable_model = partial(usable_model, repository)
         self._slice_name = slice_name
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="jobs")
+        # For inputs that lie elsewhere: a file server may be dead, which holds up nothing else.
+        self._looks = ThreadPoolExecutor(THREADS, thread_name_prefix="jobs-look")
         self._elastic = Elastic()
         self._casualties = Casualties(CRASHES - 1, CRASH_WINDOW_S)  # the death that is one too many is others'
         self._jobs: dict[str, Job] = {}
@@ -109,6 +111,7 @@ class Jobs:
         # Side by side: one that is long at it, for it writes its results, keeps no other from putting down what it has.
         await asyncio.gather(*map(self._drop_run, self._jobs.values()))
         await asyncio.to_thread(self._threads.shutdown)
+        self._looks.shutdown(wait=False, cancel_futures=True)
         if self._store is not None:
             self._store.close()
 
@@ -162,7 +165,7 @@ class Jobs:
         at = self.store.folder(job.id), Position(), model, self._settings.jobs_input_dir
         reader = partial(open_reader, *at)
         edges = self._supply.edges(model)
-        left = await likely_left(reader, job.asked.items, model, edges, self._shared.preparer, self._threads)
+        left = await likely_left(reader, job.asked.items, model, edges, self._shared.preparer, self._looks)
         works, places = self._works()
         alike = (run.factors for run in self._runs.values() if run.job.asked.model == job.asked.model)
         known = {bucket: factor for factors in alike for bucket, factor in factors.items()}
@@ -182,7 +185,7 @@ class Jobs:
             self._foreseen[job.id] = foreseen
         log.info("job", job=job.id, model=job.asked.model, items=job.asked.items)
         self._begin(job)
-        await self._until_begun(job)
+        await self._until_begun(job, BEGINS_WITHIN_S)
 
     async def cancel(self, job_id: str) -> Job:
         """What is finished stays, for `resume`. Raises ServeError."""
@@ -190,12 +193,10 @@ class Jobs:
             job = self.get(job_id)
             if job.state.is_end:
                 raise ServeError(Fault.CONFLICT, f"job {job_id} is {job.state} already")
+            _ = self.store  # without it this could not be kept
             job.state, job.reason = JobState.CANCELLED, ""
-            try:
-                with kept_or_refused():
-                    await self._settle(job)
-            except ServeError as error:  # putting it down is tried again
-                raise ServeError(error.fault, f"{error.message}; job {job_id} is cancelled all the same") from error
+            with kept_or_refused(f"; job {job_id} is cancelled all the same"):  # to keep it is tried again
+                await self._settle(job)
             return job
 
     async def resume(self, job_id: str, max_errors: int | None = None) -> Job:
@@ -212,7 +213,7 @@ class Jobs:
                 await self._in_thread(self.store.save, again)
             job.asked, job.state, job.reason, job.ended_s = asked, JobState.RUNNING, "", None
             self._begin(job)
-        await self._until_begun(job)
+        await self._until_begun(job, BEGINS_WITHIN_S)
         return job
 
     async def remove(self, job_id: str) -> None:
@@ -262,14 +263,16 @@ class Jobs:
             self._begins[job.id] = task = asyncio.create_task(self._start_run(job))
             task.add_done_callback(lambda _: self._begins.pop(job.id))
 
-    async def _until_begun(self, job: Job) -> None:
+    async def _until_begun(self, job: Job, within_s: float | None = None) -> None:
         if job.id in self._begins:
-            await asyncio.wait([self._begins[job.id]])
+            await asyncio.wait([self._begins[job.id]], timeout=within_s)
 
     async def _start_run(self, job: Job) -> None:
         """What nobody has thought of stops this job and no other."""
         was_paused = job.state == JobState.PAUSED
         try:
+            if before := self._runs.pop(job.id, None):
+                await before.stop()
             model = partial(self._usable_model, job)
             at = self.store.folder(job.id), model, self._settings.jobs_input_dir
             ledger, reader = await opened(job, *at, self._in_thread)
@@ -354,9 +357,6 @@ class Jobs:
         if obstacle := self._obstacle(job):
             job.reason = obstacle
             return
-        run = self._runs.pop(job.id, None)
-        if run is not None:
-            await run.stop()
         self._begin(job)
 
     async def _settle(self, job: Job) -> None:

@@ -32,9 +32,9 @@ def router(jobs: Jobs, intake: Intake) -> APIRouter:
     async def submit(request: Request) -> JSONResponse:
         """The inputs are the body; in the query stand model, deadline and the rest, see docs/jobs.md."""
         terms = read_terms(_once(request), time.time())
-        if request.headers.get("content-type", "").startswith("multipart/"):
+        if request.headers.get("content-type", "").lower().startswith("multipart/"):
             raise invalid("the inputs of a job are the body itself, not a form: curl --data-binary @file, not -F")
-        if request.headers.get("content-encoding", "identity") != "identity":
+        if request.headers.get("content-encoding", "").lower() not in ("", "identity"):
             raise invalid("the inputs of a job are taken as they are: send them without Content-Encoding")
         try:
             job = await intake.take(terms, request.stream(), partial(_has_gone, request))

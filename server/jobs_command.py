@@ -20,7 +20,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
 from server import progress
-from server.jobs_sending import CHUNK, FAILED, USAGE, CommandError, Wish, body_of, check_form, check_out
+from server.jobs_sending import (
+    CHUNK,
+    FAILED,
+    STDOUT,
+    USAGE,
+    CommandError,
+    Wish,
+    body_of,
+    check_form,
+    check_out,
+    unfinished,
+)
 from server.plan_command import complain
 
 T = TypeVar("T")
@@ -35,7 +46,6 @@ PATIENCE_S = 300.0
 UNBROKEN = 400  # columns of what goes to a file or a pipe
 ERRORS_SHOWN = 3
 ENDED = ("done", "cancelled", "stopped")
-STDOUT = Path("-")
 EXAMPLE_URL = "http://localhost:8000"
 
 
@@ -130,7 +140,9 @@ def told(act: Any) -> int:
         return complain(str(error), error.code)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            complain(str(error), FAILED)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 
@@ -257,7 +269,9 @@ def _watch(client: Client, job: str, out: Path | None, *, as_json: bool = False)
         _say(f"[yellow]{escape(found['reason'])}[/]")
     for each in found["first_errors"][:ERRORS_SHOWN]:
         _say(escape(_error_of(each)))
-    if out is not None:
+    if out == STDOUT:
+        _save(client, f"/v2/jobs/{job}", out)  # what is written there cannot be begun anew
+    elif out is not None:
         _patiently(lambda: _save(client, f"/v2/jobs/{job}", out, or_beside=True), Console(stderr=True))
     if found["errors"] or found.get("late_s"):
         late = f" {_late(found)} after its deadline" if found.get("late_s") else ""
@@ -345,11 +359,11 @@ def _save(client: Client, path: str, out: Path, *, or_beside: bool = False) -> N
     if or_beside and out.suffix and suffix != out.suffix.lower():
         out = out.with_name(out.name + suffix)
     check_form(out, suffix.removeprefix("."), job)
-    unfinished = out.with_name(out.name + ".unfinished")
+    half = unfinished(out)
     try:
-        with unfinished.open("wb") as file:
+        with half.open("wb") as file:
             client.copy(response, file)
-        unfinished.replace(out)
+        half.replace(out)
     except OSError as error:
         again = f"migserve jobs results {job} --out FILE still gets the results"
         raise CommandError(f"{out} cannot be written: {error}; {again}") from error

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from server.out_file import trouble_with
+
 FAILED, USAGE = 1, 2
+STDOUT = Path("-")
 CHUNK = 1 << 20
 # Of a file that is called so; others are told by how they begin.
 FORMATS = {".jsonl": "jsonl", ".npz": "npz", ".safetensors": "safetensors"}
@@ -88,16 +91,16 @@ def check_form(out: Path | None, form: str, job: str) -> None:
 
 def check_out(out: Path | None) -> None:
     """Before anything is sent. Raises CommandError."""
-    if out is None:
+    if out in (None, STDOUT):
         return
     form_of(out)
-    folder = out.absolute().parent
-    if out.is_dir():
-        raise CommandError(f"{out} is a folder, not a file for the results", USAGE)
-    if not folder.is_dir():
-        raise CommandError(f"{out} cannot be written: there is no folder {folder}", USAGE)
-    if not os.access(folder, os.W_OK):
-        raise CommandError(f"{out} cannot be written: nothing may be written in {folder}", USAGE)
+    if trouble := trouble_with(out) or trouble_with(unfinished(out)):
+        raise CommandError(f"{out} cannot be written: {trouble}", USAGE)
+
+
+def unfinished(out: Path) -> Path:
+    """What it is called until it is whole."""
+    return out.with_name(out.name + ".unfinished")
 
 
 @contextmanager

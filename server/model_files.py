@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from partitioner import latency, yaml_text
 from partitioner.lengths import LengthTable, length_tables
 from preprocess.pipeline import PipelineError, PipelineFile, checked
+from scheduler import model_file
 from scheduler.channel import ModelSource
 from scheduler.lengths import ByLength, Lengths
 from scheduler.tensors import Signature
@@ -159,6 +160,7 @@ def read_model(folder: Path, version: int, generation: int) -> tuple[ModelSource
         lengths_ms=_latency_by_length(folder, name, serving) if serving.lengths is not None else None,
         mig_profiles=tuple(serving.mig_profiles),
         weight=serving.weight,
+        digest=model_file.digest(str(path)),
     )
     return source, serving, config_pbtxt.version_policy(config)
 

@@ -5,38 +5,28 @@ A copy of its files has the same one, on another machine too.
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
 from pathlib import Path
+from typing import Any
 
 from preprocess.pipeline import PipelineFile
 from scheduler.channel import ModelSource
+from scheduler.model_file import short
 
-DIGEST_BYTES = 6
-
-
-def of_file(source: ModelSource) -> str:
-    """Of a model file, without reading it: both kinds are zip archives, which have a checksum of each member.
-
-    Empty where there is no such file.
-    """
-    try:
-        with zipfile.ZipFile(source.path) as archive:
-            return _digest([(each.filename, each.CRC, each.file_size) for each in archive.infolist()])
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return ""
+# Where it is done and what is refused change no answer; the tokenizer's path is another one elsewhere.
+NO_MATTER: Any = {
+    "device": True,
+    "longest": True,
+    "image": {"max_pixels"},
+    "audio": {"max_seconds"},
+    "text": {"tokenizer"},
+}
 
 
 def of(source: ModelSource, pipeline: PipelineFile | None) -> str:
-    """Of a model with its preprocessing."""
-    steps, tokenizer = "", b""
-    if pipeline is not None:
-        # Where it is done and what is refused change no answer; the tokenizer's path is another elsewhere.
-        steps = pipeline.model_dump_json(exclude={"device": True, "longest": True, "text": {"tokenizer"}})
-        if pipeline.text is not None:
-            tokenizer = Path(pipeline.text.tokenizer).read_bytes()
-    return _digest((source.backend, of_file(source), steps, hashlib.blake2b(tokenizer).hexdigest()))
-
-
-def _digest(value: object) -> str:
-    return hashlib.blake2b(repr(value).encode(), digest_size=DIGEST_BYTES).hexdigest()
+    """Of a model with its preprocessing. Raises OSError where the tokenizer cannot be read."""
+    if pipeline is None:
+        return short((source.backend, source.digest))
+    # A setting that a later release adds, with a default that changes nothing, changes nothing here either.
+    steps = pipeline.model_dump_json(exclude=NO_MATTER, exclude_defaults=True)
+    tokenizer = Path(pipeline.text.tokenizer).read_bytes() if pipeline.text is not None else b""
+    return short((source.backend, source.digest, steps, tokenizer))

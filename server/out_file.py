@@ -8,12 +8,15 @@ from pathlib import Path
 
 def trouble_with(path: Path) -> str:
     """Why it cannot be written, found out by trying; empty where it can. A file that is there stays as it is."""
-    if not path.parent.is_dir():
-        return f"No such folder: {path.parent}"
-    if path.is_dir():
-        return "Is a folder"
-    if path.exists() and not path.is_file():  # a device or a pipe, which trying would write to or wait for
-        return "" if os.access(path, os.W_OK) else "Permission denied"
+    try:
+        if not path.parent.is_dir():
+            return f"No such folder: {path.parent}"
+        if path.is_dir():
+            return "Is a folder"
+        if path.exists() and not path.is_file():  # a device or a pipe, which trying would write to or wait for
+            return "" if os.access(path, os.W_OK) else "Permission denied"
+    except OSError as error:  # of a name that is too long
+        return f"{error.strerror}"
     try:
         _try(os.path.realpath(path))  # of a link to a file that is not there yet, too
     except OSError as error:

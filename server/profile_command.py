@@ -22,7 +22,7 @@ from scheduler.channel import ModelSource
 from scheduler.lengths import shortest, to_measure
 from scheduler.measuring import Effort, Failure, Measurer, OutOfMemory, Timed
 from scheduler.tensors import Signature
-from server import model_identity, picture, profile_places, profile_plot, progress
+from server import picture, profile_places, profile_plot, progress
 from server.config_pbtxt import ModelFileError
 from server.gpus import StartError
 from server.model_files import read_model, versions_to_serve
@@ -87,8 +87,7 @@ def measure_on(machine: Machine, request: Request, source: ModelSource) -> int:
     try:
         path = request.out or Path(f"{source.name}.latency.csv")
         _check_writable(path, request.plot)
-        digest = model_identity.of_file(source)
-        file = TableFile(path, source.name, machine.gpu, machine.source, digest, anew=request.anew)
+        file = TableFile(path, source.name, machine.gpu, machine.source, source.digest, anew=request.anew)
         session = _Session(request, source, machine, file)
         session.prepare()
     except (UsageError, ModelFileError, LatencyTableError) as error:

@@ -116,6 +116,10 @@ class Repository:
             model = self._answering[name, version] = self._find(name, version)
         return model
 
+    def is_mixed(self, model: Model) -> bool:
+        """Whether its file was replaced, and is served by some slices, though nobody has loaded it anew."""
+        return self._fleet.is_mixed(model.key)
+
     def _find(self, name: str, version: str | None) -> Model:
         versions = self._models.get(name)
         if versions is None:

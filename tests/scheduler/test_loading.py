@@ -60,8 +60,8 @@ class Workplace:
     def loads(self) -> list[tuple[int, str]]:
         return [(number, message.source.key) for number, message in self.said if isinstance(message, Load)]
 
-    async def answer(self, worker_id: int, key: str) -> None:
-        loaded = Loaded(key, SIGNATURE, TABLE)
+    async def answer(self, worker_id: int, key: str, *, is_another: bool = False) -> None:
+        loaded = Loaded(key, SIGNATURE, TABLE, is_another=is_another)
         resolve(self.workers[worker_id].loading.pop(key), loaded)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -149,6 +149,25 @@ def test_it_is_told_which_sizes_stand_in_for_those_that_a_table_has_not() -> Non
         assert [line["taken"] for line in lines] == [{"1 GPC": "2 GPCs"}]
         assert place.said == [(0, Load(given, ((1, 5.0),)))]
         loading.cancel()
+
+    at_work(story)
+
+
+def test_a_file_that_was_replaced_between_two_loads_is_told_until_it_is_unloaded() -> None:
+    """As where a worker is started anew: the others serve what the file was before."""
+
+    async def story(place: Workplace) -> None:
+        loading = asyncio.create_task(place.loader.load(source("m"), place.workers))
+        await settle()
+        await place.answer(0, "m")
+        await settle()
+        assert not place.loader.is_mixed("m")
+        with structlog.testing.capture_logs() as said:
+            await place.answer(1, "m", is_another=True)
+            await loading
+        assert (place.loader.is_mixed("m"), len(said)) == (True, 1)
+        place.loader.unload("m", place.workers)
+        assert not place.loader.is_mixed("m")
 
     at_work(story)
 

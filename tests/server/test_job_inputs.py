@@ -218,6 +218,7 @@ def test_elements_of_a_pipeline(tmp_path: Path) -> None:
         '"?"': "must be base64",
         "3": "must be a string",
         '{"unreadable": "c.png cannot be read"}': "c.png cannot be read",
+        '{"unreadable": ""}': "it could not be read",
         '{"unreadable": 3}': "unreadable must be a string, not 3",
     }
     for line, said in bad.items():

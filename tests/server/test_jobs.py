@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import resource
 import sqlite3
 import threading
@@ -53,6 +54,7 @@ class Repository:
     def __init__(self, stage: Served) -> None:
         self.model = stage.model
         self.gone = ""
+        self.mixed = False
 
     def get(self, name: str, version: str | None = None) -> Any:
         if self.gone or name != self.model.name:
@@ -61,6 +63,9 @@ class Repository:
 
     def models(self) -> list[Any]:
         return [self.model]
+
+    def is_mixed(self, model: Model) -> bool:
+        return self.mixed
 
 
 class Story:
@@ -405,12 +410,51 @@ def test_another_model_under_the_name_of_its_own_pauses_it(tmp_path: Path) -> No
         assert "another one than when the job was made" in job.reason
         sent = len(told.stage.sent)
         model.identity = "one"
+        told.repository.mixed = True
+        await until(lambda: "slices that came later serve the new one" in job.reason)
+        told.repository.mixed = False
         await until(lambda: job.state == JobState.RUNNING)
         told.drop_running()
         assert await told.all_done(job) == y(*(2.0 * value for value in range(40)))
         assert len(told.stage.sent) > sent
 
     on(tmp_path, story, model=model)
+
+
+def test_a_model_that_is_loaded_anew_while_the_inputs_come_is_the_one_that_it_is_for(tmp_path: Path) -> None:
+    async def story(told: Story) -> None:
+        async def parts() -> AsyncIterator[bytes]:
+            yield b"[1]\n"
+            told.repository.model = make_model()
+            told.repository.model.identity = "another"
+            yield b"[2]\n"
+
+        async def gone() -> bool:
+            return False
+
+        terms = Terms("m", None, None, None, "jsonl", None, "", None, False)
+        job = await told.intake.take(terms, parts(), gone)
+        assert (job.state, job.asked.identity) == (JobState.RUNNING, "another")
+
+    on(tmp_path, story)
+
+
+def test_a_cancel_that_comes_as_the_server_stops_is_refused_and_the_job_goes_on_later(tmp_path: Path) -> None:
+    ids = []
+
+    async def before(told: Story) -> None:
+        job = await told.submit(*range(40))
+        ids.append(job.id)
+        await told.jobs.stop()
+        with pytest.raises(ServeError, match=r"the server is stopping$"):
+            await told.jobs.cancel(job.id)
+        assert job.state == JobState.RUNNING
+
+    async def after(told: Story) -> None:
+        assert len(await told.all_done(told.jobs.get(ids[0]))) == 40
+
+    on(tmp_path, before)
+    on(tmp_path, after)
 
 
 def test_one_that_is_cancelled_while_it_begins_stays_so_and_can_be_resumed(tmp_path: Path) -> None:
@@ -600,7 +644,7 @@ def test_items_that_are_not_there_any_more_stop_it(
         job = await told.submit(*inputs)
         path = told.jobs.store.folder(job.id) / file
         whole = path.read_bytes()
-        path.write_bytes(whole[: -len(missing)])
+        os.truncate(path, len(whole) - len(missing))  # it is being read
         while job.state == JobState.RUNNING:
             await told.unless_over(job, told.finish())
         await until(lambda: job.ended_s is not None)

@@ -298,6 +298,7 @@ def test_in_a_pipe_there_are_ids_and_results_only(tmp_path: Path) -> None:
     ("path", "headers", "said"),
     [
         ("/v2/jobs?model=m", {"Content-Type": "multipart/form-data; boundary=b"}, "not a form"),
+        ("/v2/jobs?model=m", {"Content-Type": "Multipart/Form-Data; boundary=b"}, "not a form"),
         ("/v2/jobs?model=m&model=n", {}, "model is given twice"),
         ("/v2/jobs?model=m&deadline=", {}, "deadline '' is neither"),
         ("/v2/jobs?model=m&strict=true", {}, "it needs a deadline"),

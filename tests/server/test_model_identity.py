@@ -10,6 +10,7 @@ import pytest
 
 from preprocess.pipeline import PipelineFile
 from preprocess.steps import ImageSteps, TextSteps
+from scheduler import model_file
 from scheduler.channel import ModelSource
 from server import model_identity
 
@@ -17,12 +18,12 @@ PICTURES = PipelineFile(input="image", output="x", image=ImageSteps(mode="L", si
 
 
 def source(path: Path) -> ModelSource:
-    return ModelSource("m/1#1", "m", 1, "torch", str(path))
+    return ModelSource("m/1#1", "m", 1, "torch", str(path), digest=model_file.digest(str(path)))
 
 
-def archive(path: Path, weights: bytes) -> Path:
+def archive(path: Path, weights: bytes, saved_as: str = "model") -> Path:
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("model/data/weights/weight_0", weights)
+        file.writestr(f"{saved_as}/data/weights/weight_0", weights)
     return path
 
 
@@ -37,16 +38,23 @@ def test_a_copy_is_the_same_model(saved: Path, tmp_path: Path) -> None:
     assert model_identity.of(source(saved), PICTURES) == model_identity.of(source(copy), PICTURES) != ""
 
 
+def test_the_name_that_it_was_saved_under_does_not_count(saved: Path, tmp_path: Path) -> None:
+    before = model_file.digest(str(saved))
+    assert before == model_file.digest(str(archive(tmp_path / "other.pt2", b"weights of one", saved_as="other"))) != ""
+
+
 def test_other_weights_are_another_model(saved: Path) -> None:
     before = model_identity.of(source(saved), None)
     archive(saved, b"weights of two")
     assert model_identity.of(source(saved), None) != before
 
 
-def test_other_preprocessing_is_another_model_but_not_where_it_is_done(saved: Path) -> None:
+def test_other_preprocessing_is_another_model_but_not_where_it_is_done_or_what_is_refused(saved: Path) -> None:
     with_pictures = model_identity.of(source(saved), PICTURES)
     assert with_pictures != model_identity.of(source(saved), None)
     assert with_pictures == model_identity.of(source(saved), PICTURES.model_copy(update={"device": "cpu"}))
+    more = ImageSteps(mode="L", size=(1, 1), max_pixels=10)
+    assert with_pictures == model_identity.of(source(saved), PICTURES.model_copy(update={"image": more}))
     larger = PipelineFile(input="image", output="x", image=ImageSteps(mode="L", size=(2, 2)))
     assert with_pictures != model_identity.of(source(saved), larger)
 
@@ -61,4 +69,4 @@ def test_a_tokenizer_counts_by_what_is_in_it(saved: Path, tmp_path: Path) -> Non
 
 
 def test_a_model_without_a_file_has_none_of_a_file(tmp_path: Path) -> None:
-    assert model_identity.of_file(source(tmp_path / "model.pt2")) == ""
+    assert source(tmp_path / "model.pt2").digest == ""
