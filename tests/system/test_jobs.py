@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from tests.server.raw_http import request
 from tests.system.asking import metric, post, x_of
 
 JOBS = "/v2/jobs"
+REPLACED = "the model's file was replaced and not loaded anew"
 
 
 def ask(daemon: RunningDaemon, method: str, path: str, body: bytes = b"") -> Any:
@@ -139,6 +142,38 @@ def test_items_of_all_lengths_have_the_answers_that_they_have_alone(one_slice: R
     assert [each["mean"][0] for each in found] == pytest.approx([sum(each) / len(each) for each in values], rel=1e-5)
     batches = metric(one_slice, "migserve_batch_items_count", model="masked") - before
     assert batches < 40, "of 8 items each but for a few: not one for each of 63 lengths"
+
+
+def put(model_file: Path, there: Path) -> None:
+    """In one step, as who replaces a file should."""
+    shutil.copyfile(model_file, there.with_suffix(".new"))
+    there.with_suffix(".new").replace(there)
+
+
+def test_a_file_that_is_replaced_pauses_jobs_until_the_one_that_they_are_for_is_loaded(tmp_path: Path) -> None:
+    former, other = MODELS / "affine" / "1" / "model.pt2", tmp_path / "other.pt2"
+    shutil.copyfile(former, other)
+    with zipfile.ZipFile(other, "a") as archive:
+        archive.writestr("model/extra/note", "another one")
+    shutil.copytree(MODELS / "affine", tmp_path / "models" / "affine")
+    there = tmp_path / "models" / "affine" / "1" / "model.pt2"
+    load = "/v2/repository/models/affine/load"
+    flags = ("--model-repository", str(tmp_path / "models"), "--layout", "7g.80gb", "--drain-delay-secs", "0")
+    body = b"\n".join(b"[" + b",".join([b"%d" % n] * 16) + b"]" for n in range(8))
+    with running(*flags, "--state-dir", str(tmp_path / "state")) as daemon:
+        put(other, there)
+        (name,) = daemon.workers()
+        daemon.kill_worker(name)
+        daemon.wait_for(REPLACED, model="affine")
+        job = ask(daemon, "POST", f"{JOBS}?model=affine", body)["id"]
+        assert "slices that came later serve the new one" in until_state(daemon, job, "paused")["reason"]
+        assert request(daemon.http, "POST", load).status == 200
+        until(lambda: "another one than when the job was made" in show(daemon, job)["reason"], "it is another model")
+        assert show(daemon, job)["done"] == 0
+        put(former, there)
+        assert request(daemon.http, "POST", load).status == 200
+        until_state(daemon, job, "done")
+        assert [row["item"] for row in results(daemon, job) if "outputs" in row] == list(range(8))
 
 
 def test_items_that_kill_their_worker_are_given_up_and_never_cost_the_slice(one_slice: RunningDaemon) -> None:
