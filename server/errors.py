@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from enum import Enum
 
 import grpc
@@ -50,6 +51,11 @@ class ServeError(Exception):
 
 def invalid(message: str) -> ServeError:
     return ServeError(Fault.INVALID, message)
+
+
+def both_given(encoded: str, ready: Iterable[str]) -> str:
+    """What is wrong where an item, or a request, has what a pipeline takes and what it makes."""
+    return f"got both input {encoded}, encoded, and the ready tensors [{', '.join(ready)}]; expected one or the other"
 
 
 def internal() -> ServeError:

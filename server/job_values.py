@@ -14,7 +14,7 @@ import numpy as np
 
 from scheduler.lengths import Lengths
 from scheduler.tensors import DATATYPES, Signature, TensorSpec
-from server.errors import ServeError
+from server.errors import ServeError, both_given
 from server.json_tensors import shape_of, write_pieces
 
 _decode_any = msgspec.json.Decoder().decode
@@ -84,10 +84,7 @@ class PipelineLines:
         if not any(isinstance(found[key], str) or key not in self._inputs for key in sources):
             return None
         if ready := sorted(found.keys() & set(self._ready)):
-            made_of = f"input {', '.join(sorted(sources))}, encoded"
-            raise BadItemError(
-                f"got both {made_of}, and the ready tensors [{', '.join(ready)}]; expected one or the other"
-            )
+            raise BadItemError(both_given(", ".join(sorted(sources)), ready))
         return found
 
 

@@ -20,7 +20,7 @@ from scheduler.staff import resolve
 from scheduler.tensors import DATATYPES, TensorSpec
 from server import codec
 from server.codec import Checked, OutputChoice, OutputData, Tensor
-from server.errors import Fault, ServeError, from_refusal, invalid
+from server.errors import Fault, ServeError, both_given, from_refusal, invalid
 from server.lengths import check_told, completed, length_of
 from server.preparing import Preparer, allocate, holds_something
 from server.preprocess_stats import PreprocessStats
@@ -78,7 +78,7 @@ class InferenceService:
             if not {tensor.name for tensor in tensors} & {spec.name for spec in model.signature.inputs}:
                 raise _neither(model, pipeline.input, tensors)
             if encoded is not None and holds_something(encoded, pipeline):
-                raise _both(encoded, tensors)
+                raise invalid(both_given(encoded.name, [each.name for each in tensors]))
         if model.lengths is not None:
             tensors = completed(model.signature, model.lengths, tensors)
         checked = codec.check_inputs(model.signature, tensors)
@@ -166,13 +166,6 @@ def _split(tensors: list[Tensor], encoded_name: str) -> tuple[list[Tensor], Tens
 def _neither(model: Model, encoded_name: str, tensors: list[Tensor]) -> ServeError:
     ready, got = (", ".join(each.name for each in some) for some in (model.signature.inputs, tensors))
     return invalid(f"expected input {encoded_name}, encoded, or the ready tensors [{ready}], got [{got}]")
-
-
-def _both(encoded: Tensor, tensors: list[Tensor]) -> ServeError:
-    ready = ", ".join(each.name for each in tensors)
-    return invalid(
-        f"got both input {encoded.name}, encoded, and the ready tensors [{ready}]; expected one or the other"
-    )
 
 
 def check_outputs(model: Model, choice: list[OutputChoice] | None, binary: bool) -> None:
