@@ -150,7 +150,7 @@ def told(act: Any) -> int:
 def submit(client: Client, wish: Wish, *, wait: bool, out: Path | None, as_json: bool) -> int:
     def act() -> int:
         query = wish.query(out)
-        check_out(out)
+        check_out(out, as_json=as_json)
         with body_of(wish) as body:
             job = client.ask("POST", f"/v2/jobs?{query}", body)
         if as_json and not wait:
@@ -240,7 +240,7 @@ def show(client: Client, job: str, *, as_json: bool) -> int:
 
 def wait(client: Client, job: str, out: Path | None, *, as_json: bool) -> int:
     def act() -> int:
-        check_out(out)
+        check_out(out, as_json=as_json)
         path = _patiently(lambda: client.path(job), Console(stderr=True))
         return _watch(client, path.rsplit("/", 1)[1], out, as_json=as_json)
 

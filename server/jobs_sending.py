@@ -89,9 +89,11 @@ def check_form(out: Path | None, form: str, job: str) -> None:
         raise CommandError(f"the results of job {job} are {shown}: call them {out.with_suffix(suffix)}", USAGE)
 
 
-def check_out(out: Path | None) -> None:
-    """Before anything is sent. Raises CommandError."""
-    if out in (None, STDOUT):
+def check_out(out: Path | None, *, as_json: bool = False) -> None:
+    """Before anything is sent; `as_json`: what became of the job goes to stdout. Raises CommandError."""
+    if out == STDOUT and as_json:
+        raise CommandError("--json and --out - would both write to stdout; leave one of them out", USAGE)
+    if out is None or out == STDOUT:
         return
     form_of(out)
     if trouble := trouble_with(out) or trouble_with(unfinished(out)):

@@ -288,6 +288,8 @@ def test_in_a_pipe_there_are_ids_and_results_only(tmp_path: Path) -> None:
             sent = await command("submit", "m", str(tmp_path / "in.jsonl"))
             job = told.jobs.get(sent.stdout.strip())
             await told.all_done(job)
+            both = await command("wait", job.id, "--out", "-", "--json")
+            assert (both.exit_code, both.stdout) == (2, "")
             waited = await command("wait", job.id, "--out", "-")
             assert [json.loads(line)["outputs"] for line in waited.stdout.splitlines()] == [{"y": [2.0]}, {"y": [4.0]}]
 
