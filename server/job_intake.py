@@ -106,7 +106,7 @@ def _deadline(text: str, now_s: float) -> float:
 
 
 class Intake:
-    """Of all of them."""
+    """Takes jobs in."""
 
     def __init__(self, settings: Settings, jobs: Jobs, repository: Repository) -> None:
         self._settings = settings

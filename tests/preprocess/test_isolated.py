@@ -226,6 +226,15 @@ def test_where_none_can_be_started_any_more_requests_end_with_an_error() -> None
     told(story, 1, start=start)
 
 
+async def held_up(pool: PreprocessPool, pids: list[int]) -> list[asyncio.Future[Any]]:
+    """A request for each of the processes, which are stopped."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    requests = [asyncio.ensure_future(written(pool, JPEG)) for _ in pids]
+    await asyncio.sleep(0)
+    return requests
+
+
 def test_where_one_cannot_be_started_any_more_the_others_do_its_work() -> None:
     pids: list[int] = []
 
@@ -237,10 +246,7 @@ def test_where_one_cannot_be_started_any_more_the_others_do_its_work() -> None:
         return started
 
     async def story(pool: PreprocessPool) -> None:
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        both = [asyncio.ensure_future(written(pool, JPEG)) for _ in range(2)]
-        await asyncio.sleep(0)
+        both = await held_up(pool, pids)
         os.kill(pids[0], signal.SIGKILL)
         os.kill(pids[1], signal.SIGCONT)
         for each in both:
@@ -264,10 +270,7 @@ def test_where_one_cannot_be_started_any_more_the_others_may_still_be_on_their_w
         return started
 
     async def story(pool: PreprocessPool) -> None:
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        both = [asyncio.ensure_future(written(pool, JPEG)) for _ in range(2)]
-        await asyncio.sleep(0)
+        both = await held_up(pool, pids)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         for each in both:
